@@ -1,0 +1,1 @@
+"""From a source to a published artefact; ``build.py`` tells the story."""

@@ -1,0 +1,151 @@
+"""The outcome of a build as validated values; the same object is ``result.json``, ``--json`` and the Python API's."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileInfo(_Record):
+    """One published file: size in bytes and ``sha256:`` digest."""
+
+    bytes: int
+    digest: str
+
+
+class SourceInfo(_Record):
+    """The model that was given. ``parameters`` counts elements of initializers."""
+
+    path: str
+    digest: str
+    bytes: int
+    nodes: int
+    parameters: int
+
+
+class DecisionInfo(_Record):
+    """One choice of one pass; see ``qexport.passes.base.Decision``."""
+
+    node: str
+    op: str
+    action: str
+    reason: str
+
+
+class StepInfo(_Record):
+    """One pass of the recipe. ``proof`` is the worst relative error against the step before, if it had to be equal."""
+
+    name: str
+    modified: bool
+    seconds: float
+    nodes: int
+    proof: float | None = None
+    decisions: tuple[DecisionInfo, ...] = ()
+
+
+class TaskScore(_Record):
+    """A task metric in points (x100), before and after; ``unchanged`` is the share of equal predictions (top-1)."""
+
+    name: str
+    reference: float
+    result: float
+    drop: float
+    unchanged: float | None = None
+
+
+class LayerQuality(_Record):
+    """Signal-to-quantization-noise ratio in dB of one tensor against its float activation."""
+
+    node: str
+    tensor: str
+    sqnr: float
+
+
+class Quality(_Record):
+    """Float against result on the same samples.
+
+    Attributes:
+        data: Where the samples came from.
+        held_out: Whether none of them was used for calibration.
+        samples: How many.
+        output: The model output that was compared.
+        cosine_mean: Mean over samples of the cosine between both outputs.
+        cosine_worst: The smallest.
+        worst_sample: Index of the sample with the smallest cosine.
+        sqnr: Over all samples, dB.
+        max_error: Largest absolute difference.
+        task: Metric of the task, if the data carries labels.
+        layers: Per quantized layer, in graph order.
+    """
+
+    data: str
+    held_out: bool
+    samples: int
+    output: str
+    cosine_mean: float
+    cosine_worst: float
+    worst_sample: int
+    sqnr: float
+    max_error: float
+    task: TaskScore | None = None
+    layers: tuple[LayerQuality, ...] = ()
+
+
+class Latency(_Record):
+    """A paired measurement: float and result in turn in one run. ``speedup`` is the median of the pairwise ratios."""
+
+    runtime: str
+    threads: int
+    shapes: dict[str, list[int]]
+    pairs: int
+    reference_ms: float
+    result_ms: float
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+    note: str = ""
+
+
+class EngineInfo(_Record):
+    """An engine that was built. ``profiles`` maps input name to min, opt and max shape."""
+
+    module: str
+    version: str
+    seconds: float
+    bytes: int
+    layers: int
+    compute_capabilities: tuple[str, ...]
+    profiles: tuple[dict[str, tuple[list[int], list[int], list[int]]], ...]
+    ran: bool = False
+    note: str = ""
+
+
+class Result(_Record):
+    """Everything a build found out."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    schema_version: Literal["qexport.result/1"] = Field("qexport.result/1", alias="schema")
+    version: str
+    directory: str
+    target: str
+    source: SourceInfo
+    recipe: dict[str, Any]
+    files: dict[str, FileInfo]
+    steps: tuple[StepInfo, ...]
+    quantized: int
+    skipped: dict[str, int]
+    bytes_before: int
+    bytes_after: int
+    quality: Quality | None
+    latency: Latency | None
+    engine: EngineInfo | None
+    gates: dict[str, float]
+    warnings: tuple[str, ...]
+    seconds: float
+    peak_rss_bytes: int

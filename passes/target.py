@@ -1,0 +1,62 @@
+"""What each backend accepts, as rows: adding a target is adding a row.
+
+The TensorRT-RTX row was tried op by op with version 1.7.1 on a machine without a GPU; the TensorRT rows follow
+the same parser and NVIDIA's documentation; the CPU row was measured on an AVX-512 VNNI machine with onnxruntime 1.31.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from qexport.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One backend.
+
+    Attributes:
+        name: What a person types.
+        engine: Python module that builds engines, or ``None`` where the ONNX file is the artefact.
+        providers: onnxruntime execution providers that run the file.
+        activation: ``int8`` means symmetric with zero point 0, ``uint8`` means affine.
+        opset: Highest opset the backend reads.
+        rest: Type of everything that is not quantized.
+        table: How an int8 embedding table is read: ``dequantize`` puts DequantizeLinear before Gather,
+            ``gather`` gathers rows and scales before it multiplies, ``float`` leaves the table alone.
+        min_dim: Smallest K and N of a matrix product worth quantizing.
+        min_channels: Smallest number of input channels of a convolution worth quantizing.
+        residual_add: Whether the skip input of a residual Add between convolutions is quantized.
+    """
+
+    name: str
+    engine: str | None
+    providers: tuple[str, ...]
+    activation: Literal["int8", "uint8"]
+    opset: int
+    rest: Literal["float16", "float32"]
+    table: Literal["dequantize", "gather", "float"]
+    min_dim: int = 16
+    min_channels: int = 16
+    residual_add: bool = True
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("tensorrt-rtx", "tensorrt_rtx", ("CPUExecutionProvider",), "int8", 23, "float16", "dequantize"),
+        Target("tensorrt", "tensorrt", ("CPUExecutionProvider",), "int8", 20, "float16", "dequantize"),
+        Target("ort-cpu", None, ("CPUExecutionProvider",), "uint8", 23, "float32", "gather", residual_add=False),
+        Target(
+            "ort-cuda", None, ("CUDAExecutionProvider", "CPUExecutionProvider"), "int8", 21, "float16", "dequantize"
+        ),
+    )
+}
+
+
+def find_target(name: str) -> Target:
+    """Return the row called ``name``; raise ``UsageError`` with the known names otherwise."""
+    if name not in TARGETS:
+        raise UsageError(f"unknown target {name!r}", hint=f"known targets: {', '.join(TARGETS)}")
+    return TARGETS[name]

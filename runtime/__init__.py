@@ -1,0 +1,1 @@
+"""Run models: sessions over onnxruntime and engines."""

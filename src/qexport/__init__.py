@@ -1,0 +1,28 @@
+"""qexport: a trained model in, a small and fast engine out, with the proof that it is as good."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from qexport.exporter.build import build as build
+    from qexport.exporter.recipe import Recipe as Recipe
+    from qexport.exporter.result import Result as Result
+
+_HOMES = {
+    "build": "qexport.exporter.build",
+    "Recipe": "qexport.exporter.recipe",
+    "Result": "qexport.exporter.result",
+}
+
+__all__ = ["Recipe", "Result", "__version__", "build"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used (PEP 562), so that importing the package stays light."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qexport' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,5 @@
+"""``python -m qexport``."""
+
+from qexport.cli import main
+
+main()
