@@ -1,0 +1,83 @@
+"""Cut the committed samples from the original files: ``python samples/prepare.py stsb|resnet20 FOLDER``.
+
+``stsb`` wants the folder with ``stsb-en-train.csv``, ``stsb-en-test.csv`` and ``LICENSE`` of PhilipMay/stsb-multi-mt;
+``resnet20`` the one with ``resnet20.onnx``, ``LICENSE.resnet``, ``train-512.npz`` and ``test-1000.npz``, see README.md.
+Running it again gives the same bytes, so the slices can be checked against their sources.
+"""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+CALIBRATION_SENTENCES = 512
+
+
+def read_rows(path: Path) -> list[list[str]]:
+    """Rows of a CSV file without a header: sentence1, sentence2, score."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))
+
+
+def write_rows(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A CSV file with a header and Unix line ends."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def calibration_sentences(rows: Sequence[Sequence[str]], count: int, held_out: Iterable[str]) -> list[str]:
+    """``count`` sentences: evenly spaced rows, sentence1 and sentence2 in turn, the next row for one already seen.
+
+    A sentence counts as seen if it was chosen before or stands in ``held_out``, upper and lower case alike, because
+    the tokenizer of the sample model makes no difference between them.
+    """
+    seen = {sentence.casefold() for sentence in held_out}
+    chosen = []
+    for i in range(count):
+        row = i * len(rows) // count
+        while rows[row][i % 2].casefold() in seen:
+            row += 1
+        chosen.append(rows[row][i % 2])
+        seen.add(chosen[-1].casefold())
+    return chosen
+
+
+def prepare_stsb(source: Path) -> None:
+    """512 sentences of the train split that the test split does not hold, the whole test split, the licence."""
+    test = read_rows(source / "stsb-en-test.csv")
+    held_out = [sentence for row in test for sentence in row[:2]]
+    sentences = calibration_sentences(read_rows(source / "stsb-en-train.csv"), CALIBRATION_SENTENCES, held_out)
+    write_rows(HERE / "data/stsb-calibration.csv", ["sentence"], [[sentence] for sentence in sentences])
+    header = ["sentence1", "sentence2", "score"]
+    write_rows(HERE / "data/stsb-test.csv", header, test)
+    shutil.copyfile(source / "LICENSE", HERE / "data/STSB-LICENSE")
+
+
+def prepare_resnet20(source: Path) -> None:
+    """The network as it is; calibration images without labels; test images with labels."""
+    for name, target in (("resnet20.onnx", "resnet20.onnx"), ("LICENSE.resnet", "LICENSE")):
+        shutil.copyfile(source / name, HERE / "resnet20" / target)
+    with np.load(source / "train-512.npz") as train:
+        np.savez_compressed(HERE / "resnet20/calibration.npz", images=train["images"])
+    with np.load(source / "test-1000.npz") as test:
+        np.savez_compressed(HERE / "resnet20/test.npz", images=test["images"], labels=test["labels"])
+
+
+def main(arguments: Sequence[str]) -> None:
+    """``arguments``: what to prepare, and the folder with the original files."""
+    makers = {"stsb": prepare_stsb, "resnet20": prepare_resnet20}
+    if len(arguments) != 2 or arguments[0] not in makers:
+        raise SystemExit(__doc__)
+    makers[arguments[0]](Path(arguments[1]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
