@@ -1,0 +1,87 @@
+"""Measure activation ranges on data: the pass that leaves a ``Range`` on every value to be quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from qexport.calibration.collect import Statistics, collect
+from qexport.calibration.data import Dataset
+from qexport.calibration.layers import Layer, sqnr
+from qexport.calibration.methods import METHODS
+from qexport.errors import UsageError
+from qexport.passes.base import Outcome, Pass
+from qexport.passes.placement import Plan, Site, plan
+from qexport.passes.range import RANGE_KEY, SQNR_KEY, Range
+from qexport.passes.target import Target, find_target
+
+OUTPUT_MSE = "output-mse"
+SHRINKS = np.linspace(0.5, 1.0, 11)  # candidate clips of output-mse, as shares of the extremes
+
+
+@dataclass(frozen=True)
+class Calibrate(Pass):
+    """Measure activation ranges on calibration data."""
+
+    exact: ClassVar[bool] = True
+
+    data: Dataset | None = field(default=None, metadata={"bound": True})
+    advance: Callable[[], None] = field(default=lambda: None, metadata={"bound": True})
+    target: str = "tensorrt-rtx"
+    method: str = "minmax"
+    """minmax, percentile, entropy, mse or output-mse."""
+    samples: int = 512
+
+    def call(self, model: ir.Model) -> Outcome:
+        """Leave a range on each value and an output SQNR on each node; no data is a ``UsageError``."""
+        if self.data is None:
+            raise UsageError("quantization needs calibration data", hint="give real samples with --calib")
+        if self.method != OUTPUT_MSE and self.method not in METHODS:
+            raise UsageError(f"unknown method {self.method!r}", hint=f"known: {', '.join([*METHODS, OUTPUT_MSE])}")
+        target = find_target(self.target)
+        found = plan(model, target)
+        values = {value.name or "": value for site in found.sites for value in site.values}
+        statistics = collect(model, list(values), islice(self.data, self.samples), self.advance)
+        spans = self._ranges(found, statistics, target)
+        modified = False
+        for name, span in spans.items():
+            modified |= values[name].meta.get(RANGE_KEY) != span
+            values[name].meta[RANGE_KEY] = span
+        _rate(found, statistics, spans, target)
+        return Outcome(model, modified)
+
+    def _ranges(self, found: Plan, statistics: Mapping[str, Statistics], target: Target) -> dict[str, Range]:
+        seen = {name: known.histogram for name, known in statistics.items() if known.histogram.total}
+        if self.method != OUTPUT_MSE:
+            return {name: METHODS[self.method](histogram, target.activation) for name, histogram in seen.items()}
+        readers: dict[str, list[Site]] = {name: [] for name in seen}
+        for site in found.sites:
+            for value in site.values:
+                readers.get(value.name or "", []).append(site)
+        return {name: _least_output_error(statistics[name], readers[name], target) for name in seen}
+
+
+def _least_output_error(known: Statistics, readers: list[Site], target: Target) -> Range:
+    """The clip with the least squared error at the outputs of everything that reads the value."""
+    low, high = known.histogram.low, known.histogram.high
+    spans = [Range(low * share, high * share) for share in SHRINKS]
+    layers = [Layer(site, known.excerpts.stacked(), target) for site in readers if site.weight is not None]
+    if not layers:
+        return spans[-1]
+    totals = np.sum([layer.errors(spans) for layer in layers], axis=0)
+    return spans[int(np.argmin(totals))]
+
+
+def _rate(found: Plan, statistics: Mapping[str, Statistics], spans: Mapping[str, Range], target: Target) -> None:
+    """Leave on every node the SQNR of its output with weight and activation quantized."""
+    for site in found.sites:
+        name = next((value.name or "" for value in site.values), "")
+        if site.weight is None or name not in spans:
+            continue
+        layer = Layer(site, statistics[name].excerpts.stacked(), target)
+        site.node.meta[SQNR_KEY] = sqnr(layer.errors([spans[name]])[0])

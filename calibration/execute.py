@@ -1,0 +1,43 @@
+"""Open an in-memory model in onnxruntime without copying its weights, with any inner value as an extra output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qexport.runtime.session import Session, SessionOptions
+
+SHARED_FROM = 4096  # bytes; smaller tensors travel inside the model, where constant folding sees them
+_SHAREABLE = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8, ir.DataType.UINT8}
+
+
+def open_model(model: ir.Model, options: SessionOptions | None = None, taps: Sequence[str] = ()) -> Session:
+    """Return a session over ``model``; ``taps`` names inner values to add to its outputs.
+
+    The model is not changed. Weights are handed over by reference, so peak memory holds them once
+    (plus what onnxruntime packs for itself).
+    """
+    work = model.clone()
+    _add_outputs(work.graph, taps)
+    weights: dict[str, NDArray[np.generic]] = {}
+    for name, value in work.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes < SHARED_FROM or tensor.dtype not in _SHAREABLE:
+            continue
+        weights[name] = np.ascontiguousarray(tensor.numpy())
+        value.const_value = ir.ExternalTensor("shared", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name)  # type: ignore[arg-type]
+    return Session(ir.to_proto(work).SerializeToString(), options, weights)
+
+
+def _add_outputs(graph: ir.Graph, taps: Sequence[str]) -> None:
+    present = {value.name for value in graph.outputs}
+    wanted = set(taps) - present
+    for node in graph:
+        for value in node.outputs:
+            if value.name in wanted:
+                if value.type is None:
+                    value.type = ir.TensorType(ir.DataType.FLOAT)
+                graph.outputs.append(value)

@@ -1,0 +1,85 @@
+"""From a histogram to a range: each method is a function, the table gives them their names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qexport.calibration.histogram import Histogram
+from qexport.passes.range import Range, integers_for
+
+Kind = Literal["int8", "uint8"]
+Method = Callable[[Histogram, Kind], Range]
+
+PERCENTILE = 99.999
+LEVELS = 128  # magnitudes an int8 quantizer tells apart
+BINS = 2048
+
+
+def minmax(histogram: Histogram, kind: Kind) -> Range:
+    """The extremes that were seen: nothing is clipped."""
+    del kind
+    return Range(histogram.low, histogram.high)
+
+
+def percentile(histogram: Histogram, kind: Kind) -> Range:
+    """Clip the same share of values as lies beyond the 99.999th percentile (of magnitudes for int8)."""
+    values, counts = histogram.table()
+    share = PERCENTILE / 100
+    if kind == "int8":
+        reach = _quantile(np.abs(values), counts, share)
+        return Range(max(histogram.low, -reach), min(histogram.high, reach))
+    return Range(min(0.0, -_quantile(-values, counts, share)), max(0.0, _quantile(values, counts, share)))
+
+
+def entropy(histogram: Histogram, kind: Kind) -> Range:
+    """The clip with the least Kullback-Leibler divergence from float to integer (Migacz 2017, "8-bit inference")."""
+    values, counts = histogram.table()
+    top = max(-histogram.low, histogram.high)
+    if top == 0.0:
+        return minmax(histogram, kind)
+    mass, _ = np.histogram(np.abs(values), bins=BINS, range=(0.0, top), weights=counts)
+    mass[0] = mass[1]  # exact zeros are represented exactly at any clip and must not decide it
+    mass = mass.astype(np.float64)
+    tails = np.concatenate([np.cumsum(mass[::-1])[::-1], [0.0]])
+    scores = {bins: _divergence(mass[:bins], tails[bins]) for bins in range(LEVELS, BINS + 1, LEVELS // 8)}
+    reach = min(scores, key=lambda bins: scores[bins]) * top / BINS
+    return Range(max(histogram.low, -reach), min(histogram.high, reach))
+
+
+def mse(histogram: Histogram, kind: Kind) -> Range:
+    """The clip with the least squared error through the quantizer itself, rounding and clipping together."""
+    values, counts = histogram.table()
+    spans = [Range(histogram.low * c, histogram.high * c) for c in np.linspace(0.2, 1.0, 81)]
+    return min(reversed(spans), key=lambda span: squared_error(values, counts, span, kind))
+
+
+def squared_error(values: NDArray[np.float64], counts: NDArray[np.int64], span: Range, kind: Kind) -> float:
+    """Sum over all values of the squared difference between ``x`` and its dequantized integer."""
+    return float(counts @ np.square(integers_for(span, kind).apply(values) - values))
+
+
+METHODS: dict[str, Method] = {"minmax": minmax, "percentile": percentile, "entropy": entropy, "mse": mse}
+
+
+def _quantile(values: NDArray[np.float64], counts: NDArray[np.int64], share: float) -> float:
+    order = np.argsort(values, kind="stable")
+    reached = np.cumsum(counts[order]) >= share * counts.sum()
+    return float(values[order][int(np.argmax(reached))])
+
+
+def _divergence(kept: NDArray[np.float64], tail: float) -> float:
+    """KL(P || Q): P is the clipped histogram with the tail in its last bin, Q the same through ``LEVELS`` levels."""
+    reference = kept.copy()
+    reference[-1] += tail
+    edges = np.linspace(0, kept.size, LEVELS + 1).astype(int)
+    sums = np.add.reduceat(kept, edges[:-1])
+    filled = np.add.reduceat((kept > 0).astype(float), edges[:-1])
+    level = np.repeat(np.divide(sums, filled, out=np.zeros_like(sums), where=filled > 0), np.diff(edges))
+    candidate = np.where(kept > 0, level, 0.0)
+    p, q = reference / max(reference.sum(), 1.0), candidate / max(candidate.sum(), 1.0)
+    known = p > 0
+    return float(np.sum(p[known] * np.log(p[known] / np.maximum(q[known], 1e-12))))

@@ -1,0 +1,135 @@
+"""BERT encoders (Devlin et al. 2018) from config.json and safetensors, without torch.
+
+Inputs ``input_ids``, ``attention_mask``, ``token_type_ids``: int64 [batch, sequence]. Outputs
+``last_hidden_state`` float32 [batch, sequence, hidden] and ``sentence_embedding`` float32 [batch, hidden], the mean over
+unmasked positions scaled to length one (Reimers & Gurevych 2019).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+from pydantic import BaseModel, ConfigDict, Field
+
+from qexport.exporter.families.builder import GraphBuilder, Weights, open_weights
+
+OPSET = 20  # the first with Gelu, and what TensorRT 10.3 reads
+MASKED = -10000.0  # added to masked scores; exp() of it is 0 and it fits float16
+
+
+class BertConfig(BaseModel):
+    """The fields of config.json that shape the graph; others are ignored, unsupported values refused."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    model_type: Literal["bert"]
+    hidden_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    vocab_size: int = Field(gt=0)
+    max_position_embeddings: int = Field(gt=0)
+    layer_norm_eps: float = Field(gt=0)
+    hidden_act: Literal["gelu", "gelu_new", "gelu_pytorch_tanh"] = "gelu"
+    position_embedding_type: Literal["absolute"] = "absolute"
+
+
+def build(config: dict[str, object], weights_path: Path) -> ir.Model:
+    """Build the graph; peak memory is the weights once."""
+    shape = BertConfig.model_validate(config)
+    weights = open_weights(weights_path)
+    g = GraphBuilder("bert", OPSET)
+    ids, mask, types = (
+        g.input(name, ir.DataType.INT64, ("batch", "sequence"))
+        for name in ("input_ids", "attention_mask", "token_type_ids")
+    )
+    hidden = _embed(g, shape, weights, ids, types)
+    bias = _mask_bias(g, mask)
+    for layer in range(shape.num_hidden_layers):
+        hidden = _layer(g, shape, weights, f"encoder.layer.{layer}", (hidden, bias))
+    sentence = _pool(g, hidden, mask)
+    g.output(hidden, "last_hidden_state", ir.DataType.FLOAT, ("batch", "sequence", shape.hidden_size))
+    g.output(sentence, "sentence_embedding", ir.DataType.FLOAT, ("batch", shape.hidden_size))
+    return ir.Model(g.graph, ir_version=10, producer_name="qexport")
+
+
+def _embed(g: GraphBuilder, shape: BertConfig, weights: Weights, ids: ir.Value, types: ir.Value) -> ir.Value:
+    def table(part: str) -> ir.Value:
+        return g.weight(f"embeddings.{part}.weight", weights(f"embeddings.{part}.weight"))
+
+    scope = "embeddings"
+    length = g.op(scope, "Shape", ids, start=1, end=2)
+    positions = g.op(
+        scope, "Slice", table("position_embeddings"), g.constant("zero", [0]), length, g.constant("axis_0", [0])
+    )
+    words = g.op(f"{scope}.word_embeddings", "Gather", table("word_embeddings"), ids)
+    kinds = g.op(f"{scope}.token_type_embeddings", "Gather", table("token_type_embeddings"), types)
+    total = g.op(scope, "Add", g.op(scope, "Add", words, kinds), positions)
+    return g.layer_norm(f"{scope}.LayerNorm", total, weights, shape.layer_norm_eps)
+
+
+def _mask_bias(g: GraphBuilder, mask: ir.Value) -> ir.Value:
+    """0 where attended and ``MASKED`` elsewhere, float [batch, 1, 1, sequence]."""
+    scope = "mask"
+    ones = g.op(scope, "Cast", mask, to=ir.DataType.FLOAT)
+    holes = g.op(scope, "Sub", g.constant("one", 1.0), ones)
+    wide = g.op(scope, "Unsqueeze", holes, g.constant("axes_1_2", [1, 2]))
+    return g.op(scope, "Mul", wide, g.constant("masked", MASKED))
+
+
+def _layer(
+    g: GraphBuilder, shape: BertConfig, weights: Weights, scope: str, inputs: tuple[ir.Value, ir.Value]
+) -> ir.Value:
+    hidden, bias = inputs
+    attended = _attention(g, shape, weights, f"{scope}.attention", (hidden, bias))
+    hidden = g.layer_norm(
+        f"{scope}.attention.output.LayerNorm",
+        g.op(f"{scope}.attention.output", "Add", attended, hidden),
+        weights,
+        shape.layer_norm_eps,
+    )
+    inner = g.linear(f"{scope}.intermediate.dense", hidden, weights)
+    approximate = "none" if shape.hidden_act == "gelu" else "tanh"
+    inner = g.op(f"{scope}.intermediate", "Gelu", inner, approximate=approximate)
+    outer = g.linear(f"{scope}.output.dense", inner, weights)
+    summed = g.op(f"{scope}.output", "Add", outer, hidden)
+    return g.layer_norm(f"{scope}.output.LayerNorm", summed, weights, shape.layer_norm_eps)
+
+
+def _attention(
+    g: GraphBuilder, shape: BertConfig, weights: Weights, scope: str, inputs: tuple[ir.Value, ir.Value]
+) -> ir.Value:
+    hidden, bias = inputs
+    heads = shape.num_attention_heads
+    split = g.constant("split_heads", [0, 0, heads, shape.hidden_size // heads])
+    merge = g.constant("merge_heads", [0, 0, shape.hidden_size])
+    self_scope = f"{scope}.self"
+
+    def project(part: str, order: list[int]) -> ir.Value:
+        flat = g.linear(f"{self_scope}.{part}", hidden, weights)
+        return g.op(f"{self_scope}.{part}", "Transpose", g.op(f"{self_scope}.{part}", "Reshape", flat, split), perm=order)
+
+    query, key, value = project("query", [0, 2, 1, 3]), project("key", [0, 2, 3, 1]), project("value", [0, 2, 1, 3])
+    scores = g.op(
+        self_scope,
+        "Mul",
+        g.op(f"{self_scope}.scores", "MatMul", query, key),
+        g.constant("attention_scale", 1.0 / math.sqrt(shape.hidden_size // heads)),
+    )
+    chances = g.op(self_scope, "Softmax", g.op(self_scope, "Add", scores, bias), axis=-1)
+    context = g.op(self_scope, "Transpose", g.op(f"{self_scope}.context", "MatMul", chances, value), perm=[0, 2, 1, 3])
+    return g.linear(f"{scope}.output.dense", g.op(self_scope, "Reshape", context, merge), weights)
+
+
+def _pool(g: GraphBuilder, hidden: ir.Value, mask: ir.Value) -> ir.Value:
+    """Mean over unmasked positions, then length one; an empty mask gives zeros."""
+    scope, last, middle = "pooling", g.constant("axis_last", [-1]), g.constant("axis_1", [1])
+    weight = g.op(scope, "Unsqueeze", g.op(scope, "Cast", mask, to=ir.DataType.FLOAT), last)
+    total = g.op(scope, "ReduceSum", g.op(scope, "Mul", hidden, weight), middle, keepdims=0)
+    count = g.op(scope, "Max", g.op(scope, "ReduceSum", weight, middle, keepdims=0), g.constant("tiny", 1e-9))
+    mean = g.op(scope, "Div", total, count)
+    length = g.op(scope, "Max", g.op(scope, "ReduceL2", mean, last, keepdims=1), g.constant("tiny_length", 1e-12))
+    return g.op(scope, "Div", mean, length)

@@ -1,0 +1,155 @@
+"""Where quantizers go: the roots worth quantizing, which of their inputs, and the reason for every refusal.
+
+Decisions are per consumer: a tensor that feeds a MatMul and a residual Add is quantized for the MatMul only, and no
+normalization, softmax or activation ever reads a tensor that was quantized for somebody else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from qexport.passes.base import Decision
+from qexport.passes.target import Target
+
+FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, None}
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One node to quantize.
+
+    Attributes:
+        node: The node.
+        inputs: Indices of its inputs that get an activation quantizer.
+        weight: Index of its constant weight, or ``None``.
+        axis: Axis of the weight's output channels.
+    """
+
+    node: ir.Node
+    inputs: tuple[int, ...]
+    weight: int | None = None
+    axis: int = 0
+
+    @property
+    def values(self) -> Iterator[ir.Value]:
+        """The activations to quantize."""
+        for index in self.inputs:
+            value = self.node.inputs[index]
+            if value is not None:
+                yield value
+
+    @property
+    def kernel(self) -> ir.TensorProtocol:
+        """The constant weight."""
+        tensor = None if self.weight is None else ir.convenience.get_const_tensor(self.node.inputs[self.weight])  # type: ignore[arg-type]
+        if tensor is None:
+            raise ValueError(f"node {self.node.name!r} has no constant weight")
+        return tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All sites in graph order, and what was left out."""
+
+    sites: tuple[Site, ...]
+    refused: tuple[Decision, ...]
+
+
+def plan(model: ir.Model, target: Target) -> Plan:
+    """Find the sites of ``model`` that are worth quantizing for ``target``."""
+    sites: list[Site] = []
+    refused: list[Decision] = []
+    for node in model.graph:
+        if node.op_type not in CHANNEL_AXIS or node.domain not in ("", "ai.onnx"):
+            continue
+        reason = next(_reasons(node, target), None)
+        if reason is None:
+            sites.append(Site(node, (0,), 1, CHANNEL_AXIS[node.op_type](node)))
+        else:
+            refused.append(Decision(node.name or "", node.op_type, "skipped", reason))
+    refused += [
+        Decision(node.name or "", node.op_type, "skipped", "inside a control-flow branch")
+        for node in ir.traversal.RecursiveGraphIterator(model.graph)
+        if node.op_type in CHANNEL_AXIS and node.graph is not model.graph
+    ]
+    skips = list(_residual_sites(model.graph, sites)) if target.residual_add else []
+    return Plan(tuple(sites + skips), tuple(refused))
+
+
+def _gemm_axis(node: ir.Node) -> int:
+    return 0 if node.attributes.get_int("transB", 0) else 1
+
+
+CHANNEL_AXIS: dict[str, Callable[[ir.Node], int]] = {
+    "Conv": lambda node: 0,
+    "ConvTranspose": lambda node: 1,
+    "Gemm": _gemm_axis,
+    "MatMul": lambda node: 1,
+}
+
+
+def _reasons(node: ir.Node, target: Target) -> Iterator[str]:
+    """Yield why ``node`` should stay in float; nothing if it should not."""
+    x, w = node.inputs[:2]
+    kernel = None if w is None else ir.convenience.get_const_tensor(w)
+    if x is None or x.dtype not in FLOATS or (kernel is not None and kernel.dtype not in FLOATS):
+        yield "not a float operator"
+    elif kernel is None:
+        left = ir.convenience.get_const_tensor(x)
+        yield "weight is on the left" if left is not None else "both inputs are computed (attention product)"
+    elif node.op_type in ("Conv", "ConvTranspose"):
+        yield from _conv_reasons(node, kernel, target)
+    else:
+        yield from _product_reasons(node, kernel, target)
+
+
+def _conv_reasons(node: ir.Node, kernel: ir.TensorProtocol, target: Target) -> Iterator[str]:
+    group = node.attributes.get_int("group", 1)
+    channels = int(kernel.shape[0] if node.op_type == "ConvTranspose" else kernel.shape[1] * group)  # type: ignore[operator]
+    if group > 1 and group == channels:
+        yield "depthwise convolution"
+    if channels < target.min_channels and channels % 8:
+        yield f"fewer than {target.min_channels} input channels"
+
+
+def _product_reasons(node: ir.Node, kernel: ir.TensorProtocol, target: Target) -> Iterator[str]:
+    if len(kernel.shape) != 2:
+        yield "weight is not a matrix"
+    elif min(kernel.numpy().shape) < target.min_dim:
+        yield f"K or N below {target.min_dim}"
+    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    if shape is not None and len(shape) > 0 and shape.is_static() and all(d == 1 for d in shape.numpy()[:-1]):
+        yield "matrix-vector product"
+    if node.attributes.get_int("transA", 0):
+        yield "transposed activation"
+
+
+def _residual_sites(graph: ir.Graph, sites: Iterable[Site]) -> Iterator[Site]:
+    """The skip input of every Add whose other input comes straight from a quantized convolution and fuses into it."""
+    convs = {site.node for site in sites if site.node.op_type == "Conv"}
+    depth = _depths(graph)
+    for node in graph:
+        if node.op_type != "Add" or any(value is None for value in node.inputs):
+            continue
+        fused = [i for i, value in enumerate(node.inputs) if _sole_use(value, convs)]  # type: ignore[arg-type]
+        if not fused:
+            continue
+        main = max(fused, key=lambda i: depth.get(node.inputs[i].producer(), 0))  # type: ignore[union-attr]
+        skip = node.inputs[1 - main]
+        if skip is not None and ir.convenience.get_const_tensor(skip) is None:
+            yield Site(node, (1 - main,))
+
+
+def _sole_use(value: ir.Value, convs: set[ir.Node]) -> bool:
+    return value.producer() in convs and len(value.uses()) == 1 and not value.is_graph_output()
+
+
+def _depths(graph: ir.Graph) -> dict[ir.Node | None, int]:
+    """Longest distance of every node from the graph inputs."""
+    depth: dict[ir.Node | None, int] = {None: 0}
+    for node in graph:
+        depth[node] = 1 + max((depth.get(v.producer(), 0) for v in node.inputs if v is not None), default=0)
+    return depth

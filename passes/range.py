@@ -1,0 +1,67 @@
+"""The range of a tensor and the integers that stand for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+RANGE_KEY = "qexport.range"
+SQNR_KEY = "qexport.sqnr"
+SMALLEST_SCALE = 2.0**-14  # the smallest normal float16; a denormal scale is read as zero by some engines
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """What a tensor's values are clipped to; ``low <= 0 <= high``, so that zero is represented exactly."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.low) and np.isfinite(self.high) and self.low <= 0 <= self.high):
+            raise ValueError(f"a range must be finite and contain zero, got [{self.low!r}, {self.high!r}]")
+
+
+@dataclass(frozen=True, slots=True)
+class Integers:
+    """Scale and zero point of a quantizer: ``q = clip(round(x / scale) + zero_point)``."""
+
+    scale: float
+    zero_point: int
+    dtype: Literal["int8", "uint8"]
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Smallest and largest integer in use; int8 leaves out -128, so that it is symmetric."""
+        return (-127, 127) if self.dtype == "int8" else (0, 255)
+
+    def apply(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Quantize and dequantize."""
+        low, high = self.limits
+        integers = np.clip(np.rint(np.asarray(x, np.float64) / self.scale) + self.zero_point, low, high)
+        return (integers - self.zero_point) * self.scale
+
+
+def half_precision(scale: NDArray[np.floating] | float) -> NDArray[np.float32]:
+    """Round scales up to values that float16 holds too, so that a half-precision graph computes with the same ones."""
+    wanted = np.maximum(np.asarray(scale, np.float64), SMALLEST_SCALE)
+    half = wanted.astype(np.float16)
+    return np.where(half < wanted, np.nextafter(half, np.float16(np.inf)), half).astype(np.float32)
+
+
+def integers_for(span: Range, dtype: Literal["int8", "uint8"]) -> Integers:
+    """Scale and zero point for ``span``: absmax for int8, affine for uint8."""
+    if dtype == "int8":
+        return Integers(float(half_precision(max(-span.low, span.high) / 127)), 0, dtype)
+    scale = max((span.high - span.low) / 255, SMALLEST_SCALE)
+    return Integers(float(np.float32(scale)), int(np.clip(np.rint(-span.low / scale), 0, 255)), dtype)
+
+
+def range_of(value: ir.Value) -> Range | None:
+    """The range that calibration left on ``value``, if it did."""
+    found = value.meta.get(RANGE_KEY)
+    return found if isinstance(found, Range) else None

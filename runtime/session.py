@@ -1,0 +1,91 @@
+"""Run an ONNX model in onnxruntime: named arrays in, named arrays out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from numpy.typing import NDArray
+
+from qexport.errors import BuildFailed, DataInvalid, EnvironmentMismatch
+
+Feeds = Mapping[str, NDArray[Any]]
+
+# Its CPU kernel is several times slower than the Add and LayerNormalization that it replaces (onnxruntime 1.31).
+SLOW_FUSIONS = ("SkipLayerNormFusion",)
+
+
+def load_onnxruntime() -> ModuleType:
+    """Import onnxruntime, or say what to install."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EnvironmentMismatch(
+            "onnxruntime is not installed",
+            hint="pip install 'qexport[cpu]', or 'qexport[gpu]' on a machine with an NVIDIA GPU, never both",
+        ) from error
+    return onnxruntime  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """How to run.
+
+    Attributes:
+        threads: Threads inside one operator; 0 lets onnxruntime choose.
+        providers: Execution providers in order of preference.
+        optimize: Whether onnxruntime may rewrite the graph.
+        disabled: Its optimizers that stay off.
+    """
+
+    threads: int = 0
+    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    optimize: bool = True
+    disabled: tuple[str, ...] = SLOW_FUSIONS
+
+
+class Session:
+    """A loaded model; ``run`` may be called from several threads."""
+
+    def __init__(
+        self,
+        model: bytes | Path,
+        options: SessionOptions | None = None,
+        weights: Mapping[str, NDArray[Any]] | None = None,
+    ) -> None:
+        """Load ``model``; ``weights`` are initializers kept outside of it, shared without a copy."""
+        ort = load_onnxruntime()
+        chosen = options or SessionOptions()
+        settings = ort.SessionOptions()
+        settings.intra_op_num_threads = chosen.threads
+        settings.log_severity_level = 4
+        if not chosen.optimize:
+            settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        # onnxruntime reads these arrays for as long as the session lives
+        self._weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in (weights or {}).items()}
+        if self._weights:
+            settings.add_external_initializers(list(self._weights), list(self._weights.values()))
+        source = model if isinstance(model, bytes) else str(model)
+        try:
+            self._session = ort.InferenceSession(
+                source, settings, providers=list(chosen.providers), disabled_optimizers=list(chosen.disabled)
+            )
+        except Exception as error:  # noqa: BLE001  onnxruntime raises many unrelated classes here
+            raise BuildFailed(f"onnxruntime cannot load the model: {error}") from error
+        self.inputs = tuple(value.name for value in self._session.get_inputs())
+        self.outputs = tuple(value.name for value in self._session.get_outputs())
+
+    def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+        """Run once; returns the named outputs, all of them by default."""
+        names = list(outputs) if outputs is not None else list(self.outputs)
+        try:
+            arrays = self._session.run(names, {name: feeds[name] for name in self.inputs})
+        except KeyError as error:
+            raise DataInvalid(f"input {error.args[0]!r} is missing", hint=f"the model reads {self.inputs}") from error
+        except Exception as error:  # noqa: BLE001  as above
+            shapes = {name: array.shape for name, array in feeds.items()}
+            raise BuildFailed(f"onnxruntime failed on inputs of shape {shapes}: {error}") from error
+        return dict(zip(names, arrays, strict=True))
