@@ -1,0 +1,210 @@
+"""Publish a folder: stage it beside its final name, exchange both in one step, remove the old content."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from qexport.errors import UsageError
+from qexport.safe_io.reading import open_file
+from qexport.safe_io.translate import translated
+from qexport.safe_io.writing import Sink, beside, create, stem, sync_folder, to_json
+
+MANIFEST = "manifest.json"
+_LEFTOVER = re.compile(r"\.(?P<stem>.+)\.(?P<kind>stage|old)-[0-9a-f]{16}")
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+class Stage:
+    """A folder under construction.
+
+    Attributes:
+        path: The staging folder.
+        files: Name of each finished file to its bytes and digest.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files: dict[str, tuple[int, str]] = {}
+
+    @contextmanager
+    def create(self, name: str) -> Iterator[BinaryIO]:
+        """Open a new file for sequential writing; it is counted, digested and flushed to the disk at the end.
+
+        Raises:
+            UsageError: ``name`` is a path or was written before.
+            ResourceExhausted: No space.
+        """
+        if name in ("", ".", "..") or "/" in name or "\0" in name or name in self.files:
+            raise UsageError(f"{name!r} is not a new file name", where=str(self.path))
+        with translated(name):
+            fd = create(self.path / name)
+            try:
+                sink = Sink(fd)
+                yield sink  # type: ignore[misc]  # a RawIOBase has all that BinaryIO asks of a writer
+                self.files[name] = sink.finish()
+            finally:
+                os.close(fd)
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Add a file."""
+        with self.create(name) as file:
+            file.write(data)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Add a UTF-8 file."""
+        self.write_bytes(name, text.encode("utf-8"))
+
+    def write_json(self, name: str, value: object) -> None:
+        """Add an indented JSON file; ``ValueError`` for NaN and Inf."""
+        self.write_bytes(name, to_json(value))
+
+    def copy(self, source: str | os.PathLike[str], name: str) -> None:
+        """Add a copy of a regular file."""
+        with open_file(source) as original, self.create(name) as file:
+            shutil.copyfileobj(original, file, 1 << 20)
+
+
+@contextmanager
+def publish(directory: str | os.PathLike[str], *, inputs: Iterable[str | os.PathLike[str]] = ()) -> Iterator[Stage]:
+    """Stage a folder and put it in the place of ``directory`` in one step when the block ends well.
+
+    When the block raises, or the process dies, ``directory`` holds what it held before. Staging folders of processes
+    that died are removed the next time. Write ``manifest.json`` last; its ``files`` names what is ours to replace.
+
+    Args:
+        directory: The folder to make or to replace; its parents are made.
+        inputs: Files the work reads; none may lie in ``directory``.
+
+    Raises:
+        UsageError: ``directory`` is a file or a mount point, holds an input, or files that no build wrote.
+        ResourceExhausted: No space, no permission.
+    """
+    with translated(directory):
+        target = Path(os.path.realpath(directory))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        stage, lock = _open_stage(target)
+    try:
+        _demand_ours(target, inputs)
+        yield Stage(stage)
+        with translated(directory):
+            sync_folder(stage)
+            with _locked(target.parent):
+                _replace(stage, target)
+            sync_folder(target.parent)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)  # what failed, or the old content after the exchange
+        os.close(lock)
+
+
+def _demand_ours(target: Path, inputs: Iterable[str | os.PathLike[str]]) -> None:
+    where = str(target)
+    if target.exists() and not target.is_dir():
+        raise UsageError("the output is a file, a folder is needed", where=where)
+    if os.path.ismount(target):
+        raise UsageError("the output is a mount point", where=where, hint="choose a folder inside it")
+    for path in map(os.path.realpath, inputs):
+        if target == Path(path) or target in Path(path).parents:
+            raise UsageError(f"the output folder holds the input {path!r}", where=where, hint="choose another folder")
+    strangers = _strangers(target)
+    if strangers:
+        what = f"the output folder holds files that no build wrote: {', '.join(map(repr, strangers[:3]))}"
+        raise UsageError(what, where=where, hint="choose a new folder, or move them away")
+
+
+def _strangers(target: Path) -> list[str]:
+    """Names in ``target`` that its manifest does not claim; all of them when there is no readable manifest."""
+    names = set(os.listdir(target)) if target.exists() else set()
+    if MANIFEST not in names:
+        return sorted(names)
+    try:
+        claimed = json.loads((target / MANIFEST).read_bytes())["files"]
+        return sorted(names - {MANIFEST} - set(claimed))
+    except (OSError, ValueError, KeyError, TypeError):
+        return sorted(names)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of ``folder``; on a file system without locks, go on without it."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _open_stage(target: Path) -> tuple[Path, int]:
+    """Make and lock a staging folder; the lock tells the living from the dead and ends with the process."""
+    with _locked(target.parent):
+        with suppress(OSError):  # leftovers that cannot be removed do not stop the work
+            _collect(target)
+        stage = beside(target, "stage")
+        os.mkdir(stage)
+        lock = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return stage, lock
+
+
+def _collect(target: Path) -> None:
+    """Remove what dead processes left beside ``target``; put back a folder that was moved away and never replaced."""
+    for entry in sorted(target.parent.iterdir()):
+        match = _LEFTOVER.fullmatch(entry.name)
+        if match is None or match["stem"] != stem(target) or not entry.is_dir() or _alive(entry):
+            continue
+        if match["kind"] == "old" and not target.exists():
+            os.rename(entry, target)
+        else:
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _alive(stage: Path) -> bool:
+    fd = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def _replace(stage: Path, target: Path) -> None:
+    """Rename, or exchange with what is there; without the system call, two renames that the next run can repair."""
+    if not target.exists():
+        os.rename(stage, target)
+    elif not exchange(stage, target):
+        old = beside(target, "old")
+        os.rename(target, old)
+        try:
+            os.rename(stage, target)
+        except BaseException:
+            os.rename(old, target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two names atomically (Linux ``renameat2``); ``False`` where kernel, library or file system lack it."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    if call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), os.fspath(other))
