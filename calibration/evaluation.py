@@ -1,0 +1,50 @@
+"""Held-out data with the task its labels define."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qexport.calibration.data import FileDataset, open_source, survey
+from qexport.calibration.read_arrays import read_labels
+from qexport.calibration.read_text import PAIR, SCORE, TextSource, first_record, read_scores
+from qexport.calibration.spec import DataSpec, InputSpec, Source
+from qexport.calibration.tasks import Spearman, Task, Top1
+from qexport.errors import DataInvalid
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Samples and, where they carry labels, the task that judges the outputs for them, in their order."""
+
+    dataset: FileDataset
+    task: Task | None
+
+
+def open_evaluation(
+    path: str | Path, inputs: tuple[InputSpec, ...], spec: DataSpec, *, tokenizer: Path | None = None
+) -> Evaluation:
+    """Open evaluation data: every sample counts, equal ones too, and ``spec.max_samples`` does not.
+
+    Pairs with a score become all first sentences, then all second ones, with ``Spearman``; arrays or pixels with
+    ``labels`` have ``Top1``; everything else has no task. Arguments and errors are those of ``open_dataset``.
+    """
+    path = Path(path)
+    source = open_source(path, inputs, spec, tokenizer)
+    dataset = survey(source, path.name, distinct=False)
+    return Evaluation(dataset, _pair_task(source) if isinstance(source, TextSource) else _class_task(source, dataset))
+
+
+def _pair_task(source: TextSource) -> Task | None:
+    path = source.files[0]
+    if source.columns != PAIR or SCORE not in first_record(path):
+        return None
+    scores = read_scores(path)
+    if scores.min() == scores.max():
+        raise DataInvalid(f"all {len(scores)} scores are {scores[0]:g}, no rank can be told from them", where=str(path))
+    return Spearman(scores)
+
+
+def _class_task(source: Source, dataset: FileDataset) -> Task | None:
+    labels = getattr(source, "labels", None)
+    return None if labels is None else Top1(read_labels(labels, len(dataset), str(source.files[0])))
