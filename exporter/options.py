@@ -1,0 +1,51 @@
+"""What a caller may ask of a build, and how a build tells how far it is; light to import."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+Advance = Callable[..., None]
+"""Called as ``advance()`` or ``advance(n)`` when one or ``n`` units of a stage are done."""
+
+
+class Progress(Protocol):
+    """Hears which stage runs and how far it is; stages may nest."""
+
+    def stage(self, name: str, total: int | None = None) -> AbstractContextManager[Advance]:
+        """Enter a stage of ``total`` units, or of unknown length; yields ``advance``."""
+
+
+class Silent:
+    """The progress of the Python API: says nothing."""
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
+        """Enter a stage and keep quiet about it."""
+        yield _nothing
+
+
+def _nothing(n: int = 1) -> None:
+    """Advance nothing."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """The small choices of one build.
+
+    Attributes:
+        target: Backend that replaces the recipe's.
+        set: Overrides such as ``smooth.alpha=0.6``, applied in order.
+        max_drop: Gate: how many points of the task metric may be lost; replaces the recipe's.
+        output: Folder of the artefact; derived from the model's name when not given.
+        progress: Who hears about stages.
+    """
+
+    target: str | None = None
+    set: tuple[str, ...] = ()
+    max_drop: float | None = None
+    output: Path | None = None
+    progress: Progress = field(default_factory=Silent)

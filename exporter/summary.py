@@ -1,0 +1,106 @@
+"""The last words of a build: what was done, how good and how fast it is, where it is, what to do next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath
+
+from qexport.errors import printable
+from qexport.exporter.result import EngineInfo, Latency, Quality, Result, TaskScore
+
+MAX_LINES = 15
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def summary_lines(result: Result) -> list[str]:
+    """Return at most ``MAX_LINES`` lines of plain text, one fact each."""
+    facts = list(_facts(result))
+    last = ("next", f"qexport inspect {shlex.quote(str(PurePath(result.directory) / 'model.onnx'))}")
+    room = MAX_LINES - len(facts) - 1
+    lines = [*facts, *_warnings(result.warnings, room), last]
+    return [f"{label:<10} {' '.join(printable(text).split())}" for label, text in lines]
+
+
+def human_bytes(count: int) -> str:
+    """Write a number of bytes with three digits in decimal units."""
+    value, unit = float(count), 0
+    while value >= 999.5 and unit < len(_UNITS) - 1:
+        value, unit = value / 1000, unit + 1
+    return f"{count} B" if unit == 0 else f"{value:.3g} {_UNITS[unit]}"
+
+
+def counts(reasons: Mapping[str, int]) -> str:
+    """Write reasons with their counts, most frequent first."""
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
+
+
+def size_line(result: Result) -> str:
+    """Write both sizes and their ratio."""
+    before, after = human_bytes(result.bytes_before), human_bytes(result.bytes_after)
+    ratio = result.bytes_before / result.bytes_after if result.bytes_after else 0.0
+    return f"{before} -> {after} ({ratio:.1f}x smaller)" if ratio >= 1 else f"{before} -> {after} (LARGER)"
+
+
+def quality_line(quality: Quality) -> str:
+    """Write how close the result is to the float model."""
+    data = "held-out samples" if quality.held_out else "samples, some of them from calibration,"
+    return (
+        f"cosine mean {quality.cosine_mean:.4f}, worst {quality.cosine_worst:.4f} (sample {quality.worst_sample}), "
+        f"SQNR {quality.sqnr:.1f} dB on {quality.samples} {data} of {quality.data}"
+    )
+
+
+def task_line(task: TaskScore) -> str:
+    """Write the task metric before and after."""
+    unchanged = "" if task.unchanged is None else f", {task.unchanged:.1%} of predictions unchanged"
+    return f"{task.name} {task.reference:.2f} -> {task.result:.2f} (drop {task.drop:+.2f}{unchanged})"
+
+
+def latency_line(latency: Latency) -> str:
+    """Write the paired measurement; a result that is slower than float says so in capitals."""
+    verdict = "faster" if latency.speedup >= 1 else "SLOWER than float"
+    if latency.speedup_low < 1 < latency.speedup_high:
+        verdict = "no faster than float, within the noise"
+    shapes = ", ".join("x".join(map(str, shape)) for shape in latency.shapes.values())
+    note = f"; {latency.note}" if latency.note else ""
+    return (
+        f"{latency.reference_ms:.3g} ms -> {latency.result_ms:.3g} ms, {latency.speedup:.2f}x: {verdict} "
+        f"({latency.runtime}, {latency.threads} threads, {shapes}){note}"
+    )
+
+
+def engine_line(engine: EngineInfo) -> str:
+    """Write what was built, and whether it ran."""
+    ran = "ran here" if engine.ran else "not run here"
+    note = f"; {engine.note}" if engine.note else ""
+    return (
+        f"{engine.module} {engine.version}, {human_bytes(engine.bytes)}, {engine.layers} layers, "
+        f"built in {engine.seconds:.1f} s, {ran}{note}"
+    )
+
+
+def _facts(result: Result) -> Iterator[tuple[str, str]]:
+    recipe = result.recipe.get("name", "?")
+    yield "built", f"{result.source.path} with recipe {recipe} for {result.target} in {result.seconds:.1f} s"
+    yield "size", size_line(result)
+    yield "quantized", f"{result.quantized} nodes"
+    if result.skipped:
+        yield "skipped", f"{sum(result.skipped.values())} nodes: {counts(result.skipped)}"
+    yield "quality", quality_line(result.quality) if result.quality else "not measured: no data was given"
+    if result.quality and result.quality.task:
+        yield "task", task_line(result.quality.task)
+    if result.gates:
+        yield "gates", "passed: " + ", ".join(f"{name} {value:g}" for name, value in result.gates.items())
+    yield "latency", latency_line(result.latency) if result.latency else "not measured"
+    if result.engine:
+        yield "engine", engine_line(result.engine)
+    yield "files", f"{result.directory}: {', '.join(result.files)}"
+
+
+def _warnings(warnings: tuple[str, ...], room: int) -> Iterator[tuple[str, str]]:
+    shown = warnings if len(warnings) <= room else warnings[: room - 1]
+    for warning in shown:
+        yield "warning", warning
+    if len(shown) < len(warnings):
+        yield "warning", f"and {len(warnings) - len(shown)} more in report.md"

@@ -1,0 +1,115 @@
+"""The command line: parse, call, print. Subcommands are imported when they are named."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+
+import click
+
+from qexport import __version__
+from qexport.errors import QexportError, ResourceExhausted, UsageError, printable
+
+COMMANDS = ("build", "check", "inspect", "recipe", "doctor")
+"""Each is a module of this package with a click command of the same name."""
+
+INTERRUPTED = 130
+ERROR_SCHEMA = "qexport.error/1"
+
+
+class LazyGroup(click.Group):
+    """A group that knows the names of its commands and imports one when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of the help page."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return the command, or ``None`` when there is no such name."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = getattr(importlib.import_module(f"qexport.cli.{cmd_name}"), cmd_name)
+        return command
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def cli() -> None:
+    """Take a trained model to the smallest, fastest engine that is proven to be as good."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with its exit code."""
+    sys.exit(run(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line; return the exit code."""
+    _survive_encodings()
+    flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    try:
+        cli.main(arguments, prog_name="qexport", standalone_mode=False)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; nothing was published", err=True)
+        return INTERRUPTED
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return error.exit_code
+    except (click.ClickException, QexportError) as error:
+        if "--debug" in flags:
+            traceback.print_exc()
+        failure = _as_ours(error)
+        _report(failure, type(failure).__name__, as_json="--json" in flags)
+        return failure.exit_code
+    except Exception as error:  # noqa: BLE001 - the last line: whatever is left becomes one line and exit code 1
+        return _report_crash(error, flags)
+    return 0
+
+
+def _as_ours(error: click.ClickException | QexportError) -> QexportError:
+    if isinstance(error, QexportError):
+        return error
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else "qexport"
+    message = error.format_message().rstrip(".")
+    return UsageError(message[:1].lower() + message[1:], where=path, hint=f"see {path} --help")
+
+
+def _report_crash(error: Exception, flags: list[str]) -> int:
+    """Tell a failure that has no class of ours; running out of memory is not a bug."""
+    if "--debug" in flags:
+        traceback.print_exc()
+    if isinstance(error, MemoryError):
+        failure: QexportError = ResourceExhausted("out of memory", hint="fewer --calib samples, or a larger machine")
+    else:
+        what = f"a bug in qexport, nothing was published: {type(error).__name__}: {error}"
+        failure = QexportError(what, hint="run again with --debug and report what it prints")
+    _report(failure, type(error).__name__, as_json="--json" in flags)
+    return failure.exit_code
+
+
+def _report(failure: QexportError, name: str, *, as_json: bool) -> None:
+    """Tell a failure: one object on stdout, or one line and a hint on stderr."""
+    if as_json:
+        told = {"what": failure.what, "where": failure.where, "hint": failure.hint}
+        click.echo(json.dumps({"schema": ERROR_SCHEMA, "error": name, "exit_code": failure.exit_code, **told}))
+        return
+    place = f"{failure.where}: " if failure.where else ""
+    click.echo(f"error: {_one_line(place + failure.what)}", err=True)
+    if failure.hint:
+        click.echo(f"hint: {_one_line(failure.hint)}", err=True)
+
+
+def _one_line(text: str) -> str:
+    return printable("; ".join(part.strip() for part in text.splitlines() if part.strip()), limit=2000)
+
+
+def _survive_encodings() -> None:
+    """Print what the terminal's encoding lacks as escapes, whatever names a model or a file system holds."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

@@ -1,0 +1,67 @@
+"""``qexport build``: a model in, a folder with the result and its proof out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypedDict, Unpack
+
+import click
+
+from qexport.cli.common import make_console, print_json, shared_flags
+from qexport.errors import UsageError
+
+
+class Asked(TypedDict):
+    """The options of ``build`` as click hands them over."""
+
+    int8: bool
+    recipe: str | None
+    calib: str | None
+    evaluation: str | None
+    target: str | None
+    settings: tuple[str, ...]
+    max_drop: float | None
+    output: Path | None
+    as_json: bool
+
+
+@click.command()
+@click.argument("model", type=click.Path())
+@click.option("--int8", is_flag=True, help="The same as --recipe int8, which is what happens without either.")
+@click.option("--recipe", metavar="FILE", help="A recipe file, or the name of a shipped one (qexport recipe list).")
+@click.option("--calib", metavar="DATA", help="Calibration data: npz, npy, safetensors, jsonl, csv, folder of images.")
+@click.option("--eval", "evaluation", metavar="DATA", help="Held-out data, with labels where there is a task.")
+@click.option("--target", metavar="NAME", help="Backend: tensorrt-rtx, tensorrt, ort-cpu, ort-cuda.")
+@click.option("--set", "settings", multiple=True, metavar="STEP.OPTION=VALUE", help="Override one option; repeatable.")
+@click.option("--max-drop", type=float, metavar="POINTS", help="Fail when the task metric loses more than this.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the result.")
+@shared_flags
+def build(model: str, **asked: Unpack[Asked]) -> None:
+    """Make MODEL small and fast, with the proof.
+
+    MODEL is an .onnx file or a Hugging Face folder; it is never changed. The result is a folder with the model, the
+    engine where the target has one, a manifest, and a report that compares float and result.
+    """
+    if asked["int8"] and asked["recipe"] is not None:
+        raise UsageError("--int8 and --recipe exclude each other", hint="--int8 is --recipe int8")
+
+    from qexport.cli.progress import RichProgress
+    from qexport.exporter.build import build as run_build
+    from qexport.exporter.options import BuildOptions
+    from qexport.exporter.summary import summary_lines
+
+    options = BuildOptions(
+        target=asked["target"],
+        set=asked["settings"],
+        max_drop=asked["max_drop"],
+        output=asked["output"],
+        progress=RichProgress(),
+    )
+    recipe = asked["recipe"] or "int8"
+    result = run_build(model, recipe=recipe, calib=asked["calib"], eval=asked["evaluation"], options=options)
+    if asked["as_json"]:
+        print_json(result)
+        return
+    console = make_console()
+    for line in summary_lines(result):
+        console.print(line)

@@ -1,0 +1,32 @@
+"""``qexport check``: would this model be let in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from qexport.cli.common import make_console, print_json, shared_flags
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@shared_flags
+def check(model: Path, *, as_json: bool) -> None:
+    """Check whether MODEL would be let in.
+
+    MODEL is an .onnx file. Structure, sizes, external data and quantizers are checked; nothing is run.
+    """
+    from qexport.errors import printable
+    from qexport.exporter.inspect import inspect_model
+    from qexport.exporter.onnx_file import load_onnx
+
+    facts = inspect_model(load_onnx(model))
+    if as_json:
+        told = facts.model_dump(mode="json", include={"opsets", "nodes", "parameters", "quantized"})
+        print_json({"schema": "qexport.check/1", "ok": True, "path": str(model), **told})
+        return
+    opset = facts.opsets.get("", 0)
+    quantized = ", quantized" if facts.quantized else ""
+    line = f"ok: {model}: opset {opset}, {facts.nodes} nodes, {facts.parameters} parameters{quantized}"
+    make_console().print(printable(line))

@@ -1,0 +1,48 @@
+"""What every command shares: its two flags, its one object on stdout, its console."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from rich.console import Console
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def shared_flags(command: F) -> F:
+    """Add ``--json`` and ``--debug``, which ``main`` reads from the command line itself."""
+    command = click.option("--debug", is_flag=True, expose_value=False, help="Print the traceback of a failure.")(
+        command
+    )
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")(
+        command
+    )
+
+
+def print_json(value: BaseModel | dict[str, Any]) -> None:
+    """Print one object as one line of plain ASCII, so that any file name and any terminal will do."""
+    plain = value if isinstance(value, dict) else value.model_dump(mode="json", by_alias=True)
+    click.echo(json.dumps(_finite(plain), allow_nan=False))
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """Return a console that prints text as it is; rich minds NO_COLOR, TERM and whether it is a terminal."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def _finite(value: Any) -> Any:
+    """Replace NaN and infinities, which JSON lacks, by null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,426 @@
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+import qexport.cli
+from qexport.cli import build as build_module
+from qexport.cli import cli
+from qexport.cli.common import print_json
+from qexport.cli.progress import RichProgress
+from qexport.errors import GateFailed, QexportError
+
+HEAVY = ("numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "onnxslim", "pydantic", "tokenizers", "rich", "torch")
+
+FLAGS = {
+    "--int8": [],
+    "--recipe": ["float16"],
+    "--calib": ["calib.npz"],
+    "--eval": ["test.csv"],
+    "--target": ["ort-cpu"],
+    "--set": ["calibrate.samples=64"],
+    "--max-drop": ["0.5"],
+    "-o": ["build/out"],
+    "--json": [],
+    "--debug": [],
+}
+"""Every documented flag of ``build`` with a value."""
+
+
+def save_model(path: Path) -> Path:
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[n, 32] x) => (float[n, 32] y) { h = MatMul(x, w)
+        y = Relu(h) }"""
+    proto = onnx.parser.parse_model(text)
+    weight = np.random.default_rng(0).standard_normal((32, 32)).astype(np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+def run(*arguments: str | bytes, folder: Path | None = None, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "qexport", *arguments],
+        capture_output=True,
+        cwd=folder,
+        env={**os.environ, **environment},
+        timeout=120,
+        check=False,
+    )
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = qexport.cli.run(list(arguments))
+    told = capsys.readouterr()
+    return code, told.out, told.err
+
+
+def test_the_command_line_and_its_help_import_nothing_heavy() -> None:
+    script = (
+        "import sys, qexport.cli\n"
+        "for name in qexport.cli.COMMANDS: qexport.cli.cli.get_command(None, name)\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "[]"
+
+
+def test_help_lists_every_command() -> None:
+    told = CliRunner().invoke(cli, ["--help"])
+    assert told.exit_code == 0
+    for name in qexport.cli.COMMANDS:
+        assert f"\n  {name} " in told.output
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(capsys, "--version") == (0, f"qexport {qexport.__version__}\n", "")
+
+
+def test_the_documented_flags_are_the_flags_of_build() -> None:
+    known = {name for option in build_module.build.params for name in option.opts if name.startswith("-")}
+    assert known - {"--output"} == set(FLAGS)
+
+
+@pytest.mark.parametrize("pair", list(itertools.combinations(FLAGS, 2)), ids=" ".join)
+@pytest.mark.parametrize("model_first", [True, False])
+def test_every_pair_of_flags_parses(pair: Sequence[str], model_first: bool) -> None:
+    flags = [word for flag in pair for word in (flag, *FLAGS[flag])]
+    arguments = ["model.onnx", *flags] if model_first else [*flags, "model.onnx"]
+    context = build_module.build.make_context("build", arguments)
+    assert context.params["model"] == "model.onnx"
+    for flag in pair:
+        name = next(option.name for option in build_module.build.params if flag in option.opts)
+        assert context.get_parameter_source(name or "") == click.core.ParameterSource.COMMANDLINE
+
+
+def test_int8_and_a_recipe_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(capsys, "build", "m.onnx", "--int8", "--recipe", "int8")
+    assert (code, out) == (2, "")
+    assert err == "error: --int8 and --recipe exclude each other\nhint: --int8 is --recipe int8\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "Usage"),
+        (("biuld",), "no such command 'biuld'"),
+        (("build",), "missing argument 'MODEL'"),
+        (("build", "m.onnx", "--tagret", "x"), "no such option"),
+        (("build", "m.onnx", "--max-drop", "much"), "not a valid float"),
+        (("recipe", "show", "int9"), "no recipe called 'int9'"),
+        (("recipe", "show", "nowhere.toml"), "nowhere.toml"),
+        (("inspect", "nowhere.onnx"), "nowhere.onnx"),
+    ],
+)
+def test_a_wrong_command_line_is_exit_code_2(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str
+) -> None:
+    code, out, err = call(capsys, *arguments)
+    assert code == 2
+    assert words in err
+    assert out == ""
+
+
+def test_an_error_with_json_is_one_object_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(capsys, "recipe", "show", "int9", "--json")
+    assert (code, err) == (2, "")
+    told = json.loads(out)
+    assert told == {
+        "schema": "qexport.error/1",
+        "error": "UsageError",
+        "exit_code": 2,
+        "what": "no recipe called 'int9'",
+        "where": None,
+        "hint": told["hint"],
+    }
+    assert "int8" in told["hint"]
+
+
+def test_a_command_line_that_cannot_be_parsed_with_json_is_one_object_too(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "build", "--json", "--bogus")
+    assert (code, json.loads(out)["exit_code"]) == (2, 2)
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr("qexport.exporter.doctor.diagnose", fail)
+
+
+@pytest.mark.parametrize("error", QexportError.__subclasses__(), ids=lambda cls: cls.__name__)
+def test_every_error_class_leaves_with_its_exit_code(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: type[QexportError]
+) -> None:
+    failing(monkeypatch, error("it broke", where="node 'a'", hint="mend it"))
+    assert call(capsys, "doctor") == (error.exit_code, "", "error: node 'a': it broke\nhint: mend it\n")
+
+
+def test_an_unexpected_exception_is_a_bug_with_advice(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, ZeroDivisionError("by zero"))
+    code, out, err = call(capsys, "doctor")
+    assert (code, out) == (1, "")
+    assert "a bug in qexport" in err
+    assert "--debug" in err
+    assert "Traceback" not in err
+    code, _, err = call(capsys, "doctor", "--debug")
+    assert code == 1
+    assert "Traceback" in err
+    code, out, _ = call(capsys, "doctor", "--json")
+    assert json.loads(out)["error"] == "ZeroDivisionError"
+
+
+def test_running_out_of_memory_is_not_a_bug(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, MemoryError())
+    code, _, err = call(capsys, "doctor")
+    assert (code, "bug" in err) == (9, False)
+
+
+def test_an_interrupt_is_exit_code_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, KeyboardInterrupt())
+    assert call(capsys, "doctor")[0] == 130
+
+
+def test_names_of_a_model_cannot_forge_lines_or_colours(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, GateFailed("bad", where="x\nerror: forged\x1b[31m\u202e"))
+    _, _, err = call(capsys, "doctor")
+    assert err == "error: x; error: forged\\u001b[31m\\u202e: bad\n"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save_model(tmp_path / "model.onnx")
+
+
+def test_check_says_ok_with_the_facts_and_leaves_the_file_alone(
+    capsys: pytest.CaptureFixture[str], model: Path
+) -> None:
+    before = model.read_bytes()
+    code, out, err = call(capsys, "check", str(model))
+    assert (code, err) == (0, "")
+    assert out == f"ok: {model}: opset 21, 2 nodes, 1024 parameters\n"
+    assert model.read_bytes() == before
+
+
+def test_check_refuses_an_empty_file_with_exit_code_3(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "empty.onnx"
+    path.touch()
+    code, out, err = call(capsys, "check", str(path))
+    assert (code, out) == (3, "")
+    assert str(path) in err
+
+
+def test_inspect_shows_ports_operators_and_precision(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+    code, out, _ = call(capsys, "inspect", str(model), "--layers")
+    assert code == 0
+    for words in ("opset onnx 21", "[n, 32]", "MatMul", "Relu", "4.1 kB", "float32 x float32"):
+        assert words in out
+
+
+@pytest.mark.parametrize("command", ["check", "inspect", "doctor", "recipe list", "recipe show int8"])
+def test_json_is_one_object_on_stdout_and_nothing_else(model: Path, command: str) -> None:
+    names = [str(model)] if command in ("check", "inspect") else []
+    told = run(*command.split(), *names, "--json")
+    assert told.returncode == 0, told.stderr
+    assert isinstance(json.loads(told.stdout), dict)
+    assert told.stdout.count(b"\n") == 1
+    assert told.stderr == b""
+
+
+def test_json_replaces_what_json_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"a": [float("nan"), 1.5], "b": float("inf"), "c": "\udcff"})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, 1.5], "b": None, "c": "\udcff"}
+
+
+def test_recipe_show_prints_a_recipe_that_loads_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    _, out, _ = call(capsys, "recipe", "show", "int8", "--set", "export.target=ort-cpu")
+    path = tmp_path / "mine.toml"
+    path.write_text(out)
+    _, again, _ = call(capsys, "recipe", "show", str(path))
+    assert again == out
+    assert 'target = "ort-cpu"' in out
+
+
+def test_recipe_list_names_the_shipped_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = call(capsys, "recipe", "list")
+    assert [line.split()[0] for line in out.splitlines()] == ["float16", "float32", "int8"]
+
+
+POOR_TERMINALS = [
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    {"PYTHONIOENCODING": "ascii"},
+    {"PYTHONIOENCODING": "latin-1", "TERM": "dumb"},
+    {"NO_COLOR": "1", "COLUMNS": "20"},
+]
+
+
+NAMES = [b"caf\xc3\xa9.onnx", b"with space.onnx", b"x" * 250 + b".onnx", b"[bold]x.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [*((environment, b"\xff\xfe.onnx") for environment in POOR_TERMINALS), *((POOR_TERMINALS[0], n) for n in NAMES)],
+)
+def test_any_name_on_any_terminal_will_do(tmp_path: Path, environment: dict[str, str], name: bytes) -> None:
+    save_model(Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)))
+    for command in ("check", "inspect"):
+        told = run(command, name, folder=tmp_path, **environment)
+        assert (told.returncode, told.stderr) == (0, b"")
+        assert b"1024 parameters" in told.stdout
+        assert b"\x1b" not in told.stdout
+    told = run("check", name, "--json", folder=tmp_path, **environment)
+    assert json.loads(told.stdout)["ok"] is True
+    missing = run("check", b"no" + name[:200], folder=tmp_path, **environment)
+    assert missing.returncode == 2
+    assert missing.stderr.startswith(b"error: ")
+    assert b"Traceback" not in missing.stderr
+
+
+def test_a_home_that_cannot_be_written_is_no_trouble(tmp_path: Path, model: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    home.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    assert run("check", str(model), HOME=str(home)).returncode == 0
+    assert run("check", str(model), HOME=str(home / "missing")).returncode == 0
+    assert not list(home.iterdir())
+
+
+def test_a_reader_that_goes_away_is_no_crash() -> None:
+    script = f"{sys.executable} -m qexport recipe show int8 | head -c 1"
+    told = subprocess.run(["bash", "-c", script], capture_output=True, timeout=60, check=False)
+    assert b"Traceback" not in told.stderr
+    assert b"bug" not in told.stderr
+
+
+def progress_on(*, terminal: bool, term: str = "xterm") -> str:
+    stream = io.StringIO()
+    environment = {"TERM": term}
+    console = Console(file=stream, force_terminal=terminal, width=80, _environ=environment)
+    progress = RichProgress(console)
+    with progress.stage("calibrate", 3) as advance:
+        advance()
+        advance(2)
+        with progress.stage("[bold]histograms"):
+            pass
+    with progress.stage("engine") as advance:
+        advance()
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(("terminal", "term"), [(False, "xterm"), (True, "dumb")])
+def test_progress_is_one_plain_line_per_stage_where_there_is_no_terminal(terminal: bool, term: str) -> None:
+    lines = progress_on(terminal=terminal, term=term).splitlines()
+    assert [line.partition("] ")[2] for line in lines] == ["calibrate (3)", "[bold]histograms", "engine"]
+    assert all("\x1b" not in line for line in lines)
+
+
+def test_progress_draws_bars_on_a_terminal() -> None:
+    drawn = progress_on(terminal=True)
+    assert "calibrate" in drawn
+    assert "3/3" in drawn
+    assert "[bold]histograms" in drawn
+    assert drawn.rstrip("\r").endswith("\x1b[2K\x1b[?25h")
+
+
+def test_a_stage_that_fails_takes_its_bar_down() -> None:
+    stream = io.StringIO()
+    progress = RichProgress(Console(file=stream, force_terminal=True, width=80, _environ={"TERM": "xterm"}))
+    with pytest.raises(ZeroDivisionError), progress.stage("calibrate", 3):
+        raise ZeroDivisionError
+    before = stream.getvalue()
+    with progress.stage("again"):
+        pass
+    assert "calibrate" not in stream.getvalue()[len(before) :]
+
+
+# The commands below run the whole road.
+
+
+def build(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    pytest.importorskip("qexport.exporter.build")
+    return call(capsys, "build", *arguments)
+
+
+def samples(folder: Path, count: int = 16) -> Path:
+    path = folder / "samples.npz"
+    data = np.random.default_rng(1).standard_normal((count, 32)).astype(np.float32)
+    np.savez(path, x=data)
+    return path
+
+
+def test_int8_without_data_is_a_usage_error_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path
+) -> None:
+    code, out, err = build(capsys, str(model), "--int8", "-o", str(tmp_path / "out"))
+    assert (code, out) == (2, "")
+    assert "--calib" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("recipe", ["int8", "float16", "float32"])
+@pytest.mark.parametrize("target", ["ort-cpu", "ort-cuda"])
+def test_every_shipped_recipe_builds_a_tiny_model(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path, recipe: str, target: str
+) -> None:
+    before = model.read_bytes()
+    out = tmp_path / "out"
+    data = ["--calib", str(samples(tmp_path))] if recipe == "int8" else []
+    code, told, err = build(capsys, str(model), "--recipe", recipe, "--target", target, *data, "-o", str(out), "--json")
+    assert code == 0, err
+    result = json.loads(told)
+    assert result["schema"] == "qexport.result/1"
+    assert result["target"] == target
+    assert (result["quantized"] > 0) == (recipe == "int8")
+    assert {"model.onnx", "manifest.json", "result.json", "report.md"} <= {path.name for path in out.iterdir()}
+    assert model.read_bytes() == before
+
+
+def test_a_build_ends_with_a_short_summary_and_keeps_progress_off_stdout(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path
+) -> None:
+    out = tmp_path / "out"
+    code, told, err = build(
+        capsys, str(model), "--int8", "--calib", str(samples(tmp_path)), "--target", "ort-cpu", "-o", str(out)
+    )
+    assert code == 0, err
+    assert len(told.splitlines()) <= 15
+    assert told.splitlines()[-1].startswith("next")
+    assert " s] " in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("--set", "quantize.min_sqrn=18"), "did you mean 'min_sqnr'?"),
+        (("--target", "ort-cpuu"), "ort-cpu"),
+        (("--recipe", "int9"), "int8"),
+    ],
+)
+def test_a_misspelt_name_in_a_build_is_a_usage_error_with_a_hint(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path, arguments: tuple[str, ...], hint: str
+) -> None:
+    data = samples(tmp_path)
+    code, out, err = build(capsys, str(model), *arguments, "--calib", str(data), "-o", str(tmp_path / "out"))
+    assert (code, out) == (2, "")
+    assert hint in err
+    assert not (tmp_path / "out").exists()
