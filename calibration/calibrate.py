@@ -14,6 +14,7 @@ from qexport.calibration.collect import Statistics, collect
 from qexport.calibration.data import Dataset
 from qexport.calibration.layers import Layer, sqnr
 from qexport.calibration.methods import METHODS
+from qexport.calibration.store import Store
 from qexport.errors import UsageError
 from qexport.passes.base import Outcome, Pass
 from qexport.passes.placement import Plan, Site, plan
@@ -32,8 +33,9 @@ class Calibrate(Pass):
 
     data: Dataset | None = field(default=None, metadata={"bound": True})
     advance: Callable[[], None] = field(default=lambda: None, metadata={"bound": True})
+    store: Store = field(default=Store(), metadata={"bound": True})
     target: str = "tensorrt-rtx"
-    method: str = "minmax"
+    method: str = "mse"
     """minmax, percentile, entropy, mse or output-mse."""
     samples: int = 512
 
@@ -46,7 +48,8 @@ class Calibrate(Pass):
         target = find_target(self.target)
         found = plan(model, target)
         values = {value.name or "": value for site in found.sites for value in site.values}
-        statistics = collect(model, list(values), islice(self.data, self.samples), self.advance)
+        journal = self.store.entry(model, list(values), self.data.digest, self.samples)
+        statistics = collect(model, list(values), islice(self.data, self.samples), self.advance, journal)
         spans = self._ranges(found, statistics, target)
         modified = False
         for name, span in spans.items():

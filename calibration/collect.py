@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +19,9 @@ from qexport.calibration.excerpts import Excerpts
 from qexport.calibration.execute import open_model
 from qexport.calibration.histogram import Histogram
 from qexport.errors import DataInvalid
-from qexport.runtime.session import SessionOptions
+from qexport.runtime.session import Session, SessionOptions
+
+JOURNAL_EVERY = 128  # samples
 
 
 @dataclass(slots=True)
@@ -39,21 +42,44 @@ class Statistics:
         self.excerpts.merge(other.excerpts)
 
 
+class Journal(Protocol):
+    """Remembers statistics between runs."""
+
+    @property
+    def state(self) -> tuple[dict[str, Statistics], frozenset[bytes]] | None:
+        """What was remembered: statistics, and the digests of the samples in them."""
+
+    def write(self, statistics: Mapping[str, Statistics], seen: frozenset[bytes]) -> None:
+        """Remember."""
+
+
 def collect(
-    model: ir.Model, taps: Sequence[str], samples: Iterable[Sample], advance: Callable[[], None] = lambda: None
+    model: ir.Model,
+    taps: Sequence[str],
+    samples: Iterable[Sample],
+    advance: Callable[[], None] = lambda: None,
+    journal: Journal | None = None,
 ) -> dict[str, Statistics]:
     """Return the statistics of each tapped value over ``samples``.
 
-    Memory is the model, one sample's activations and the statistics: flat in the number of samples.
+    Memory is the model, one sample's activations and the statistics: flat in the number of samples. With a
+    ``journal``, samples that it has seen are not run again, and it is told every 128 samples and at the end.
     """
-    statistics = {name: Statistics() for name in taps}
-    if not taps:
-        return statistics
-    session = open_model(model, SessionOptions(), taps)
+    statistics, seen = (journal.state if journal else None) or ({name: Statistics() for name in taps}, frozenset())
+    done = set(seen)
+    session: Session | None = None
     for index, sample in enumerate(samples):
-        values = session.run({name: array[None] for name, array in sample.items()}, list(taps))
-        observe(statistics, sample_digest(sample), values, f"sample {index}")
+        digest = sample_digest(sample)
+        if digest not in done and taps:
+            session = session or open_model(model, SessionOptions(), taps)
+            values = session.run({name: array[None] for name, array in sample.items()}, list(taps))
+            observe(statistics, digest, values, f"sample {index}")
+            done.add(digest)
+            if journal and len(done) % JOURNAL_EVERY == 0:
+                journal.write(statistics, frozenset(done))
         advance()
+    if journal and done != seen:
+        journal.write(statistics, frozenset(done))
     return statistics
 
 

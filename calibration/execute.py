@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
@@ -20,16 +22,24 @@ def open_model(model: ir.Model, options: SessionOptions | None = None, taps: Seq
     The model is not changed. Weights are handed over by reference, so peak memory holds them once
     (plus what onnxruntime packs for itself).
     """
+    proto, weights = skeleton(model, taps)
+    return Session(proto.SerializeToString(), options, weights)
+
+
+def skeleton(model: ir.Model, taps: Sequence[str] = ()) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
+    """Take a model apart: the graph with its small constants, and its large weights by name, not copied."""
     work = model.clone()
     _add_outputs(work.graph, taps)
-    weights: dict[str, NDArray[np.generic]] = {}
+    weights: dict[str, NDArray[Any]] = {}
     for name, value in work.graph.initializers.items():
         tensor = value.const_value
         if tensor is None or tensor.nbytes < SHARED_FROM or tensor.dtype not in _SHAREABLE:
             continue
         weights[name] = np.ascontiguousarray(tensor.numpy())
-        value.const_value = ir.ExternalTensor("shared", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name)  # type: ignore[arg-type]
-    return Session(ir.to_proto(work).SerializeToString(), options, weights)
+        value.const_value = ir.ExternalTensor(
+            "shared", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(weights[name].shape), name=name
+        )
+    return ir.to_proto(work), weights
 
 
 def _add_outputs(graph: ir.Graph, taps: Sequence[str]) -> None:

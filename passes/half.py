@@ -92,42 +92,44 @@ class _Caster:
         self._halves: dict[ir.Value, ir.Value] = {}
 
     def run(self) -> None:
-        nodes = list(self.graph)
         made = {value for node in self.chosen for value in node.outputs if value.dtype == _F32}
-        for node in nodes:
-            for index, value in enumerate(node.inputs):
-                if value is None:
-                    continue
-                if node in self.chosen and value.dtype == _F32 and value not in made:
-                    node.replace_input_with(index, self._half(value, node))
-                elif node not in self.chosen and value in made:
-                    node.replace_input_with(index, self._cast(value, _F32))
-        for node in nodes:
-            if node in self.chosen:
-                _convert_attributes(node)
+        for node in list(self.graph):
+            self._convert_inputs(node, made)
+        for node in self.chosen:
+            _convert_attributes(node)
         for value in made:
             value.type = ir.TensorType(_F16)  # a new object: clones share the old one
         for index, value in enumerate(list(self.graph.outputs)):
             if value in made:
                 self._restore_output(index, value)
-        for name, value in list(self.graph.initializers.items()):
-            if value in self._halves and not value.uses() and not value.is_graph_output():
-                del self.graph.initializers[name]
+        for value in self._halves:
+            if value.name in self.graph.initializers and not value.uses() and not value.is_graph_output():
+                del self.graph.initializers[value.name]
 
-    def _half(self, value: ir.Value, reader: ir.Node) -> ir.Value:
+    def _convert_inputs(self, node: ir.Node, made: set[ir.Value]) -> None:
+        for index, value in enumerate(node.inputs):
+            if value is None:
+                continue
+            if node in self.chosen and value.dtype == _F32 and value not in made:
+                node.replace_input_with(index, self._half(value))
+            elif node not in self.chosen and value in made:
+                node.replace_input_with(index, self._cast(value, _F32))
+
+    def _half(self, value: ir.Value) -> ir.Value:
         """The float16 form of a float32 value that no chosen node makes."""
         tensor = value.const_value
         if tensor is None or value.producer() is not None:
-            return self._cast(value, _F16, before=reader)
+            return self._cast(value, _F16)
         if value not in self._halves:
             name = f"{value.name}/half"
-            half = ir.tensor(np.clip(tensor.numpy(), -LARGEST, LARGEST).astype(np.float16), name=name)
-            copy = ir.Value(name=name, type=ir.TensorType(_F16), shape=ir.Shape(half.shape), const_value=half)
+            half = np.clip(tensor.numpy(), -LARGEST, LARGEST).astype(np.float16)
+            copy = ir.Value(name=name, type=ir.TensorType(_F16), shape=ir.Shape(half.shape))
+            copy.const_value = ir.tensor(half, name=name)
             self.graph.register_initializer(copy)
             self._halves[value] = copy
         return self._halves[value]
 
-    def _cast(self, value: ir.Value, to: ir.DataType, before: ir.Node | None = None) -> ir.Value:
+    def _cast(self, value: ir.Value, to: ir.DataType) -> ir.Value:
         if (value, to) not in self._casts:
             node = ir.node("Cast", [value], {"to": to}, name=f"{value.name}/Cast_{to.name.lower()}")
             out = node.outputs[0]

@@ -108,7 +108,8 @@ def _reasons(node: ir.Node, target: Target) -> Iterator[str]:
 
 def _conv_reasons(node: ir.Node, kernel: ir.TensorProtocol, target: Target) -> Iterator[str]:
     group = node.attributes.get_int("group", 1)
-    channels = int(kernel.shape[0] if node.op_type == "ConvTranspose" else kernel.shape[1] * group)  # type: ignore[operator]
+    shape = kernel.numpy().shape
+    channels = shape[0] if node.op_type == "ConvTranspose" else shape[1] * group
     if group > 1 and group == channels:
         yield "depthwise convolution"
     if channels < target.min_channels and channels % 8:

@@ -142,7 +142,7 @@ class _Editor:
                 self._initializer(f"{value.name}/zero_point", np.zeros(scale.shape, np.int8)),
             ]
             dq = ir.node("DequantizeLinear", inputs, {"axis": axis}, name=f"{value.name}/DequantizeLinear")
-            _describe(dq.outputs[0], f"{value.name}/dequantized", tensor.dtype, ir.Shape(tensor.shape))
+            _describe(dq.outputs[0], f"{value.name}/dequantized", tensor.dtype, ir.Shape(integers.shape))
             self.graph.insert_before(self.graph[0], dq)
             self._weights[value, axis] = dq.outputs[0]
         return self._weights[value, axis]

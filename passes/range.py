@@ -50,7 +50,8 @@ def half_precision(scale: NDArray[np.floating] | float) -> NDArray[np.float32]:
     """Round scales up to values that float16 holds too, so that a half-precision graph computes with the same ones."""
     wanted = np.maximum(np.asarray(scale, np.float64), SMALLEST_SCALE)
     half = wanted.astype(np.float16)
-    return np.where(half < wanted, np.nextafter(half, np.float16(np.inf)), half).astype(np.float32)
+    raised: NDArray[np.float16] = np.where(half < wanted, np.nextafter(half, np.float16(np.inf)), half)
+    return raised.astype(np.float32)
 
 
 def integers_for(span: Range, dtype: Literal["int8", "uint8"]) -> Integers:

@@ -73,7 +73,7 @@ class Session:
             self._session = ort.InferenceSession(
                 source, settings, providers=list(chosen.providers), disabled_optimizers=list(chosen.disabled)
             )
-        except Exception as error:  # noqa: BLE001  onnxruntime raises many unrelated classes here
+        except Exception as error:
             raise BuildFailed(f"onnxruntime cannot load the model: {error}") from error
         self.inputs = tuple(value.name for value in self._session.get_inputs())
         self.outputs = tuple(value.name for value in self._session.get_outputs())
@@ -85,7 +85,7 @@ class Session:
             arrays = self._session.run(names, {name: feeds[name] for name in self.inputs})
         except KeyError as error:
             raise DataInvalid(f"input {error.args[0]!r} is missing", hint=f"the model reads {self.inputs}") from error
-        except Exception as error:  # noqa: BLE001  as above
+        except Exception as error:
             shapes = {name: array.shape for name, array in feeds.items()}
             raise BuildFailed(f"onnxruntime failed on inputs of shape {shapes}: {error}") from error
         return dict(zip(names, arrays, strict=True))

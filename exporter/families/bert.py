@@ -1,8 +1,8 @@
 """BERT encoders (Devlin et al. 2018) from config.json and safetensors, without torch.
 
-Inputs ``input_ids``, ``attention_mask``, ``token_type_ids``: int64 [batch, sequence]. Outputs
-``last_hidden_state`` float32 [batch, sequence, hidden] and ``sentence_embedding`` float32 [batch, hidden], the mean over
-unmasked positions scaled to length one (Reimers & Gurevych 2019).
+Inputs ``input_ids``, ``attention_mask``, ``token_type_ids``: int64 [batch, sequence]. Outputs ``last_hidden_state``
+float32 [batch, sequence, hidden] and ``sentence_embedding`` float32 [batch, hidden], the mean over unmasked positions
+scaled to length one (Reimers & Gurevych 2019).
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def _attention(
     self_scope = f"{scope}.self"
 
     def project(part: str, order: list[int]) -> ir.Value:
-        flat = g.linear(f"{self_scope}.{part}", hidden, weights)
-        return g.op(f"{self_scope}.{part}", "Transpose", g.op(f"{self_scope}.{part}", "Reshape", flat, split), perm=order)
+        wide = g.op(f"{self_scope}.{part}", "Reshape", g.linear(f"{self_scope}.{part}", hidden, weights), split)
+        return g.op(f"{self_scope}.{part}", "Transpose", wide, perm=order)
 
     query, key, value = project("query", [0, 2, 1, 3]), project("key", [0, 2, 3, 1]), project("value", [0, 2, 1, 3])
     scores = g.op(

@@ -23,7 +23,7 @@ def open_weights(path: Path) -> Weights:
         file = safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
         raise ModelInvalid(f"not a safetensors file: {error}", where=str(path)) from error
-    names = set(file.keys())
+    names: set[str] = set(file.keys())  # type: ignore[no-untyped-call]  # safetensors has no types
 
     def read(name: str) -> NDArray[Any]:
         if name not in names:
@@ -32,7 +32,7 @@ def open_weights(path: Path) -> Weights:
                 where=str(path),
                 hint=f"the file holds {len(names)} tensors, such as {sorted(names)[0]!r}",
             )
-        return np.asarray(file.get_tensor(name))
+        return np.asarray(file.get_tensor(name))  # type: ignore[no-untyped-call]  # as above
 
     return read
 

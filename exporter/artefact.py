@@ -1,0 +1,161 @@
+"""The artefact folder: what lies in it, and the receipt that vouches for it."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import qexport
+from qexport.exporter.engine import Engine
+from qexport.exporter.load import Source
+from qexport.exporter.recipe import Recipe
+from qexport.exporter.report import report_markdown
+from qexport.exporter.result import DecisionInfo, FileInfo, Latency, Quality, Result, StepInfo
+from qexport.exporter.samples import Samples
+from qexport.safe_io import Stage
+
+if TYPE_CHECKING:
+    from qexport.exporter.build import Product
+
+MODEL = "model.onnx"
+MANIFEST, RESULT, REPORT = "manifest.json", "result.json", "report.md"
+RESULT_SCHEMA: Literal["qexport.result/1"] = "qexport.result/1"
+MANIFEST_SCHEMA = "qexport.manifest/1"
+TOOLS = (
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxslim",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "numpy",
+    "tensorrt",
+    "tensorrt-rtx",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a build did, before it is known how good and how large the result is."""
+
+    recipe: Recipe
+    steps: tuple[StepInfo, ...]
+    quantized: int
+    skipped: dict[str, int]
+    calibration: str | None
+    warnings: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """How good, how fast and how large the result is."""
+
+    quality: Quality | None
+    latency: Latency | None
+    engine: Engine | None
+
+
+def summarize(recipe: Recipe, product: Product, samples: Samples, seconds: float) -> Facts:
+    """Turn pass records into the report's values."""
+    steps = tuple(
+        StepInfo(
+            name=step.name,
+            modified=step.modified,
+            seconds=step.seconds,
+            nodes=step.nodes,
+            proof=proof,
+            decisions=tuple(
+                DecisionInfo(node=d.node, op=d.op, action=d.action, reason=d.reason) for d in step.decisions
+            ),
+        )
+        for step, proof in zip(product.steps, product.proofs, strict=True)
+    )
+    decisions = [d for step in steps if step.name == "quantize" for d in step.decisions]
+    return Facts(
+        recipe=recipe,
+        steps=steps,
+        quantized=sum(d.action == "quantized" for d in decisions),
+        skipped=dict(Counter(d.reason for d in decisions if d.action == "skipped").most_common()),
+        calibration=None if samples.calibration is None else samples.calibration.digest,
+        warnings=samples.warnings,
+        seconds=seconds,
+    )
+
+
+def write_artefact(stage: Stage, output: Path, source: Source, facts: Facts, evidence: Evidence) -> Result:
+    """Write everything but the model and the plan, which are in the stage already; the manifest comes last."""
+    quality, latency, engine = evidence.quality, evidence.latency, evidence.engine
+    for companion in source.companions:
+        stage.copy(companion, companion.name)
+    result = Result(
+        schema=RESULT_SCHEMA,
+        version=qexport.__version__,
+        directory=str(output),
+        target=facts.recipe.export.target,
+        source=source.info,
+        recipe=facts.recipe.as_dict(),
+        files=_files(stage),
+        steps=facts.steps,
+        quantized=facts.quantized,
+        skipped=facts.skipped,
+        bytes_before=source.info.bytes,
+        bytes_after=sum(size for name, (size, _) in stage.files.items() if name.startswith(MODEL)),
+        quality=quality,
+        latency=latency,
+        engine=None if engine is None else engine.info,
+        gates={k: v for k, v in facts.recipe.gates.model_dump().items() if v is not None},
+        warnings=(*facts.warnings, *_late_warnings(quality, latency)),
+        seconds=facts.seconds,
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+    stage.write_text(RESULT, result.model_dump_json(by_alias=True, indent=2) + "\n")
+    stage.write_text(REPORT, report_markdown(result))
+    stage.write_json(MANIFEST, _manifest(stage, result, facts))
+    return result
+
+
+def _manifest(stage: Stage, result: Result, facts: Facts) -> dict[str, Any]:
+    """Receipt: what went in, by which tools, what came out."""
+    return {
+        "schema": MANIFEST_SCHEMA,
+        "version": result.version,
+        "target": result.target,
+        "source": result.source.model_dump(),
+        "calibration": facts.calibration,
+        "recipe": result.recipe,
+        "decisions": [d.model_dump() for step in facts.steps for d in step.decisions],
+        "engine": None if result.engine is None else result.engine.model_dump(mode="json"),
+        "tools": tool_versions(),
+        "files": {name: info.model_dump() for name, info in _files(stage).items()},
+    }
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of what shapes the result, the interpreter and the platform included."""
+    found = {"python": platform.python_version(), "platform": f"{sys.platform} {platform.machine()}"}
+    for name in TOOLS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _files(stage: Stage) -> dict[str, FileInfo]:
+    return {name: FileInfo(bytes=size, digest=digest) for name, (size, digest) in sorted(stage.files.items())}
+
+
+def _late_warnings(quality: Quality | None, latency: Latency | None) -> list[str]:
+    found = []
+    if latency is not None and latency.note:
+        found.append(f"{latency.runtime}: {latency.speedup:.2f}x the speed of float; {latency.note}")
+    if quality is not None and quality.cosine_worst < 0.9:
+        found.append(f"sample {quality.worst_sample} has a cosine of {quality.cosine_worst:.3f} to the float model")
+    return found

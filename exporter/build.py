@@ -1,0 +1,187 @@
+"""The main road: load, run the recipe, verify, build the engine, publish."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from qexport.exporter.onnx_file import save_onnx
+
+from qexport.errors import GateFailed, UsageError
+from qexport.exporter.artefact import MODEL, Evidence, summarize, write_artefact
+from qexport.exporter.engine import PLAN, Engine, EngineOptions, build_engine, load_module, run_support
+from qexport.exporter.equality import EqualityProof
+from qexport.exporter.latency import measure
+from qexport.exporter.load import Source, load_source
+from qexport.exporter.options import BuildOptions, Progress
+from qexport.exporter.profiles import Profile, check_profile, derive_profile
+from qexport.exporter.quality import compare, layer_quality
+from qexport.exporter.recipe import GatesSpec, Recipe, instantiate, load_recipe, override
+from qexport.exporter.result import Latency, Quality, Result
+from qexport.exporter.samples import Samples, open_samples
+from qexport.passes.pipeline import Step, run
+from qexport.passes.target import Target, find_target
+from qexport.safe_io import Stage, publish
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """What the recipe made of a model.
+
+    Attributes:
+        model: The result.
+        steps: One record per pass.
+        proofs: Per pass, the worst relative error against the step before, where it had to be equal.
+        plain: The model before the first pass that changes numbers.
+    """
+
+    model: ir.Model
+    steps: tuple[Step, ...]
+    proofs: tuple[float | None, ...]
+    plain: ir.Model
+
+
+def build(
+    model: str | Path,
+    *,
+    recipe: str | Path | Recipe = "int8",
+    calib: str | Path | None = None,
+    eval: str | Path | None = None,
+    options: BuildOptions | None = None,
+) -> Result:
+    """Build an artefact folder from a model.
+
+    Args:
+        model: An .onnx file or a Hugging Face folder; it is never changed.
+        recipe: Name of a shipped recipe, path of a TOML file, or a loaded one.
+        calib: Calibration data; recipes that quantize need it.
+        eval: Held-out data to judge by; with labels it gives a task metric.
+        options: Target, overrides, gates, output folder, progress.
+
+    Returns:
+        Everything that was found out; the same object is ``result.json`` in the folder.
+
+    Raises:
+        QexportError: One subclass per exit code; nothing is published and an earlier artefact stays as it was.
+    """
+    started = time.perf_counter()
+    asked = options or BuildOptions()
+    chosen = choose_recipe(recipe, asked)
+    target = find_target(chosen.export.target)
+    output = asked.output or Path(f"{Path(model).resolve().stem}-{chosen.name}")
+    stages = asked.progress
+    with publish(output, inputs=[path for path in (model, calib, eval) if path is not None]) as stage:
+        with stages.stage("load"):
+            source = load_source(model)
+            _refuse_quantized(source, chosen)
+            samples = open_samples(source, chosen, calib, eval)
+        product = run_recipe(source, chosen, samples, stages)
+        quality, latency = verify(source, product, samples, target, stages)
+        check_gates(quality, chosen.gates)
+        with stages.stage("write"):
+            save_onnx(product.model, stage, MODEL)
+        engine = build_plan(product.model, chosen, samples, stage, stages)
+        facts = summarize(chosen, product, samples, time.perf_counter() - started)
+        return write_artefact(stage, output, source, facts, Evidence(quality, latency, engine))
+
+
+def choose_recipe(recipe: str | Path | Recipe, asked: BuildOptions) -> Recipe:
+    """Load the recipe and apply what the caller asked for on top."""
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    settings = list(asked.set)
+    if asked.target is not None:
+        settings.append(f"export.target={asked.target}")
+    if asked.max_drop is not None:
+        settings.append(f"gates.max_drop={asked.max_drop}")
+    return override(chosen, settings)
+
+
+def run_recipe(source: Source, recipe: Recipe, samples: Samples, stages: Progress) -> Product:
+    """Run the passes over a clone, each exact one followed by its proof of equality."""
+    proof = EqualityProof(samples.proof)
+    total = None if samples.calibration is None else len(samples.calibration)
+    with stages.stage("recipe", total) as advance:
+        steps = instantiate(recipe, {"data": samples.calibration, "advance": advance})
+        model, records = run(source.model, steps, [proof])
+    return Product(model, tuple(records), tuple(proof.errors), proof.before_inexact or model)
+
+
+def verify(
+    source: Source, product: Product, samples: Samples, target: Target, stages: Progress
+) -> tuple[Quality | None, Latency | None]:
+    """Judge the result against the model as it came: outputs, task, layers, paired latency."""
+    judge = samples.judge
+    if judge is None:
+        return None, None
+    with stages.stage("verify", len(judge.data)) as advance:
+        quality = compare(source.model, product.model, judge, advance)
+        changed = [d.node for step in product.steps for d in step.decisions if d.action == "quantized"]
+        layers = layer_quality(product.plain, product.model, changed, judge.data)
+    with stages.stage("latency"):
+        latency = measure(source.model, product.model, judge.typical_batch(), target)
+    return quality.model_copy(update={"layers": layers}), latency
+
+
+def check_gates(quality: Quality | None, gates: GatesSpec) -> None:
+    """Raise ``GateFailed`` when the result is worse than the recipe allows, or cannot be judged."""
+    task = None if quality is None else quality.task
+    checks: list[tuple[str, float | None, float | None]] = [
+        ("max_drop", gates.max_drop, None if task is None else -task.drop),
+        ("min_cosine", gates.min_cosine, None if quality is None else quality.cosine_mean),
+        ("min_worst_cosine", gates.min_worst_cosine, None if quality is None else quality.cosine_worst),
+    ]
+    for name, limit, found in checks:
+        if limit is None:
+            continue
+        if found is None:
+            raise UsageError(f"gate {name} cannot be judged", hint="give labelled data with --eval")
+        floor = -limit if name == "max_drop" else limit
+        if not found >= floor:
+            shown = -found if name == "max_drop" else found
+            raise GateFailed(
+                f"measured {shown:.4g}, allowed {limit:.4g}",
+                where=f"gate {name}",
+                hint="nothing was published; try quantize.min_sqnr, another method, or a wider gate",
+            )
+
+
+def build_plan(model: ir.Model, recipe: Recipe, samples: Samples, stage: Stage, stages: Progress) -> Engine | None:
+    """Build the engine for targets that have one, from the file that was just written."""
+    target = find_target(recipe.export.target)
+    if target.engine is None or not recipe.export.engine:
+        return None
+    module = load_module(target.engine)
+    profile = _profile(model, recipe, samples)
+    options = EngineOptions(profiles=(profile,), compute_capabilities=recipe.export.compute_capabilities)
+    with stages.stage("engine"):
+        engine = build_engine(stage.path / MODEL, module, options)
+        stage.write_bytes(PLAN, engine.plan)
+    reason = run_support(module)
+    return engine if reason is None else Engine(engine.plan, engine.info.model_copy(update={"note": reason}))
+
+
+def _profile(model: ir.Model, recipe: Recipe, samples: Samples) -> Profile:
+    if recipe.export.profiles is not None:
+        return check_profile(model.graph.inputs, recipe.export.profiles)
+    known = samples.calibration or (samples.judge.data if samples.judge else ())
+    shapes = ({name: array.shape for name, array in sample.items()} for sample in known)
+    limit = recipe.data.max_length if any(value.name == "input_ids" for value in model.graph.inputs) else None
+    return derive_profile(model.graph.inputs, shapes, limit=limit, max_batch=recipe.export.max_batch)
+
+
+def _refuse_quantized(source: Source, recipe: Recipe) -> None:
+    """A model that is quantized already is not quantized again."""
+    if not any(step.pass_ == "quantize" and step.enabled for step in recipe.step):
+        return
+    found: list[Any] = [
+        node.name for node in source.model.graph.all_nodes() if node.op_type in ("QuantizeLinear", "DequantizeLinear")
+    ]
+    if found:
+        raise UsageError(
+            f"the model is quantized already: {len(found)} Q/DQ nodes, such as {found[0]!r}",
+            where=str(source.path),
+            hint="give the float model, or use the recipe float32 to clean this one up",
+        )

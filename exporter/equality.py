@@ -1,0 +1,79 @@
+"""Proof that exact passes changed nothing: the model runs before and after each of them on real samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qexport.calibration.execute import open_model
+from qexport.errors import BuildFailed
+from qexport.passes.base import Pass
+from qexport.passes.pipeline import Step
+
+TOLERANCE = 1e-5  # relative L2 distance of an output; float32 rounding of a deep model stays a decade below
+Outputs = list[dict[str, NDArray[np.generic]]]  # per feed, output name to array
+
+
+@dataclass(slots=True)
+class EqualityProof:
+    """A pipeline observer that compares outputs across every exact pass that changed the model.
+
+    Attributes:
+        feeds: Real inputs, batch axis first.
+        errors: Step index to the worst relative error over all outputs and feeds.
+        before_inexact: The model as it was before the first pass that changes numbers on purpose.
+    """
+
+    feeds: Sequence[Mapping[str, NDArray[np.generic]]]
+    errors: list[float | None] = field(default_factory=list)
+    before_inexact: ir.Model | None = None
+    _outputs: Outputs | None = None
+    _exact: bool = True
+
+    def before(self, name: str, step: Pass, model: ir.Model) -> None:
+        """Note what the model computes now, unless it is known from the step before."""
+        self._exact = step.exact
+        if not step.exact and self.before_inexact is None:
+            self.before_inexact = model.clone()
+        if step.exact and self._outputs is None:
+            self._outputs = self._run(model)
+
+    def after(self, step: Step, model: ir.Model) -> None:
+        """Compare; raise ``BuildFailed`` when an exact pass changed a number by more than rounding."""
+        error: float | None = None
+        if not self._exact:
+            self._outputs = self._outputs if not step.modified else None
+        elif step.modified and self._outputs is not None:
+            outputs = self._run(model)
+            error = max((distance(a, b) for a, b in zip(self._outputs, outputs, strict=True)), default=0.0)
+            self._outputs = outputs
+        self.errors.append(error)
+        if error is not None and not error <= TOLERANCE:
+            raise BuildFailed(
+                f"the pass changed the outputs by {error:.1e} relative, allowed {TOLERANCE:.0e}",
+                where=f"step {len(self.errors)} ({step.name})",
+                hint="leave the step out in a recipe, and report the model",
+            )
+
+    def _run(self, model: ir.Model) -> Outputs:
+        session = open_model(model)
+        return [session.run(feed) for feed in self.feeds]
+
+
+def distance(one: Mapping[str, NDArray[np.generic]], other: Mapping[str, NDArray[np.generic]]) -> float:
+    """Largest relative L2 distance over outputs of the same name; NaN in the same places is equal."""
+    worst = 0.0
+    for name, a in one.items():
+        x, y = np.asarray(a, np.float64), np.asarray(other[name], np.float64)
+        if x.shape != y.shape:
+            return float("inf")
+        same = (x == y) | (np.isnan(x) & np.isnan(y))
+        gap = float(np.linalg.norm(np.where(same, 0.0, x - y)))
+        size = float(np.linalg.norm(np.where(np.isfinite(x), x, 0.0)))
+        if gap > 0:
+            worst = max(worst, gap / max(size, 1e-30)) if np.isfinite(gap) else float("inf")
+    return worst
