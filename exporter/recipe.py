@@ -191,8 +191,7 @@ def instantiate(recipe: Recipe, context: Mapping[str, object], table: Table = PA
     Raises:
         UsageError: A step does not fit its pass, or a bound option that it must have is not in ``context``.
     """
-    target = find_target(recipe.export.target)
-    derived: dict[str, object] = {"target": target.name, "opset": recipe.export.opset or target.opset}
+    derived = derived_options(recipe)
     steps = []
     for number, step in enumerate(recipe.step, 1):
         if not step.enabled:
@@ -209,6 +208,12 @@ def instantiate(recipe: Recipe, context: Mapping[str, object], table: Table = PA
                 raise UsageError(f"option {name!r} has no value", where=where, hint=_NEEDS.get(name, "set it"))
         steps.append((step.pass_, _construct(cls, values, where)))
     return steps
+
+
+def derived_options(recipe: Recipe) -> dict[str, object]:
+    """Return what the steps' options of these names are where a step leaves them unset."""
+    target = find_target(recipe.export.target)
+    return {"target": target.name, "opset": recipe.export.opset or target.opset}
 
 
 def needs(recipe: Recipe, name: str, table: Table = PASSES) -> bool:

@@ -24,7 +24,7 @@ _HOMES = {
     "cleanup": "qexport.passes.cleanup:Cleanup",
     "raise-opset": "qexport.passes.raise_opset:RaiseOpset",
     "fuse-layer-norm": "qexport.passes.fuse_layer_norm:FuseLayerNorm",
-    "fuse-rms-norm": "qexport.passes.fuse_rms_norm:FuseRmsNorm",
+    "fuse-rms-norm": "qexport.passes.fuse_rms_norm:FuseRMSNorm",
     "fuse-gelu": "qexport.passes.fuse_gelu:FuseGelu",
     "fuse-attention": "qexport.passes.fuse_attention:FuseAttention",
     "fold-batch-norm": "qexport.passes.fold_batch_norm:FoldBatchNorm",

@@ -349,6 +349,7 @@ def test_the_annotated_text_says_what_a_step_is_for_and_could_be_told(tmp_path: 
     shown = annotated(load_recipe(write(tmp_path, '[[step]]\npass = "smooth"\nalpha = 0.5\n'), TABLE), TABLE)
     assert "# 1. Smooth outliers." in shown
     assert '# mode = "mean"' in shown
+    assert '# target = "tensorrt-rtx"' in shown
     assert "# alpha" not in shown
 
 

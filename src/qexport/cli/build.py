@@ -34,7 +34,13 @@ class Asked(TypedDict):
 @click.option("--target", metavar="NAME", help="Backend: tensorrt-rtx, tensorrt, ort-cpu, ort-cuda.")
 @click.option("--set", "settings", multiple=True, metavar="STEP.OPTION=VALUE", help="Override one option; repeatable.")
 @click.option("--max-drop", type=float, metavar="POINTS", help="Fail when the task metric loses more than this.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder of the result.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of the result; MODEL-RECIPE here when not given.",
+)
 @shared_flags
 def build(model: str, **asked: Unpack[Asked]) -> None:
     """Make MODEL small and fast, with the proof.

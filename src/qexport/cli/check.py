@@ -15,13 +15,14 @@ from qexport.cli.common import make_console, print_json, shared_flags
 def check(model: Path, *, as_json: bool) -> None:
     """Check whether MODEL would be let in.
 
-    MODEL is an .onnx file. Structure, sizes, external data and quantizers are checked; nothing is run.
+    MODEL is an .onnx file or a Hugging Face folder. Structure, sizes, external data and quantizers are checked;
+    nothing is run.
     """
     from qexport.errors import printable
     from qexport.exporter.inspect import inspect_model
-    from qexport.exporter.onnx_file import load_onnx
+    from qexport.exporter.load import load_model
 
-    facts = inspect_model(load_onnx(model))
+    facts = inspect_model(load_model(model))
     if as_json:
         told = facts.model_dump(mode="json", include={"opsets", "nodes", "parameters", "quantized"})
         print_json({"schema": "qexport.check/1", "ok": True, "path": str(model), **told})

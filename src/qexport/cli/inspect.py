@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 def inspect(model: Path, *, layers: bool, as_json: bool) -> None:
     """Summarize what MODEL is made of.
 
-    MODEL is an .onnx file. Shows inputs and outputs, operators, parameters, and in which precision its layers multiply.
+    MODEL is an .onnx file or a Hugging Face folder. Shows inputs and outputs, operators, parameters, and in which
+    precision its layers multiply.
     """
     from qexport.exporter.inspect import inspect_model
-    from qexport.exporter.onnx_file import load_onnx
+    from qexport.exporter.load import load_model
     from qexport.exporter.summary import human_bytes
 
-    found = inspect_model(load_onnx(model))
+    found = inspect_model(load_model(model))
     if as_json:
         print_json({"schema": "qexport.inspect/1", **found.model_dump(mode="json")})
         return
