@@ -1,0 +1,168 @@
+"""Fold what is constant and drop what computes nothing, with the libraries' own passes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from qexport.passes import match
+from qexport.passes.base import Decision, Outcome, Pass
+
+ROUNDS = 16
+"""Rounds until nothing changes; real models need two or three."""
+
+BOUNDED = ("Compress", "NonZero", "Unique")
+"""Operators whose output size is unknown before they run, yet never far above the input's."""
+
+RULES = (
+    "mul_by_1",
+    "div_by_1",
+    "add_0",
+    "sub_0",
+    "no_op_cast",
+    "no_op_expand",
+    "no_op_transpose",
+    "transpose_transpose",
+    "unsqueeze_unsqueeze",
+    "squeeze_reshape_1d",
+    "collapse_slice",
+)
+"""onnxscript's rewrite rules that are used."""
+
+
+@dataclass(frozen=True)
+class Cleanup(Pass):
+    """Inline functions, infer shapes, fold constants, remove no-ops, duplicates and unused nodes.
+
+    Names and order of the model's inputs and outputs stay. Nothing larger than ``size_limit`` is ever computed, so a
+    few bytes that would expand to terabytes stay a few bytes.
+
+    Args:
+        size_limit: Largest number of elements that a folded constant may have.
+        slim: Also run onnxslim, which knows more patterns. It works on a copy of the whole model in memory, and it is
+            kept from models that hold something too large to fold.
+    """
+
+    size_limit: int = 1 << 18
+    slim: bool = False
+
+    def call(self, model: ir.Model) -> Outcome:
+        """Repeat until nothing changes."""
+        before = sum(1 for _ in model.graph.all_nodes())
+        modified, decisions = self._settle(model), []
+        if self.slim:
+            reason = _bomb(model, self.size_limit) or _slim(model)
+            if reason is None:
+                modified = self._settle(model) or True
+            else:
+                decisions.append(Decision(model.graph.name or "", "Graph", "skipped", reason))
+        after = sum(1 for _ in model.graph.all_nodes())
+        if after < before:
+            decisions.append(Decision(model.graph.name or "", "Graph", "folded", f"{before} nodes to {after}"))
+        return Outcome(model, modified, tuple(decisions))
+
+    def _settle(self, model: ir.Model) -> bool:
+        return sum(result.modified for result in _rounds(model, self.size_limit)) > 0
+
+
+def _rounds(model: ir.Model, size_limit: int) -> Iterator[ir.passes.PassResult]:
+    """Yield the result of every step of every round; the last round changed nothing."""
+    import onnx_ir.passes.common as common
+    from onnxscript import optimizer
+    from onnxscript.rewriter import RewritePass
+    from onnxscript.rewriter.rules import common as rules
+
+    def foldable(node: ir.Node) -> bool | None:
+        return None if node.op_type in BOUNDED or _elements(node.outputs) <= size_limit or not _grows(node) else False
+
+    def fold(model: ir.Model) -> ir.passes.PassResult:
+        return optimizer.fold_constants_ir(
+            model,
+            onnx_shape_inference=True,
+            input_size_limit=size_limit,
+            output_size_limit=size_limit,
+            should_fold=foldable,
+        )
+
+    steps = (
+        common.InlinePass(),
+        common.ShapeInferencePass(check_type=False, strict_mode=False),
+        FoldShapes(),
+        fold,
+        # The rules that hold for every opset and round nothing; others in the library's default set do not.
+        RewritePass([getattr(rules, f"{name}_rule") for name in RULES]),
+        common.IdentityEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]  # the library leaves its constructor so
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(),
+        common.DeduplicateHashedInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    )
+    for _ in range(ROUNDS):
+        results = [step(model) for step in steps]
+        yield from results
+        if not any(result.modified for result in results):
+            return
+
+
+class FoldShapes(ir.passes.InPlacePass):
+    """Turn a Slice of a Shape into a constant where the sizes it picks are known."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Fold every match."""
+        modified = False
+        for node, _ in match.visit(model, "Slice"):
+            shape = match.producer(node.inputs[0], "Shape")
+            bounds = [match.scalar(value) for value in node.inputs[1:]]
+            known = match.dims(shape.inputs[0]) if shape is not None and not shape.attributes else None
+            if known is None or None in bounds or bounds[2:] not in ([], [0.0], [0.0, 1.0]):
+                continue
+            picked = known[int(bounds[0]) : int(bounds[1])]  # type: ignore[arg-type]
+            if all(isinstance(size, int) for size in picked):
+                value = match.add_constant(node, f"{node.outputs[0].name}_sizes", np.array(picked, np.int64))
+                match.replace({node}, node.outputs[0], [ir.node("Identity", [value])])
+                modified = True
+        return ir.passes.PassResult(model, modified)
+
+
+def _elements(values: Sequence[ir.Value | None]) -> float:
+    """Return the size of the largest value; infinite where one is not known."""
+    shapes = [match.dims(value) or (None,) if value is not None and value.shape != () else () for value in values]
+    return max((math.prod(math.inf if not isinstance(n, int) else n for n in shape) for shape in shapes), default=0)
+
+
+def _grows(node: ir.Node) -> bool:
+    return _elements(node.outputs) > _elements(node.inputs)
+
+
+def _bomb(model: ir.Model, size_limit: int) -> str | None:
+    """Return why onnxslim must not see the model: it computes a constant before it looks at its size."""
+    constant = set[ir.Value]()
+    for node in model.graph.all_nodes():
+        if all(value is None or value in constant or match.constant(value) is not None for value in node.inputs):
+            constant.update(node.outputs)
+            if node.inputs and node.op_type not in BOUNDED and _elements(node.outputs) > size_limit:
+                return "a constant is too large to compute"
+    return None
+
+
+def _slim(model: ir.Model) -> str | None:
+    """Adopt what onnxslim makes of the model if that has fewer nodes; return why not."""
+    import onnxslim
+
+    slimmed = ir.from_proto(onnxslim.slim(ir.to_proto(model.clone())))
+    ends = [[value.name for value in (*m.graph.inputs, *m.graph.outputs)] for m in (model, slimmed)]
+    if ends[0] != ends[1] or len(model.graph.inputs) != len(slimmed.graph.inputs):
+        return "onnxslim changed the inputs or outputs"
+    if sum(1 for _ in slimmed.graph.all_nodes()) >= sum(1 for _ in model.graph.all_nodes()):
+        return "onnxslim found nothing"
+    model.graph = slimmed.graph
+    return None
