@@ -30,7 +30,7 @@ def report_markdown(result: Result) -> str:
 def text(value: object) -> str:
     """Escape a name or a sentence that may hold anything, for use in running text or a table cell."""
     flat = " ".join(printable(str(value)).split())
-    return "".join(f"\\{c}" if c in "\\`*_[]<>#|~" else c for c in flat)
+    return "".join(f"\\{c}" if c in "\\`*_[]<|~" else c for c in flat)
 
 
 def code(value: object) -> str:
@@ -119,7 +119,8 @@ def _latency(result: Result) -> Iterator[str]:
         yield "Not measured."
         yield ""
         return
-    yield f"{text(latency_line(latency))}."
+    note = f" {text(latency.note)}." if latency.note else ""
+    yield f"{text(latency_line(latency))}.{note}"
     yield ""
     shapes = ", ".join(f"{code(name)} {shape}" for name, shape in latency.shapes.items())
     rows = [

@@ -63,10 +63,9 @@ def latency_line(latency: Latency) -> str:
     if latency.speedup_low < 1 < latency.speedup_high:
         verdict = "no faster than float, within the noise"
     shapes = ", ".join("x".join(map(str, shape)) for shape in latency.shapes.values())
-    note = f"; {latency.note}" if latency.note else ""
     return (
         f"{latency.reference_ms:.3g} ms -> {latency.result_ms:.3g} ms, {latency.speedup:.2f}x: {verdict} "
-        f"({latency.runtime}, {latency.threads} threads, {shapes}){note}"
+        f"({latency.runtime}, {latency.threads} threads, {shapes})"
     )
 
 
@@ -93,9 +92,15 @@ def _facts(result: Result) -> Iterator[tuple[str, str]]:
     if result.gates:
         yield "gates", "passed: " + ", ".join(f"{name} {value:g}" for name, value in result.gates.items())
     yield "latency", latency_line(result.latency) if result.latency else "not measured"
+    if result.latency and result.latency.note and not _told(result.latency.note, result.warnings):
+        yield "note", result.latency.note
     if result.engine:
         yield "engine", engine_line(result.engine)
     yield "files", f"{result.directory}: {', '.join(result.files)}"
+
+
+def _told(note: str, warnings: tuple[str, ...]) -> bool:
+    return any(note in warning for warning in warnings)
 
 
 def _warnings(warnings: tuple[str, ...], room: int) -> Iterator[tuple[str, str]]:

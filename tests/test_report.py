@@ -140,6 +140,13 @@ def test_the_summary_says_what_was_not_measured_and_what_grew() -> None:
     assert not any(line.startswith(("engine", "task", "skipped")) for line in summary_lines(bare))
 
 
+def test_a_note_on_the_latency_is_told_once() -> None:
+    latency = make_latency(2.0, 1.9, 2.1).model_copy(update={"note": "measured elsewhere"})
+    for warnings in ((), ("latency: measured elsewhere",)):
+        told = " ".join(summary_lines(make_result(latency=latency, warnings=warnings)))
+        assert told.count("measured elsewhere") == 1
+
+
 def test_samples_that_calibrated_are_not_called_held_out() -> None:
     line = fact(make_result(quality=make_quality(held_out=False)), "quality")
     assert "held-out" not in line
@@ -225,7 +232,7 @@ def test_every_row_of_every_table_has_as_many_cells_as_its_header() -> None:
 
 
 def test_names_are_escaped_for_markdown() -> None:
-    assert text("a_b*c|<d>") == "a\\_b\\*c\\|\\<d\\>"
+    assert text("a_b*c|<d>") == "a\\_b\\*c\\|\\<d>"
     assert code("x`y|z\nw") == "`x'y\\|z w`"
     assert code("") == ""
 
