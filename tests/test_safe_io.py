@@ -518,7 +518,7 @@ def test_f02_an_output_folder_without_permission_is_resource_exhausted(open_fold
     assert not list(open_folder.iterdir())
 
 
-def test_an_unreadable_file_is_resource_exhausted(open_folder):
+def test_m17_an_unreadable_file_is_resource_exhausted(open_folder):
     (open_folder / "secret").write_bytes(b"x")
     (open_folder / "secret").chmod(0)
     for attempt in (lambda: read_bytes(open_folder / "secret"), lambda: open_beneath(open_folder, "secret")):

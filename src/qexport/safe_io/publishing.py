@@ -63,11 +63,14 @@ class Stage:
 
     def write_text(self, name: str, text: str) -> None:
         """Add a UTF-8 file."""
-        self.write_bytes(name, text.encode("utf-8"))
+        with self.create(name) as file:
+            file.write(text.encode("utf-8"))
 
     def write_json(self, name: str, value: object) -> None:
         """Add an indented JSON file; ``ValueError`` for NaN and Inf."""
-        self.write_bytes(name, to_json(value))
+        data = to_json(value)
+        with self.create(name) as file:
+            file.write(data)
 
     def copy(self, source: str | os.PathLike[str], name: str) -> None:
         """Add a copy of a regular file."""

@@ -84,7 +84,7 @@ def open_beneath(root: Path, relative: str) -> BufferedReader:
         ResourceExhausted: It cannot be read.
     """
     parts = _safe_parts(relative)
-    where = str(root / relative)
+    where = str(root / (relative if len(relative) <= 120 else f"{relative[:120]}…"))
     with translated(root):
         folder = os.open(root, _FOLDER)
     try:
