@@ -79,5 +79,5 @@ def _stack(samples: list[Sample]) -> dict[str, NDArray[Any]]:
         shapes = [sample[name].shape for sample in samples]
         batch[name] = np.zeros((len(samples), *map(max, zip(*shapes, strict=True))), first.dtype)
         for row, (sample, shape) in enumerate(zip(samples, shapes, strict=True)):
-            batch[name][(row, *map(slice, shape))] = sample[name]
+            batch[name][row, ...][tuple(map(slice, shape))] = sample[name]
     return batch

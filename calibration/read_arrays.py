@@ -7,6 +7,7 @@ import json
 import math
 import pickletools
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any
 
 import numpy as np
@@ -33,6 +35,10 @@ BOMB_BYTES = 256 << 20  # an archive may expand to this much whatever its ratio
 BOMB_RATIO = 100
 
 _BROKEN = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, ValueError, KeyError, RuntimeError)
+_UNREADABLE = (
+    *(ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError),
+    *(SyntaxError, TypeError, ValueError, TokenError),
+)
 _NPY_HEADERS = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
 _SAFETENSORS_TYPES = {
     "BOOL": "?", "U8": "u1", "I8": "i1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4",
@@ -235,7 +241,9 @@ def _is_pickle(head: bytes) -> bool:
     if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
         return True
     try:
-        last = max((position or 0 for _, _, position in islice(pickletools.genops(head), 1 << 16)), default=-1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about escapes in what may not be a pickle at all
+            last = max((position or 0 for _, _, position in islice(pickletools.genops(head), 1 << 16)), default=-1)
     except (ValueError, OverflowError, UnicodeError):
         return False
     return last == len(head) - 1
@@ -304,8 +312,10 @@ def _npy_member(path: Path, name: str, opener: Callable[[], AbstractContextManag
         raise UnsafeInput("is a pickle, which can run code when it is read", where=where)
     reader = io.BytesIO(head)
     try:
-        shape, fortran, dtype = _NPY_HEADERS[npy_format.read_magic(reader)](reader)
-    except (ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about files of Python 2, which numpy then reads all the same
+            shape, fortran, dtype = _NPY_HEADERS[npy_format.read_magic(reader)](reader)
+    except _UNREADABLE as error:
         raise DataInvalid("has no npy header that can be read", where=where) from error
     if dtype.hasobject:
         raise UnsafeInput("holds Python objects, which can run code when they are read", where=where)
@@ -335,7 +345,7 @@ def _safetensors_members(path: Path) -> dict[str, Member]:
             for name, entry in table.items()
             if name != "__metadata__"
         }
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise DataInvalid("is damaged: the header of the safetensors file cannot be read", where=str(path)) from error
 
 

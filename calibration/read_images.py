@@ -123,7 +123,11 @@ def open_pixels(
     frame, member = open_frame(inputs, spec, str(path)), members[PIXELS]
     if member.dtype != np.uint8 or len(member.shape) != 4 or member.shape[3] != frame.channels or 0 in member.shape:
         wanted = describe(PIXELS, np.dtype(np.uint8), (None, None, None, frame.channels))
-        raise DataInvalid(f"expected {wanted}, found {member}", where=str(path))
+        raise DataInvalid(
+            f"expected {wanted}, found {member}",
+            where=str(path),
+            hint=f"check data.image.layout, now {frame.image.layout}",
+        )
     return PixelSource((path,), member, frame, members.get(LABELS))
 
 

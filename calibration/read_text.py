@@ -209,6 +209,8 @@ def _text(record: Mapping[str, Any], column: str, where: str) -> str:
     text = record.get(column)
     if not isinstance(text, str):
         raise DataInvalid(f"{column!r} is {text!r}, expected a text", where=where)
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataInvalid(f"the text is not Unicode: {text!r}", where=where)
     return text
 
 

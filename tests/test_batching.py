@@ -105,6 +105,11 @@ def test_samples_are_held_by_the_window_and_not_all_together():
     assert produced == 8
 
 
+def test_a_window_closes_after_a_full_batch():
+    samples = [{"x": np.full(256, n, np.float32)} for n in range(24)]
+    assert [len(positions) for positions, _ in batches(samples, 4, window=5 * 1024)] == [4] * 6
+
+
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_batch_size_below_one_is_refused(size):
     with pytest.raises(UsageError, match="batch size"):
