@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,11 +53,11 @@ class Cleanup(Pass):
     def call(self, model: ir.Model) -> Outcome:
         """Repeat until nothing changes."""
         before = sum(1 for _ in model.graph.all_nodes())
-        modified, decisions = self._settle(model), []
+        modified, decisions = _settle(model, self.size_limit), []
         if self.slim:
             reason = _bomb(model, self.size_limit) or _slim(model)
             if reason is None:
-                modified = self._settle(model) or True
+                modified = _settle(model, self.size_limit) or True
             else:
                 decisions.append(Decision(model.graph.name or "", "Graph", "skipped", reason))
         after = sum(1 for _ in model.graph.all_nodes())
@@ -65,12 +65,29 @@ class Cleanup(Pass):
             decisions.append(Decision(model.graph.name or "", "Graph", "folded", f"{before} nodes to {after}"))
         return Outcome(model, modified, tuple(decisions))
 
-    def _settle(self, model: ir.Model) -> bool:
-        return sum(result.modified for result in _rounds(model, self.size_limit)) > 0
+
+def _settle(model: ir.Model, size_limit: int) -> bool:
+    """Run the libraries' passes until the model stays as it is; return whether it changed.
+
+    Their own ``modified`` is not used: two of them undo each other where a model returns one value three times.
+    """
+    import onnx_ir.passes.common as common
+
+    steps = _steps(size_limit)
+    first = state = _state(model)
+    named = False
+    for _ in range(ROUNDS):
+        for step in steps:
+            step(model)
+        named |= common.NameFixPass()(model).modified
+        last, state = state, _state(model)
+        if state == last:
+            break
+    return named or state != first
 
 
-def _rounds(model: ir.Model, size_limit: int) -> Iterator[ir.passes.PassResult]:
-    """Yield the result of every step of every round; the last round changed nothing."""
+def _steps(size_limit: int) -> tuple[Callable[[ir.Model], object], ...]:
+    """Return one round. Without IdentityEliminationPass and OutputFixPass, which rename inputs and outputs."""
     import onnx_ir.passes.common as common
     from onnxscript import optimizer
     from onnxscript.rewriter import RewritePass
@@ -79,8 +96,8 @@ def _rounds(model: ir.Model, size_limit: int) -> Iterator[ir.passes.PassResult]:
     def foldable(node: ir.Node) -> bool | None:
         return None if node.op_type in BOUNDED or _elements(node.outputs) <= size_limit or not _grows(node) else False
 
-    def fold(model: ir.Model) -> ir.passes.PassResult:
-        return optimizer.fold_constants_ir(
+    def fold(model: ir.Model) -> None:
+        optimizer.fold_constants_ir(
             model,
             onnx_shape_inference=True,
             input_size_limit=size_limit,
@@ -88,49 +105,60 @@ def _rounds(model: ir.Model, size_limit: int) -> Iterator[ir.passes.PassResult]:
             should_fold=foldable,
         )
 
-    steps = (
+    return (
         common.InlinePass(),
         common.ShapeInferencePass(check_type=False, strict_mode=False),
-        FoldShapes(),
+        _fold_shapes,
         fold,
         # The rules that hold for every opset and round nothing; others in the library's default set do not.
-        RewritePass([getattr(rules, f"{name}_rule") for name in RULES]),
-        common.IdentityEliminationPass(),
+        RewritePass([rule for name in RULES for rule in getattr(rules, f"{name}_rule").commute()]),
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]  # the library leaves its constructor so
         common.RemoveUnusedOpsetsPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.LiftSubgraphInitializersToMainGraphPass(),
+        _lay_out,
         common.DeduplicateHashedInitializersPass(),
         common.CommonSubexpressionEliminationPass(),
-        common.OutputFixPass(),
-        common.NameFixPass(),
     )
-    for _ in range(ROUNDS):
-        results = [step(model) for step in steps]
-        yield from results
-        if not any(result.modified for result in results):
-            return
 
 
-class FoldShapes(ir.passes.InPlacePass):
+def _state(model: ir.Model) -> list[object]:
+    """Return everything about a model but the names of its nodes, to compare."""
+
+    def facts(value: ir.Value | None) -> object:
+        return value and (value.name, match.dims(value), value.dtype, value.const_value)
+
+    state: list[object] = [*model.opset_imports.items(), *model.functions]
+    for graph in model.graphs():
+        state.extend(facts(value) for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()))
+    for node in model.graph.all_nodes():
+        state.append((node.domain, node.op_type, [value and value.name for value in node.inputs]))
+        state.append(([facts(value) for value in node.outputs], [(a.name, a.value) for a in node.attributes.values()]))
+    return state
+
+
+def _lay_out(model: ir.Model) -> None:
+    """Copy folded constants that are views with other strides; hashing them is refused."""
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.Tensor) and not tensor.numpy().flags.c_contiguous:
+            value.const_value = ir.tensor(np.ascontiguousarray(tensor.numpy()), tensor.dtype, name=tensor.name)
+
+
+def _fold_shapes(model: ir.Model) -> None:
     """Turn a Slice of a Shape into a constant where the sizes it picks are known."""
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Fold every match."""
-        modified = False
-        for node, _ in match.visit(model, "Slice"):
-            shape = match.producer(node.inputs[0], "Shape")
-            bounds = [match.scalar(value) for value in node.inputs[1:]]
-            known = match.dims(shape.inputs[0]) if shape is not None and not shape.attributes else None
-            if known is None or None in bounds or bounds[2:] not in ([], [0.0], [0.0, 1.0]):
-                continue
-            picked = known[int(bounds[0]) : int(bounds[1])]  # type: ignore[arg-type]
-            if all(isinstance(size, int) for size in picked):
-                value = match.add_constant(node, f"{node.outputs[0].name}_sizes", np.array(picked, np.int64))
-                match.replace({node}, node.outputs[0], [ir.node("Identity", [value])])
-                modified = True
-        return ir.passes.PassResult(model, modified)
+    for node, _ in match.visit(model, "Slice"):
+        shape = match.producer(node.inputs[0], "Shape")
+        bounds = [match.scalar(value) for value in node.inputs[1:]]
+        known = match.dims(shape.inputs[0]) if shape is not None and not shape.attributes else None
+        start, stop = bounds[:2] if len(bounds) > 1 else (None, None)
+        if known is None or start is None or stop is None or bounds[2:] not in ([], [0.0], [0.0, 1.0]):
+            continue
+        picked = [size for size in known[int(start) : int(stop)] if isinstance(size, int)]
+        if len(picked) == len(known[int(start) : int(stop)]):
+            value = match.add_constant(node, f"{node.outputs[0].name}_sizes", np.array(picked, np.int64))
+            match.replace({node}, node.outputs[0], [ir.node("Identity", [value])])
 
 
 def _elements(values: Sequence[ir.Value | None]) -> float:

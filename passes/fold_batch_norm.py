@@ -39,9 +39,7 @@ class FoldBatchNorm(Pass):
 def _refusal(root: ir.Node, norm: ir.Node) -> str | None:
     if match.consumer(root.outputs[0], "BatchNormalization") is None or root.graph is not norm.graph:
         return match.SHARED
-    if norm.attributes.get_int("training_mode", 0) or len([o for o in norm.outputs if o.uses()]) > len(
-        norm.outputs[:1]
-    ):
+    if norm.attributes.get_int("training_mode", 0) or any(o.uses() or o.is_graph_output() for o in norm.outputs[1:]):
         return "training mode"
     if any(match.constant(value) is None for value in (*root.inputs[1:], *norm.inputs[1:]) if value is not None):
         return "weights or statistics are not constant"
@@ -50,25 +48,22 @@ def _refusal(root: ir.Node, norm: ir.Node) -> str | None:
 
 def _fold(root: ir.Node, norm: ir.Node) -> str | None:
     """Fold; return why not."""
-    weight, gamma = (match.array(value) for value in (root.inputs[1], norm.inputs[1]))
-    beta, mean, variance = (_double(value) for value in norm.inputs[2:5])
-    assert weight is not None
-    assert gamma is not None
-    scale = gamma.astype(np.float64) / np.sqrt(np.maximum(variance + norm.attributes.get_float("epsilon", 1e-5), 0))
-    bias = _bias(root, len(scale))
-    axes = _channel_shape(root, weight.shape, len(scale))
-    if bias is None or axes is None or not np.isfinite(scale).all():
+    weight = root.inputs[1]
+    gamma, beta, mean, variance = (_double(value) for value in norm.inputs[1:5])
+    with np.errstate(all="ignore"):
+        scale = gamma / np.sqrt(variance + norm.attributes.get_float("epsilon", 1e-5))
+    old, bias = _double(weight), _bias(root, len(scale))
+    axes = _channel_shape(root, old.shape, len(scale))
+    if bias is None or axes is None or not np.isfinite(scale).all() or weight is None or weight.dtype is None:
         return "the shapes or the variance do not allow it"
-    scaled = _scale(weight.astype(np.float64), scale.reshape(axes), root)
-    shifted = (bias - mean) * scale + beta
-    names = root.inputs[1].name, root.inputs[2].name if _has_bias(root) else f"{root.inputs[1].name}_bias"  # type: ignore[union-attr]
+    names = weight.name, root.inputs[2].name if root.inputs[2:] and root.inputs[2] else f"{weight.name}_bias"
+    numbers = _scale(old, scale.reshape(axes), root), (bias - mean) * scale + beta
     new = [
-        match.add_constant(root, f"{name}_folded", numbers.astype(weight.dtype))
-        for name, numbers in zip(names, (scaled, shifted), strict=True)
+        match.add_constant(root, f"{name}_folded", array.astype(weight.dtype.numpy()))
+        for name, array in zip(names, numbers, strict=True)
     ]
-    attributes = {key: value for key, value in root.attributes.items() if key != "beta"}
-    fused = ir.Node("", root.op_type, [root.inputs[0], *new], attributes.values())
-    name = root.name
+    attributes = [attribute for name, attribute in root.attributes.items() if name != "beta"]
+    fused, name = ir.Node("", root.op_type, [root.inputs[0], *new], attributes), root.name
     match.replace({root, norm}, norm.outputs[0], [fused])
     fused.name = name
     return None
@@ -80,18 +75,14 @@ def _double(value: ir.Value | None) -> Array:
     return numbers.astype(np.float64)
 
 
-def _has_bias(root: ir.Node) -> bool:
-    return len(root.inputs) > 2 and root.inputs[2] is not None
-
-
 def _bias(root: ir.Node, channels: int) -> Array | None:
     """Return the bias as it is added, one number per output channel; a Gemm's may differ from row to row."""
-    if not _has_bias(root):
+    if len(root.inputs) < 3 or root.inputs[2] is None:
         return np.zeros(channels)
     bias = _double(root.inputs[2]) * (root.attributes.get_float("beta", 1.0) if root.op_type == "Gemm" else 1.0)
     if bias.ndim > 1 and bias.shape[0] != 1:
         return None
-    return np.broadcast_to(bias.reshape(-1), (channels,))
+    return np.broadcast_to(bias.reshape(-1), (channels,)) if bias.size in (1, channels) else None
 
 
 def _channel_shape(root: ir.Node, shape: tuple[int, ...], channels: int) -> tuple[int, ...] | None:

@@ -153,7 +153,7 @@ def _fuse(found: Found, opset: int, known: Known) -> Decision:
     inputs, heads, output, nodes = _flat(found)
     if heads:
         attributes |= {"q_num_heads": heads, "kv_num_heads": heads}
-    mask, made = _expanded(found, known)
+    mask, made = _expanded(found, inputs if heads else None, known)
     if not heads and found.k_perm:
         made.append(ir.node("Transpose", [found.k], {"perm": found.k_perm}, name=f"{found.output.name}_keys"))
         inputs[1] = made[-1].outputs[0]
@@ -224,7 +224,7 @@ def _merged(value: ir.Value | None, layout: tuple[int, ...] = ()) -> ir.Value | 
     return split.inputs[0] if match.same_dims(four[:2], three[:2]) else None
 
 
-def _expanded(found: Found, known: Known) -> tuple[ir.Value | None, list[ir.Node]]:
+def _expanded(found: Found, flat: list[ir.Value] | None, known: Known) -> tuple[ir.Value | None, list[ir.Node]]:
     """Return the mask with its query and key axes written out, and the nodes that do it."""
     q, k, mask = _sizes(found.q), _sizes(found.k, found.k_perm), match.dims(found.mask)
     assert q is not None
@@ -235,9 +235,8 @@ def _expanded(found: Found, known: Known) -> tuple[ir.Value | None, list[ir.Node
     key = (found.mask, (*sizes, id(match.maker(found.output).graph)))
     if key in known and None not in sizes:
         return known[key], []
-    axis = found.k_perm[2] if found.k_perm else 2
-    rows = ir.node("Shape", [found.q], {"start": 2, "end": 3})
-    columns = ir.node("Shape", [found.k], {"start": axis, "end": axis + 1})
+    rows = _size(flat[0], 1) if flat else _size(found.q, 2)
+    columns = _size(flat[1], 1) if flat else _size(found.k, 1 if found.k_perm else 2)
     shape = ir.node("Concat", [rows.outputs[0], columns.outputs[0]], {"axis": 0})
     expand = ir.node("Expand", [found.mask, shape.outputs[0]])
     for node, part in ((rows, "rows"), (columns, "columns"), (shape, "sizes"), (expand, "mask")):
@@ -246,3 +245,7 @@ def _expanded(found: Found, known: Known) -> tuple[ir.Value | None, list[ir.Node
     expand.outputs[0].shape = ir.Shape((*mask[:-2], *sizes))
     known[key] = expand.outputs[0]
     return expand.outputs[0], [rows, columns, shape, expand]
+
+
+def _size(value: ir.Value, axis: int) -> ir.Node:
+    return ir.node("Shape", [value], {"start": axis, "end": axis + 1})

@@ -49,9 +49,9 @@ def _fuse(node: ir.Node, x: ir.Value, opset: int) -> Decision:
     if opset < OPSET:
         return match.too_old(node, "Gelu", OPSET, opset)
     region = {node}
-    output = _outer(node, x, region)
-    if output is None or not match.closed(region, output):
-        shared = output is not None or match.consumer(node.outputs[0], "Add", "Mul") is None
+    output, complete = _outer(node, x, region)
+    if not complete or not match.closed(region, output):
+        shared = complete or len(set(output.consumers())) + output.is_graph_output() > 1
         return Decision(node.name or "", "Gelu", "skipped", match.SHARED if shared else "not the rest of a GELU")
     fused = ir.node("Gelu", [x], {"approximate": INNER[node.op_type][1]})
     match.replace(region, output, [fused])
@@ -72,21 +72,24 @@ def _argument(node: ir.Node) -> ir.Value | None:
     return None
 
 
-def _outer(node: ir.Node, x: ir.Value, region: set[ir.Node]) -> ir.Value | None:
-    """Walk from the function down to the value that is the GELU of x; ``region`` gets the nodes on the way."""
+def _outer(node: ir.Node, x: ir.Value, region: set[ir.Node]) -> tuple[ir.Value, bool]:
+    """Walk from the function down to the value that is the GELU of x; ``region`` gets the nodes on the way.
+
+    Returns:
+        The last value that was reached and whether it is that one.
+    """
     value = node.outputs[0]
     for _ in range(DEPTH):
         user = match.consumer(value, "Add", "Mul", "Div")
         if user is None:
-            return None
+            break
         value = user.outputs[0]
         visited: set[ir.Node] = set()
         if _close(_polynomial(value, {x: (1, 0), node.outputs[0]: (0, 1)}, visited), OUTER, x):
             _polynomial(node.inputs[0], {x: (1, 0)}, visited)
             region |= visited
-            same = match.dims(x) == match.dims(value) or None in (match.dims(x), match.dims(value))
-            return value if same else None
-    return None
+            return value, match.dims(x) == match.dims(value) or None in (match.dims(x), match.dims(value))
+    return value, False
 
 
 def _close(found: Poly | None, expected: Poly, x: ir.Value) -> bool:
