@@ -148,6 +148,11 @@ def test_a_value_of_a_wrong_type_is_told_with_its_line(tmp_path: Path, text: str
     assert failure(path).where == f"{path}:{place}"
 
 
+def test_the_line_is_the_one_of_the_step_at_fault(tmp_path: Path) -> None:
+    path = write(tmp_path, '[[step]]\npass = "tidy"\nrounds = 1\n\n[[step]]\npass = "tidy"\nrounds = "2"\n')
+    assert failure(path).where == f"{path}:7: step 2 (tidy)"
+
+
 def test_a_step_without_a_pass_is_refused(tmp_path: Path) -> None:
     assert "'pass' is missing" in failure(write(tmp_path, "[[step]]\nrounds = 1\n")).what
 
