@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from qexport.exporter.onnx_file import save_onnx
 
 from qexport.errors import GateFailed, UsageError
 from qexport.exporter.artefact import MODEL, Evidence, summarize, write_artefact
@@ -16,6 +15,7 @@ from qexport.exporter.engine import PLAN, Engine, EngineOptions, build_engine, l
 from qexport.exporter.equality import EqualityProof
 from qexport.exporter.latency import measure
 from qexport.exporter.load import Source, load_source
+from qexport.exporter.onnx_file import save_onnx
 from qexport.exporter.options import BuildOptions, Progress
 from qexport.exporter.profiles import Profile, check_profile, derive_profile
 from qexport.exporter.quality import compare, layer_quality
@@ -117,7 +117,7 @@ def verify(
     if judge is None:
         return None, None
     with stages.stage("verify", len(judge.data)) as advance:
-        quality = compare(source.model, product.model, judge, advance)
+        quality = compare(source.model, product.model, judge, target, advance)
         changed = [d.node for step in product.steps for d in step.decisions if d.action == "quantized"]
         layers = layer_quality(product.plain, product.model, changed, judge.data)
     with stages.stage("latency"):

@@ -11,9 +11,9 @@ from typing import Any
 
 import onnx_ir as ir
 from pydantic import ValidationError
-from qexport.exporter.onnx_file import load_onnx
 
 from qexport.errors import ModelInvalid, UsageError
+from qexport.exporter.onnx_file import load_onnx
 from qexport.exporter.result import SourceInfo
 from qexport.safe_io import digest_bytes, digest_file, read_bytes
 

@@ -18,6 +18,8 @@ from qexport.calibration.spec import MASK
 from qexport.calibration.tasks import Task
 from qexport.errors import GateFailed
 from qexport.exporter.result import LayerQuality, Quality, TaskScore
+from qexport.passes.target import Target
+from qexport.runtime.session import SessionOptions
 
 BATCH = 32
 LAYER_SAMPLES = 16
@@ -64,15 +66,17 @@ class _Tally:
 
 
 def compare(
-    reference: ir.Model, result: ir.Model, judge: Judge, advance: Callable[[int], None] = lambda n: None
+    reference: ir.Model, result: ir.Model, judge: Judge, target: Target, advance: Callable[[int], None] = lambda n: None
 ) -> Quality:
     """Run both models over all samples, padded batches of 32, and compare the main output.
+
+    Files for engines run with their Q/DQ nodes taken literally, which is what an engine is built from.
 
     Raises:
         GateFailed: The result holds NaN or infinity where the reference does not.
     """
     output = main_output(reference)
-    left, right = open_model(reference), open_model(result)
+    left, right = open_model(reference), open_model(result, SessionOptions(literal=target.engine is not None))
     tally = _Tally()
     kept: tuple[dict[int, Vectors], dict[int, Vectors]] = ({}, {})
     for indices, feeds in batches(judge.data, BATCH):

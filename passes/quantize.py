@@ -35,7 +35,7 @@ class Quantize(Pass):
     exact: ClassVar[bool] = False
 
     target: str = "tensorrt-rtx"
-    min_sqnr: float = 0.0
+    min_sqnr: float = 22.0
     """A node whose output would have less signal over quantization noise than this (dB) stays in float."""
     keep: tuple[str, ...] = ()
     """Names of nodes that stay in float."""

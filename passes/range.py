@@ -36,14 +36,14 @@ class Integers:
 
     @property
     def limits(self) -> tuple[int, int]:
-        """Smallest and largest integer in use; int8 leaves out -128, so that it is symmetric."""
-        return (-127, 127) if self.dtype == "int8" else (0, 255)
+        """Where QuantizeLinear saturates; an int8 range ends at -127 and 127, and clipped values may reach -128."""
+        return (-128, 127) if self.dtype == "int8" else (0, 255)
 
     def apply(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Quantize and dequantize."""
+        """Quantize and dequantize; the division is in float32, as in a runtime, so that ties fall the same way."""
         low, high = self.limits
-        integers = np.clip(np.rint(np.asarray(x, np.float64) / self.scale) + self.zero_point, low, high)
-        return (integers - self.zero_point) * self.scale
+        steps = np.rint(np.asarray(x, np.float32) / np.float32(self.scale)).astype(np.float64)
+        return (np.clip(steps + self.zero_point, low, high) - self.zero_point) * self.scale
 
 
 def half_precision(scale: NDArray[np.floating] | float) -> NDArray[np.float32]:
@@ -51,7 +51,7 @@ def half_precision(scale: NDArray[np.floating] | float) -> NDArray[np.float32]:
     wanted = np.maximum(np.asarray(scale, np.float64), SMALLEST_SCALE)
     half = wanted.astype(np.float16)
     raised: NDArray[np.float16] = np.where(half < wanted, np.nextafter(half, np.float16(np.inf)), half)
-    return raised.astype(np.float32)
+    return np.asarray(raised, np.float32)
 
 
 def integers_for(span: Range, dtype: Literal["int8", "uint8"]) -> Integers:

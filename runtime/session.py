@@ -39,12 +39,15 @@ class SessionOptions:
         providers: Execution providers in order of preference.
         optimize: Whether onnxruntime may rewrite the graph.
         disabled: Its optimizers that stay off.
+        literal: Whether Q/DQ nodes run as they are written, instead of being merged into integer kernels; weights
+            are dequantized once, at load.
     """
 
     threads: int = 0
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
     optimize: bool = True
     disabled: tuple[str, ...] = SLOW_FUSIONS
+    literal: bool = False
 
 
 class Session:
@@ -62,6 +65,8 @@ class Session:
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = chosen.threads
         settings.log_severity_level = 4
+        if chosen.literal:
+            settings.add_session_config_entry("session.disable_quant_qdq", "1")
         if not chosen.optimize:
             settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         # onnxruntime reads these arrays for as long as the session lives

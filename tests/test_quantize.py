@@ -1,0 +1,269 @@
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from onnx.reference import ReferenceEvaluator
+
+from qexport.errors import UsageError
+from qexport.passes.placement import plan
+from qexport.passes.quantize import Quantize
+from qexport.passes.range import RANGE_KEY, SQNR_KEY, Range, integers_for
+from qexport.passes.target import TARGETS, find_target
+
+RNG = np.random.default_rng(0)
+
+
+def model_from(text, **weights):
+    header = f'<ir_version: 10, opset_import: ["" : {weights.pop("opset", 20)}]>\n'
+    proto = onnx.parser.parse_model(header + text)
+    for name, array in weights.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+
+
+def calibrated(model, **spans):
+    values = {value.name: value for node in model.graph for value in (*node.inputs, *node.outputs) if value is not None}
+    for name, span in spans.items():
+        values[name].meta[RANGE_KEY] = Range(*span)
+    return model
+
+
+def normal(*shape):
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def mlp():
+    text = "g (float[n, 32] x) => (float[n, 16] y) { h = MatMul(x, w)  r = Relu(h)  y = MatMul(r, v) }"
+    return calibrated(model_from(text, w=normal(32, 24), v=normal(24, 16)), x=(-3.0, 3.0), r=(0.0, 20.0))
+
+
+def ops(model):
+    return [node.op_type for node in model.graph]
+
+
+def run(model, **feeds):
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, feeds)
+
+
+def by_hand(x, w, span, kind):
+    """The quantized product in numpy, from the definitions."""
+    scale = np.abs(w).max(axis=0) / 127
+    half = scale.astype(np.float16)
+    scale = np.where(half < scale, np.nextafter(half, np.float16(np.inf)), half).astype(np.float64)
+    return integers_for(span, kind).apply(x) @ (np.clip(np.rint(w / scale), -127, 127) * scale)
+
+
+@pytest.mark.parametrize("target", ["tensorrt-rtx", "ort-cpu"])
+def test_a_quantized_product_computes_what_the_formula_says(target):
+    w = normal(32, 24)
+    text = "g (float[n, 32] x) => (float[n, 24] y) { y = MatMul(x, w) }"
+    model = calibrated(model_from(text, w=w), x=(-2.0, 3.0))
+    assert Quantize(target=target)(model).modified
+    x = normal(50, 32)
+    expected = by_hand(x, w, Range(-2.0, 3.0), find_target(target).activation)
+    (reference,) = ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": x})
+    np.testing.assert_allclose(reference, expected, atol=1e-4)
+    np.testing.assert_allclose(run(model, x=x)[0], expected, atol=1e-3)
+
+
+def test_the_file_holds_integers_and_no_float_copy_of_the_weights():
+    model = mlp()
+    Quantize()(model)
+    kinds = {value.name: value.const_value.dtype for value in model.graph.initializers.values()}
+    assert kinds["w/int8"] == ir.DataType.INT8
+    assert "w" not in kinds
+    assert (
+        max(t.const_value.size for t in model.graph.initializers.values() if t.const_value.dtype == ir.DataType.FLOAT)
+        < 32
+    )
+
+
+def test_a_second_run_changes_nothing():
+    model = mlp()
+    assert Quantize()(model).modified
+    before = ir.to_proto(model).SerializeToString()
+    assert not Quantize()(model).modified
+    assert ir.to_proto(model).SerializeToString() == before
+
+
+@pytest.mark.parametrize("name", sorted(TARGETS))
+def test_each_target_gets_its_own_activation_type_with_a_positive_scale(name):
+    model = mlp()
+    Quantize(target=name)(model)
+    for node in model.graph:
+        if node.op_type == "QuantizeLinear":
+            scale, zero = (value.const_value.numpy() for value in node.inputs[1:])
+            assert zero.dtype == TARGETS[name].activation
+            assert scale > 0
+            assert TARGETS[name].activation == "uint8" or zero == 0
+
+
+def test_a_tensor_is_quantized_for_its_product_only_and_not_for_the_add_and_the_norm_that_read_it_too():
+    text = """g (float[n, 32] x) => (float[n, 32] y, float[n, 32] z) {
+        a = Relu(x)  m = MatMul(a, w)  y = Add(m, a)  z = LayerNormalization(a, s) }"""
+    model = calibrated(model_from(text, w=normal(32, 32), s=np.ones(32, np.float32)), a=(0.0, 3.0))
+    Quantize()(model)
+    readers = {node.op_type: node.inputs for node in model.graph}
+    assert readers["MatMul"][0].producer().op_type == "DequantizeLinear"
+    assert readers["Add"][1].name == "a"
+    assert readers["LayerNormalization"][0].name == "a"
+
+
+def test_consumers_of_one_tensor_share_one_pair():
+    text = "g (float[n, 32] x) => (float[n, 32] p, float[n, 32] q) { a = Relu(x)  p = MatMul(a, w)  q = MatMul(a, v) }"
+    model = calibrated(model_from(text, w=normal(32, 32), v=normal(32, 32)), a=(0.0, 3.0))
+    Quantize()(model)
+    assert ops(model).count("QuantizeLinear") == 1
+
+
+def test_a_weight_shared_by_two_products_is_stored_once_and_survives_a_float_reader():
+    text = "g (float[n, 32] x) => (float[n, 32] q, float[32, 32] f) { p = MatMul(x, w)  q = MatMul(p, w)  f = Relu(w) }"
+    w = normal(32, 32)
+    model = calibrated(model_from(text, w=w), x=(-1.0, 1.0), p=(-9.0, 9.0))
+    Quantize()(model)
+    assert (
+        sum(
+            value.const_value.dtype == ir.DataType.INT8 and value.const_value.size > 32
+            for value in model.graph.initializers.values()
+        )
+        == 1
+    )
+    np.testing.assert_array_equal(run(model, x=normal(2, 32))[1], np.maximum(w, 0))
+
+
+@pytest.mark.parametrize("trans_b", [0, 1])
+def test_gemm_has_its_channels_where_trans_b_says(trans_b):
+    w = normal(24, 32) if trans_b else normal(32, 24)
+    text = f"g (float[n, 32] x) => (float[n, 24] y) {{ y = Gemm <transB = {trans_b}> (x, w, b) }}"
+    b = normal(24)
+    model = calibrated(model_from(text, w=w, b=b), x=(-2.0, 3.0))
+    Quantize()(model)
+    x = normal(20, 32)
+    expected = by_hand(x, w.T if trans_b else w, Range(-2.0, 3.0), "int8") + b
+    np.testing.assert_allclose(run(model, x=x)[0], expected, atol=1e-3)
+    assert all(node.inputs[2].name == "b" for node in model.graph if node.op_type == "Gemm")
+
+
+def test_a_convolution_is_quantized_per_output_channel():
+    w = normal(20, 16, 3, 3) * np.logspace(-2, 1, 20).astype(np.float32)[:, None, None, None]
+    text = "g (float[n, 16, 8, 8] x) => (float[n, 20, 6, 6] y) { y = Conv(x, w) }"
+    model = calibrated(model_from(text, w=w), x=(-3.0, 3.0))
+    Quantize()(model)
+    x = normal(2, 16, 8, 8).clip(-3, 3)
+    exact = run(model_from(text, w=w), x=x)[0]
+    noise = np.square(run(model, x=x)[0] - exact).mean(axis=(0, 2, 3)) / np.square(exact).mean(axis=(0, 2, 3))
+    assert noise.max() < 1e-3  # with one scale for all channels the small ones would be lost
+
+
+REFUSED = {
+    "attention product": (
+        "g (float[n, 32] x, float[32, 32] k) => (float[n, 32] y) { y = MatMul(x, k) }",
+        {},
+        "attention",
+    ),
+    "small K": ("g (float[n, 8] x) => (float[n, 32] y) { y = MatMul(x, w) }", {"w": normal(8, 32)}, "below 16"),
+    "small N": ("g (float[n, 32] x) => (float[n, 3] y) { y = MatMul(x, w) }", {"w": normal(32, 3)}, "below 16"),
+    "weight left": (
+        "g (float[32, n] x) => (float[32, n] y) { y = MatMul(w, x) }",
+        {"w": normal(32, 32)},
+        "on the left",
+    ),
+    "batched": (
+        "g (float[2, n, 32] x) => (float[2, n, 32] y) { y = MatMul(x, w) }",
+        {"w": normal(2, 32, 32)},
+        "matrix",
+    ),
+    "vector": ("g (float[1, 32] x) => (float[1, 32] y) { y = MatMul(x, w) }", {"w": normal(32, 32)}, "matrix-vector"),
+    "first conv": (
+        "g (float[n, 3, 8, 8] x) => (float[n, 16, 6, 6] y) { y = Conv(x, w) }",
+        {"w": normal(16, 3, 3, 3)},
+        "channels",
+    ),
+    "depthwise": (
+        "g (float[n, 32, 8, 8] x) => (float[n, 32, 6, 6] y) { y = Conv <group = 32> (x, w) }",
+        {"w": normal(32, 1, 3, 3)},
+        "depthwise",
+    ),
+    "transA": (
+        "g (float[32, n] x) => (float[n, 32] y) { y = Gemm <transA = 1> (x, w) }",
+        {"w": normal(32, 32)},
+        "transposed",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", sorted(REFUSED))
+def test_what_does_not_pay_stays_in_float_with_its_reason(case):
+    text, weights, reason = REFUSED[case]
+    model = model_from(text, **weights)
+    before = ops(model)
+    result = Quantize()(model)
+    assert not result.modified
+    assert ops(model) == before
+    assert any(reason in decision.reason for decision in result.decisions)
+
+
+def test_a_product_in_a_branch_is_refused():
+    text = """g (bool c, float[n, 32] x) => (float[n, 32] y) {
+        y = If (c) <then_branch = t () => (float[n, 32] a) { a = MatMul(x, w) },
+                    else_branch = e () => (float[n, 32] b) { b = Relu(x) }> }"""
+    result = Quantize()(model_from(text, w=normal(32, 32)))
+    assert [decision.reason for decision in result.decisions] == ["inside a control-flow branch"]
+
+
+def test_a_node_is_kept_by_name_by_sensitivity_and_for_want_of_samples():
+    model = mlp()
+    first, _, second = model.graph
+    first.name, second.name = "first", "second"
+    second.meta[SQNR_KEY] = 10.0
+    reasons = {d.node: d.reason for d in Quantize(min_sqnr=20, keep=(first.name,))(model).decisions}
+    assert reasons == {first.name: "kept in float by name", second.name: "output SQNR below 20 dB"}
+    model = mlp()
+    model.graph[2].name = "second"
+    del model.graph[2].inputs[0].meta[RANGE_KEY]
+    assert "not calibrated" in {d.node: d.reason for d in Quantize()(model).decisions}["second"]
+
+
+def test_a_model_that_was_never_calibrated_is_a_usage_error():
+    text = "g (float[n, 32] x) => (float[n, 24] y) { y = MatMul(x, w) }"
+    with pytest.raises(UsageError, match="no tensor has a calibrated range"):
+        Quantize()(model_from(text, w=normal(32, 24)))
+
+
+@pytest.mark.parametrize("target", ["tensorrt-rtx", "ort-cpu"])
+def test_an_embedding_table_becomes_integer_rows_with_a_scale_each(target):
+    table = normal(2048, 64) * np.logspace(-2, 1, 2048).astype(np.float32)[:, None]
+    text = "g (int64[n] ids) => (float[n, 64] y) { y = Gather(table, ids) }"
+    model = model_from(text, table=table)
+    assert Quantize(target=target)(model).modified
+    ids = np.arange(0, 2048, 7)
+    (found,) = run(model, ids=ids)
+    step = np.abs(table[ids]).max(axis=1, keepdims=True) / 127
+    assert np.all(np.abs(found - table[ids]) <= 0.501 * step * 1.001 + 2.0**-15)
+    held = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    assert held < table.nbytes / 3.5
+
+
+def test_a_small_table_is_left_alone():
+    text = "g (int64[n] ids) => (float[n, 64] y) { y = Gather(table, ids) }"
+    assert not Quantize()(model_from(text, table=normal(100, 64))).modified
+
+
+def test_the_skip_input_of_a_residual_add_is_quantized_and_the_fused_one_is_not():
+    text = """g (float[n, 16, 8, 8] x) => (float[n, 16, 8, 8] y) {
+        a = Conv <pads = [1, 1, 1, 1]> (x, w)  r = Relu(a)  b = Conv <pads = [1, 1, 1, 1]> (r, v)
+        s = Add(b, x)  y = Relu(s) }"""
+    weights = {"w": normal(16, 16, 3, 3), "v": normal(16, 16, 3, 3)}
+    model = calibrated(model_from(text, **weights), x=(-3.0, 3.0), r=(0.0, 9.0))
+    Quantize()(model)
+    (add,) = (node for node in model.graph if node.op_type == "Add")
+    assert add.inputs[0].name == "b"
+    assert add.inputs[1].producer().op_type == "DequantizeLinear"
+
+
+def test_a_residual_add_of_a_transformer_is_left_alone():
+    text = "g (float[n, 32] x) => (float[n, 32] y) { m = MatMul(x, w)  y = Add(m, x) }"
+    found = plan(model_from(text, w=normal(32, 32)), find_target("tensorrt-rtx"))
+    assert [site.node.op_type for site in found.sites] == ["MatMul"]
