@@ -43,7 +43,7 @@ class Histogram:
     low: float = 0.0
     high: float = 0.0
     zeros: int = 0
-    top: int = 0
+    top: int = OCTAVES  # the lowest window begins at the smallest normal number: denormals count as zero
     counts: Counts = field(default_factory=_empty)
 
     def add(self, values: NDArray[np.float32]) -> None:
@@ -78,7 +78,7 @@ class Histogram:
     def table(self) -> tuple[NDArray[np.float64], Counts]:
         """Return bucket centres in rising order, with their counts; empty buckets are left out."""
         keys = np.arange(_SIZE, dtype=np.int64) + self._floor()
-        edges = (np.maximum(keys, 0).astype(np.uint32) << np.uint32(_SHIFT)) + np.uint32(1 << (_SHIFT - 1))
+        edges = (keys.astype(np.uint32) << np.uint32(_SHIFT)) + np.uint32(1 << (_SHIFT - 1))
         magnitude = edges.view(np.float32).astype(np.float64)
         values = np.concatenate([-magnitude[::-1], [0.0], magnitude])
         counts = np.concatenate([self.counts[1, ::-1], [self.zeros], self.counts[0]])
