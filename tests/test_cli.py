@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import os
@@ -15,13 +14,11 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
-from rich.console import Console
 
 import qexport.cli
 from qexport.cli import build as build_module
 from qexport.cli import cli
 from qexport.cli.common import print_json
-from qexport.cli.progress import RichProgress
 from qexport.errors import GateFailed, QexportError
 
 HEAVY = ("numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "onnxslim", "pydantic", "tokenizers", "rich", "torch")
@@ -308,117 +305,3 @@ def test_a_reader_that_goes_away_is_no_crash() -> None:
     told = subprocess.run(["bash", "-c", script], capture_output=True, timeout=60, check=False)
     assert b"Traceback" not in told.stderr
     assert b"bug" not in told.stderr
-
-
-def progress_on(*, terminal: bool, term: str = "xterm") -> str:
-    stream = io.StringIO()
-    environment = {"TERM": term}
-    console = Console(file=stream, force_terminal=terminal, width=80, _environ=environment)
-    progress = RichProgress(console)
-    with progress.stage("calibrate", 3) as advance:
-        advance()
-        advance(2)
-        with progress.stage("[bold]histograms"):
-            pass
-    with progress.stage("engine") as advance:
-        advance()
-    return stream.getvalue()
-
-
-@pytest.mark.parametrize(("terminal", "term"), [(False, "xterm"), (True, "dumb")])
-def test_progress_is_one_plain_line_per_stage_where_there_is_no_terminal(terminal: bool, term: str) -> None:
-    lines = progress_on(terminal=terminal, term=term).splitlines()
-    assert [line.partition("] ")[2] for line in lines] == ["calibrate (3)", "[bold]histograms", "engine"]
-    assert all("\x1b" not in line for line in lines)
-
-
-def test_progress_draws_bars_on_a_terminal() -> None:
-    drawn = progress_on(terminal=True)
-    assert "calibrate" in drawn
-    assert "3/3" in drawn
-    assert "[bold]histograms" in drawn
-    assert drawn.rstrip("\r").endswith("\x1b[2K\x1b[?25h")
-
-
-def test_a_stage_that_fails_takes_its_bar_down() -> None:
-    stream = io.StringIO()
-    progress = RichProgress(Console(file=stream, force_terminal=True, width=80, _environ={"TERM": "xterm"}))
-    with pytest.raises(ZeroDivisionError), progress.stage("calibrate", 3):
-        raise ZeroDivisionError
-    before = stream.getvalue()
-    with progress.stage("again"):
-        pass
-    assert "calibrate" not in stream.getvalue()[len(before) :]
-
-
-# The commands below run the whole road.
-
-
-def build(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    pytest.importorskip("qexport.exporter.build")
-    return call(capsys, "build", *arguments)
-
-
-def samples(folder: Path, count: int = 16) -> Path:
-    path = folder / "samples.npz"
-    data = np.random.default_rng(1).standard_normal((count, 32)).astype(np.float32)
-    np.savez(path, x=data)
-    return path
-
-
-def test_int8_without_data_is_a_usage_error_and_writes_nothing(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path
-) -> None:
-    code, out, err = build(capsys, str(model), "--int8", "-o", str(tmp_path / "out"))
-    assert (code, out) == (2, "")
-    assert "--calib" in err
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("recipe", ["int8", "float16", "float32"])
-@pytest.mark.parametrize("target", ["ort-cpu", "ort-cuda"])
-def test_every_shipped_recipe_builds_a_tiny_model(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path, recipe: str, target: str
-) -> None:
-    before = model.read_bytes()
-    out = tmp_path / "out"
-    data = ["--calib", str(samples(tmp_path))] if recipe == "int8" else []
-    code, told, err = build(capsys, str(model), "--recipe", recipe, "--target", target, *data, "-o", str(out), "--json")
-    assert code == 0, err
-    result = json.loads(told)
-    assert result["schema"] == "qexport.result/1"
-    assert result["target"] == target
-    assert (result["quantized"] > 0) == (recipe == "int8")
-    assert {"model.onnx", "manifest.json", "result.json", "report.md"} <= {path.name for path in out.iterdir()}
-    assert model.read_bytes() == before
-
-
-def test_a_build_ends_with_a_short_summary_and_keeps_progress_off_stdout(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path
-) -> None:
-    out = tmp_path / "out"
-    code, told, err = build(
-        capsys, str(model), "--int8", "--calib", str(samples(tmp_path)), "--target", "ort-cpu", "-o", str(out)
-    )
-    assert code == 0, err
-    assert len(told.splitlines()) <= 15
-    assert told.splitlines()[-1].startswith("next")
-    assert " s] " in err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "hint"),
-    [
-        (("--set", "quantize.min_sqrn=18"), "did you mean 'min_sqnr'?"),
-        (("--target", "ort-cpuu"), "ort-cpu"),
-        (("--recipe", "int9"), "int8"),
-    ],
-)
-def test_a_misspelt_name_in_a_build_is_a_usage_error_with_a_hint(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path, arguments: tuple[str, ...], hint: str
-) -> None:
-    data = samples(tmp_path)
-    code, out, err = build(capsys, str(model), *arguments, "--calib", str(data), "-o", str(tmp_path / "out"))
-    assert (code, out) == (2, "")
-    assert hint in err
-    assert not (tmp_path / "out").exists()

@@ -1,0 +1,103 @@
+"""``qexport build`` from the command line, over the whole road."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import qexport.cli
+
+
+def save_model(path: Path) -> Path:
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    g (float[n, 32] x) => (float[n, 32] y) { h = MatMul(x, w)
+        y = Relu(h) }"""
+    proto = onnx.parser.parse_model(text)
+    weight = np.random.default_rng(0).standard_normal((32, 32)).astype(np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = qexport.cli.run(list(arguments))
+    told = capsys.readouterr()
+    return code, told.out, told.err
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save_model(tmp_path / "model.onnx")
+
+
+def build(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    return call(capsys, "build", *arguments)
+
+
+def samples(folder: Path, count: int = 16) -> Path:
+    path = folder / "samples.npz"
+    data = np.random.default_rng(1).standard_normal((count, 32)).astype(np.float32)
+    np.savez(path, x=data)
+    return path
+
+
+def test_int8_without_data_is_a_usage_error_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path
+) -> None:
+    code, out, err = build(capsys, str(model), "--int8", "-o", str(tmp_path / "out"))
+    assert (code, out) == (2, "")
+    assert "--calib" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("recipe", ["int8", "float16", "float32"])
+@pytest.mark.parametrize("target", ["ort-cpu", "ort-cuda"])
+def test_every_shipped_recipe_builds_a_tiny_model(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path, recipe: str, target: str
+) -> None:
+    before = model.read_bytes()
+    out = tmp_path / "out"
+    data = ["--calib", str(samples(tmp_path))] if recipe == "int8" else []
+    code, told, err = build(capsys, str(model), "--recipe", recipe, "--target", target, *data, "-o", str(out), "--json")
+    assert code == 0, err
+    result = json.loads(told)
+    assert result["schema"] == "qexport.result/1"
+    assert result["target"] == target
+    assert (result["quantized"] > 0) == (recipe == "int8")
+    assert {"model.onnx", "manifest.json", "result.json", "report.md"} <= {path.name for path in out.iterdir()}
+    assert model.read_bytes() == before
+
+
+def test_a_build_ends_with_a_short_summary_and_keeps_progress_off_stdout(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path
+) -> None:
+    out = tmp_path / "out"
+    code, told, err = build(
+        capsys, str(model), "--int8", "--calib", str(samples(tmp_path)), "--target", "ort-cpu", "-o", str(out)
+    )
+    assert code == 0, err
+    assert len(told.splitlines()) <= 15
+    assert told.splitlines()[-1].startswith("next")
+    assert " s] " in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("--set", "quantize.min_sqrn=18"), "did you mean 'min_sqnr'?"),
+        (("--target", "ort-cpuu"), "ort-cpu"),
+        (("--recipe", "int9"), "int8"),
+    ],
+)
+def test_a_misspelt_name_in_a_build_is_a_usage_error_with_a_hint(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path, arguments: tuple[str, ...], hint: str
+) -> None:
+    data = samples(tmp_path)
+    code, out, err = build(capsys, str(model), *arguments, "--calib", str(data), "-o", str(tmp_path / "out"))
+    assert (code, out) == (2, "")
+    assert hint in err
+    assert not (tmp_path / "out").exists()
