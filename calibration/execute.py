@@ -45,9 +45,8 @@ def skeleton(model: ir.Model, taps: Sequence[str] = ()) -> tuple[onnx.ModelProto
 def _add_outputs(graph: ir.Graph, taps: Sequence[str]) -> None:
     present = {value.name for value in graph.outputs}
     wanted = set(taps) - present
-    for node in graph:
-        for value in node.outputs:
-            if value.name in wanted:
-                if value.type is None:
-                    value.type = ir.TensorType(ir.DataType.FLOAT)
-                graph.outputs.append(value)
+    for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
+        if value.name in wanted:
+            if value.type is None:
+                value.type = ir.TensorType(ir.DataType.FLOAT)
+            graph.outputs.append(value)

@@ -47,7 +47,8 @@ class Half(Pass):
         refusal = self._refusal(model)
         if refusal is not None:
             return Outcome(model, False, (Decision("", "graph", "skipped", refusal),))
-        ShapeInferencePass()(model)
+        if any(value.dtype is None for node in model.graph for value in node.outputs if value.name):
+            ShapeInferencePass()(model)
         opset = model.opset_imports.get("", 0)
         reasons = {node: self._reason(node, opset) for node in model.graph if _computes_float(node)}
         chosen = [node for node, reason in reasons.items() if reason is None]
