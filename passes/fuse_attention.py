@@ -102,7 +102,7 @@ def _weighted(softmax: ir.Node) -> tuple[ir.Value, list[ir.Node]] | None:
             return None
         weights, nodes = guard.outputs[0], [guard, test]
     users = [node for node in weights.consumers() if match.producer(node.outputs[0], "MatMul")]
-    if len(users) != 1 or users[0].inputs[0] is not weights or users[0].inputs[1] is weights:
+    if len(users) != 1 or users[0].inputs[1] is weights:
         return None
     return users[0].outputs[0], [*nodes, users[0]]
 

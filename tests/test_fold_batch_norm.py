@@ -133,9 +133,10 @@ def test_a_variance_below_zero_is_left_alone():
     check_left(model, ["the shapes or the variance do not allow it"])
 
 
-def test_a_bias_that_differs_from_row_to_row_is_left_alone():
+@pytest.mark.parametrize("shape", [(2, 6), (6, 1)])
+def test_a_bias_that_differs_from_row_to_row_is_left_alone(shape):
     model = build("gemm")
-    model.graph.initializers["b"].const_value = ir.tensor(RNG.random((2, 6)).astype(np.float32), name="b")
+    model.graph.initializers["b"].const_value = ir.tensor(RNG.random(shape).astype(np.float32), name="b")
     check_left(model, ["the shapes or the variance do not allow it"])
 
 

@@ -188,6 +188,21 @@ def test_scores_of_keys_that_are_not_transposed_are_not_touched():
     check_left(build(PLAIN.replace("t = Transpose<perm=[0, 1, 3, 2]>(k)", "t = Identity(k)"), inputs), [])
 
 
+@pytest.mark.parametrize(("last", "found"), [("1, 2, 4, 4", True), ("1, 1, 4, 8", False)])
+def test_keys_that_torch_transposes_between_two_reshapes_need_the_right_shapes(last, found):
+    keys = "f = Reshape(k, flat) g = Transpose<perm=[0, 2, 1]>(f) t = Reshape(g, last)"
+    body = PLAIN.replace("t = Transpose<perm=[0, 1, 3, 2]>(k)", keys)
+    constants = f"int64[3] flat = {{-1, 4, 4}}, int64[4] last = {{{last}}}"
+    inputs = f"float[1, 2, 3, 4] q4, float[1, 2, 4, 4] k4, float[1, 2, {last[-1]}, 4] v4"
+    text = f"""<ir_version: 10, opset_import: ["": 23]>
+    net ({inputs}) => (float[1, 2, 3, 4] o) <{INITIALIZERS}, {constants}> {{ {body} }}"""
+    model = tidy(ir.from_onnx_text(text))
+    if found:
+        check_fused(model)
+    else:
+        check_left(model, [])
+
+
 def test_a_guard_that_writes_something_else_than_zero_is_not_touched():
     check_left(build((HEADS + core(guard=True)).replace("zero", "one")), [])
 

@@ -120,6 +120,7 @@ NEAR_MISSES = {
     "mean_over_another_axis": LAYER_NORM.replace("ReduceMean(x, last)", "ReduceMean(x, middle)"),
     "both_means_over_another_axis": LAYER_NORM.replace("last", "middle"),
     "variance_without_its_axis": LAYER_NORM.replace("ReduceMean(q, last)", "ReduceMean(q)"),
+    "mean_without_its_axis": LAYER_NORM.replace("ReduceMean(x, last)", "ReduceMean<keepdims=0>(x, last)"),
     "cubed": LAYER_NORM.replace("q = Mul(d, d)", "q = Pow(d, eps)"),
     "square_of_x": LAYER_NORM.replace("q = Mul(d, d)", "q = Mul(x, x)"),
     "epsilon_outside_the_root": LAYER_NORM.replace("e = Add(v, eps) s = Sqrt(e)", "e = Sqrt(v) s = Add(e, eps)"),
@@ -214,6 +215,17 @@ def test_a_cast_that_something_else_reads_stays_outside():
             value.shape = ir.Shape(["B", 8])
     assert FuseLayerNorm()(model).modified
     assert ops(model) == {"Cast": 2, "LayerNormalization": 1, "Mul": 1, "Neg": 1}
+
+
+def test_a_cast_to_another_precision_than_it_came_from_stays_outside():
+    model = half(center() + core("d"), "y = Cast<to=11>(n)", "float16[B, 8] c, double[B, 8] y")
+    model.graph.outputs.pop(0)
+    model.graph.remove(model.graph[-2], safe=True)
+    for node in model.graph:
+        if node.outputs[0].name == "x":
+            node.outputs[0].shape = ir.Shape(["B", 8])
+    assert FuseLayerNorm()(model).modified
+    assert ops(model) == {"Cast": 2, "LayerNormalization": 1}
 
 
 def test_rms_norm_leaves_layer_norm_to_the_other_pass():
