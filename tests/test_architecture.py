@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"exporter"},
 }
 # Packages from outside that a layer may load; layers that are not here may load what pyproject.toml declares.
-MAY_LOAD = {"errors": set(), "safe_io": set(), "passes": {"numpy", "onnx_ir", "onnxscript", "onnxslim"}}
+MAY_LOAD = {"errors": set(), "safe_io": set(), "passes": {"numpy", "onnx", "onnx_ir", "onnxscript", "onnxslim"}}
 
 # Calls that are banned, and the files that may do it all the same.
 BANNED_CALLS: dict[str, tuple[str, ...]] = {
@@ -65,7 +65,7 @@ BANNED_CALLS: dict[str, tuple[str, ...]] = {
 BANNED_MODULES = {"pickle", "shelve", "marshal", "dill", "joblib"}
 IGNORED = re.compile(r"\[[\w, -]+\]\W+\w+")
 WRITERS = {"write_text", "write_bytes"}
-PLACE_FOR_WRITING = "src/qexport/safe_io.py"
+PLACE_FOR_WRITING = "src/qexport/safe_io/"
 
 HEAVY = {"onnx", "onnx_ir", "onnxscript", "onnxslim", "onnxruntime", "torch", "transformers", "scipy", "tokenizers"}
 HEAVY |= {"tensorrt", "tensorrt_rtx", "matplotlib", "ray", "PIL"}
@@ -129,7 +129,7 @@ def declared_modules() -> set[str]:
     texts = [*project["dependencies"], *(t for extra in project["optional-dependencies"].values() for t in extra)]
     other_names = {"pillow": "PIL", "optimum_onnx": "optimum", "onnxruntime_gpu": "onnxruntime"}
     found = (Requirement(text).name.replace("-", "_") for text in texts)
-    return {other_names.get(name, name) for name in found}
+    return {other_names.get(name, name) for name in found} | {"google"}  # protobuf, which comes with onnx
 
 
 def test_a_file_has_at_most_400_lines():
@@ -187,7 +187,7 @@ def forbidden_call(node: ast.Call, where: str) -> str | None:
     keywords = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
     if keywords.get("allow_pickle") is True:
         return "allow_pickle=True"
-    if where == PLACE_FOR_WRITING:
+    if where.startswith(PLACE_FOR_WRITING):
         return None
     if isinstance(node.func, ast.Attribute) and node.func.attr in WRITERS and not written_through_safe_io(node.func):
         return name or node.func.attr

