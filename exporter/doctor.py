@@ -1,37 +1,47 @@
-"""What this machine can do: versions, runtimes, targets, and what to install for the rest."""
+"""What this machine can do: packages, targets, and checks with advice for what is amiss."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import os
-import platform
-import shutil
-import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from qexport.exporter.surroundings import Check, look_around
 from qexport.passes.target import TARGETS, Target
 
-PACKAGES = {
-    "onnx": "",
-    "onnx-ir": "",
-    "onnxscript": "",
-    "onnxslim": "",
-    "numpy": "",
-    "safetensors": "",
-    "tokenizers": "",
-    "onnxruntime": "cpu",
-    "onnxruntime-gpu": "gpu",
-    "tensorrt-rtx": "rtx",
-    "tensorrt": "tensorrt",
-    "pillow": "images",
-    "torch": "export",
-}
-"""Distribution to the extra that brings it; without one it is always needed."""
+Packages = Mapping[str, str | None]
+"""Distribution to version; ``None`` is not installed."""
 
-_ENGINE_EXTRAS = {"tensorrt_rtx": "rtx", "tensorrt": "tensorrt"}
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """A distribution, the module it holds, and the extra that brings it for a use; one without is always needed."""
+
+    module: str
+    extra: str = ""
+    use: str = ""
+
+
+PACKAGES = {
+    "onnx": Package("onnx"),
+    "onnx-ir": Package("onnx_ir"),
+    "onnxscript": Package("onnxscript"),
+    "onnxslim": Package("onnxslim"),
+    "numpy": Package("numpy"),
+    "safetensors": Package("safetensors"),
+    "tokenizers": Package("tokenizers"),
+    "onnxruntime": Package("onnxruntime", "cpu", "run models"),
+    "onnxruntime-gpu": Package("onnxruntime", "gpu", "run models"),
+    "tensorrt-rtx": Package("tensorrt_rtx", "rtx", "build engines for it"),
+    "tensorrt": Package("tensorrt", "tensorrt", "build engines for it"),
+    "pillow": Package("PIL", "images", "read images"),
+}
+_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
+_BUILDERS = ("tensorrt-rtx", "tensorrt")
+_NEEDS_GPU = "tensorrt"  # the builder that refuses to work without one
 
 
 class _Record(BaseModel):
@@ -39,7 +49,7 @@ class _Record(BaseModel):
 
 
 class TargetStatus(_Record):
-    """Whether results for a target can be built here, and what is missing otherwise."""
+    """Whether results for a target can be built here, and judged in its own runtime if that is onnxruntime."""
 
     name: str
     ready: bool
@@ -51,69 +61,86 @@ class Diagnosis(_Record):
 
     Attributes:
         version: Of qexport.
-        python: Version of the interpreter.
-        system: Operating system and machine type.
-        cores: Number of CPUs this process may use.
-        cpu: Instructions that matter for int8, of those the CPU has.
-        gpus: Name and driver of each GPU.
-        packages: Distribution to version; ``None`` is not installed.
+        packages: Version of every distribution in ``PACKAGES``; ``None`` is not installed.
         targets: Each target.
-        problems: What stands in the way, with what to do; empty when all is well.
+        checks: Everything that was looked at; a ``problem`` stands in the way of building anything.
     """
 
     version: str
-    python: str
-    system: str
-    cores: int
-    cpu: tuple[str, ...]
-    gpus: tuple[str, ...]
     packages: dict[str, str | None]
     targets: tuple[TargetStatus, ...]
-    problems: tuple[str, ...]
+    checks: tuple[Check, ...]
+
+    @property
+    def problems(self) -> tuple[Check, ...]:
+        """The checks that failed."""
+        return tuple(check for check in self.checks if check.status == "problem")
 
 
 def diagnose() -> Diagnosis:
-    """Look at this machine; starts nothing but ``nvidia-smi``."""
-    packages = {name: _version(name) for name in PACKAGES}
+    """Look at Python, packages, GPU, CPU, memory and folders; starts no process and imports no runtime."""
+    packages, around = installed(), look_around()
+    gpu = any(check.name == "gpu" and check.status == "ok" for check in around)
     return Diagnosis(
         version=_version("qexport") or "unknown",
-        python=platform.python_version(),
-        system=f"{platform.system()} {platform.machine()}",
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        cpu=_instructions(),
-        gpus=_gpus(),
         packages=packages,
-        targets=tuple(_status(target, packages) for target in TARGETS.values()),
-        problems=tuple(find_problems(packages)),
+        targets=tuple(judge_target(target, packages, gpu=gpu) for target in TARGETS.values()),
+        checks=(*check_packages(packages), *around),
     )
 
 
-def find_problems(packages: dict[str, str | None]) -> list[str]:
-    """Return what stands in the way of a build, given the installed versions."""
-    problems = [
-        f"{name} is not installed: pip install --force-reinstall qexport"
-        for name, extra in PACKAGES.items()
-        if not extra and packages[name] is None
-    ]
-    if packages["onnxruntime"] and packages["onnxruntime-gpu"]:
-        problems.append(
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
-            "uninstall both, then install qexport[cpu] or qexport[gpu]"
-        )
-    if not packages["onnxruntime"] and not packages["onnxruntime-gpu"]:
-        problems.append("onnxruntime is not installed: pip install 'qexport[cpu]' or 'qexport[gpu]'")
-    return problems
+def installed() -> dict[str, str | None]:
+    """Return the version of each of ``PACKAGES``.
+
+    A module that came under another distribution's name, as builds for one CUDA version do, counts as well.
+    """
+    found = {name: _version(name) for name in PACKAGES}
+    known = {PACKAGES[name].module for name, version in found.items() if version is not None}
+    for name, package in PACKAGES.items():
+        if package.module not in known and find_spec(package.module) is not None:
+            found[name] = "unknown version"
+            known.add(package.module)
+    return found
 
 
-def _status(target: Target, packages: dict[str, str | None]) -> TargetStatus:
-    if target.engine is not None and find_spec(target.engine) is None:
-        note = f"builds no engine: pip install 'qexport[{_ENGINE_EXTRAS[target.engine]}]'"
-        return TargetStatus(name=target.name, ready=False, note=note)
-    if "CUDAExecutionProvider" in target.providers and not packages["onnxruntime-gpu"]:
-        return TargetStatus(name=target.name, ready=False, note="pip install 'qexport[gpu]' to run it")
-    return TargetStatus(
-        name=target.name, ready=True, note="builds engines" if target.engine else "the file is the result"
-    )
+def check_packages(found: Packages) -> Iterator[Check]:
+    """Judge versions by distribution name; what is not in ``found`` is not installed."""
+    builder = any(found.get(name) for name in _BUILDERS)
+    yield _runtime(found)
+    for name, package in PACKAGES.items():
+        version = found.get(name)
+        if name in _RUNTIMES:
+            continue
+        if version is not None:
+            yield Check(name=name, status="ok", found=version)
+        elif not package.extra:
+            advice = "pip install --force-reinstall qexport"
+            yield Check(name=name, status="problem", found="not installed", advice=advice)
+        else:
+            advice = f"pip install 'qexport[{package.extra}]' to {package.use}"
+            fine = name not in _BUILDERS or builder
+            yield Check(name=name, status="ok" if fine else "warning", found="not installed", advice=advice)
+
+
+def judge_target(target: Target, found: Packages, *, gpu: bool) -> TargetStatus:
+    """Judge a target by the packages and by whether there is a GPU."""
+    note = "builds engines" if target.engine else "the file is the result"
+    for missing, reason in _obstacles(target, found, gpu=gpu):
+        if missing:
+            return TargetStatus(name=target.name, ready=False, note=reason)
+    return TargetStatus(name=target.name, ready=True, note=note)
+
+
+def _obstacles(target: Target, found: Packages, *, gpu: bool) -> Iterator[tuple[bool, str]]:
+    """What may stand in the way: whether it does, and how to tell it."""
+    yield not any(found.get(name) for name in _RUNTIMES), "onnxruntime is not installed"
+    for name in _BUILDERS:
+        if PACKAGES[name].module == target.engine:
+            yield not found.get(name), f"builds no engine: pip install 'qexport[{PACKAGES[name].extra}]'"
+            yield name == _NEEDS_GPU and not gpu, "builds no engine: that needs a GPU"
+    if "CUDAExecutionProvider" in target.providers:
+        yield not found.get("onnxruntime-gpu"), "builds, but runs on the CPU: pip install 'qexport[gpu]'"
+        yield not gpu, "builds, but runs on the CPU: no GPU"
 
 
 def _version(distribution: str) -> str | None:
@@ -123,21 +150,12 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _instructions() -> tuple[str, ...]:
-    path = Path("/proc/cpuinfo")
-    if not path.exists():
-        return ()
-    found = set(path.read_text(errors="replace").split())
-    return tuple(name for name in ("avx2", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm") if name in found)
-
-
-def _gpus() -> tuple[str, ...]:
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return ()
-    query = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ()
-    return tuple(answer.stdout.split("\n")[:-1]) if answer.returncode == 0 else ()
+def _runtime(found: Packages) -> Check:
+    names = [name for name in _RUNTIMES if found.get(name)]
+    versions = ", ".join(f"{name} {found[name]}" for name in names) or "not installed"
+    advice = {
+        0: "pip install 'qexport[cpu]', or 'qexport[gpu]' with an NVIDIA GPU",
+        1: "",
+        2: "they overwrite each other: pip uninstall both, then install qexport[cpu] or qexport[gpu]",
+    }[len(names)]
+    return Check(name="onnxruntime", status="problem" if advice else "ok", found=versions, advice=advice)

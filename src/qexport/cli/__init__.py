@@ -52,7 +52,7 @@ def run(arguments: list[str]) -> int:
     _survive_encodings()
     flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
     try:
-        cli.main(arguments, prog_name="qexport", standalone_mode=False)
+        code: int | None = cli.main(arguments, prog_name="qexport", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; nothing was published", err=True)
         return INTERRUPTED
@@ -67,7 +67,7 @@ def run(arguments: list[str]) -> int:
         return failure.exit_code
     except Exception as error:  # noqa: BLE001 - the last line: whatever is left becomes one line and exit code 1
         return _report_crash(error, flags)
-    return 0
+    return code or 0
 
 
 def _as_ours(error: click.ClickException | QexportError) -> QexportError:

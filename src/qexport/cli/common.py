@@ -1,17 +1,20 @@
-"""What every command shares: its two flags, its one object on stdout, its console."""
+"""What every command shares: its two flags, its one object on stdout, its console and tables."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from qexport.errors import printable
+
 if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.console import Console
+    from rich.table import Table
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -37,6 +40,18 @@ def make_console(*, stderr: bool = False) -> Console:
     from rich.console import Console
 
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def make_table(header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> Table:
+    """Return a table of plain cells; names that come from a model or a file system are escaped."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text(printable(str(cell)), overflow="fold") for cell in row))
+    return table
 
 
 def _finite(value: Any) -> Any:

@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import click
 
-from qexport.cli.common import make_console, print_json, shared_flags
+from qexport.cli.common import make_console, make_table, print_json, shared_flags
 from qexport.errors import EnvironmentMismatch
 
 
 @click.command()
 @shared_flags
-def doctor(*, as_json: bool) -> None:
+@click.pass_context
+def doctor(context: click.Context, *, as_json: bool) -> None:
     """Tell what this machine can build.
 
-    Shows versions, runtimes and targets, and what to install for the rest.
+    Checks Python, packages, GPU, CPU, memory and folders, and says what to do about what is missing. A problem is
+    exit code 8; a missing GPU is none.
     """
     from qexport.exporter.doctor import diagnose
 
     found = diagnose()
     if as_json:
-        print_json(found)
-        return
+        print_json({"schema": "qexport.doctor/1", **found.model_dump(mode="json")})
+        context.exit(EnvironmentMismatch.exit_code if found.problems else 0)
     console = make_console()
-    console.print(f"qexport {found.version}, Python {found.python}, {found.system}, {found.cores} cores")
-    console.print(f"CPU  {', '.join(found.cpu) or 'no int8 instructions known'}")
-    console.print(f"GPU  {'; '.join(found.gpus) or 'none'}")
-    for name, version in found.packages.items():
-        console.print(f"  {name:<16} {version or '-'}")
-    for target in found.targets:
-        console.print(f"target {target.name:<14} {'ready' if target.ready else 'not ready'}: {target.note}")
+    console.print(f"qexport {found.version}")
+    rows = [(check.name, check.status, check.found, check.advice) for check in found.checks]
+    console.print(make_table(("check", "", "found", "advice"), rows))
+    targets = [(target.name, "ready" if target.ready else "not ready", target.note) for target in found.targets]
+    console.print(make_table(("target", "", "note"), targets))
     if found.problems:
-        raise EnvironmentMismatch("; ".join(found.problems), where="doctor")
+        first = found.problems[0]
+        what = "; ".join(f"{check.name}: {check.found}" for check in found.problems)
+        raise EnvironmentMismatch(what, where="doctor", hint=first.advice)
     console.print("ok")

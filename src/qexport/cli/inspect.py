@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from qexport.cli.common import make_console, print_json, shared_flags
+from qexport.cli.common import make_console, make_table, print_json, shared_flags
 from qexport.errors import printable
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @click.command()
@@ -38,25 +33,14 @@ def inspect(model: Path, *, layers: bool, as_json: bool) -> None:
     console.print(printable(f"{model}: opset {opsets}; {found.nodes} nodes, {found.parameters} parameters"))
     ports = [("input", port) for port in found.inputs] + [("output", port) for port in found.outputs]
     rows = [(kind, port.name, port.dtype, _shape(port.shape)) for kind, port in ports]
-    console.print(_table(("", "name", "type", "shape"), rows))
-    console.print(_table(("operator", "count"), found.ops.items()))
-    console.print(_table(("stored as", "bytes"), ((k, human_bytes(v)) for k, v in found.weight_bytes.items())))
-    console.print(_table(("activation x weight", "layers"), found.precision.items()))
+    console.print(make_table(("", "name", "type", "shape"), rows))
+    console.print(make_table(("operator", "count"), found.ops.items()))
+    console.print(make_table(("stored as", "bytes"), ((k, human_bytes(v)) for k, v in found.weight_bytes.items())))
+    console.print(make_table(("activation x weight", "layers"), found.precision.items()))
     if layers:
         rows = [(layer.node, layer.op, layer.activation, layer.weight) for layer in found.layers]
-        console.print(_table(("layer", "operator", "activation", "weight"), rows))
+        console.print(make_table(("layer", "operator", "activation", "weight"), rows))
 
 
 def _shape(shape: tuple[int | str, ...] | None) -> str:
     return "unknown" if shape is None else f"[{', '.join(map(str, shape))}]"
-
-
-def _table(header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
-        table.add_row(*(Text(printable(str(cell)), overflow="fold") for cell in row))
-    return table

@@ -1,0 +1,116 @@
+"""Checks of what is not a package: Python, GPU, CPU, memory, folders."""
+
+from __future__ import annotations
+
+import os
+import platform
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from qexport.errors import EnvironmentMismatch, QexportError
+from qexport.exporter.device import find_gpus
+from qexport.safe_io import read_text, write_bytes
+
+_OLDEST_PYTHON = (3, 11)
+_INT8_FLAGS = ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
+_GIB = 1 << 30
+_LOW_MEMORY = 2 * _GIB
+_LOW_DISK = 2 * _GIB
+
+
+class Check(BaseModel):
+    """One thing that was looked at; ``advice`` says what to do about it, or is empty."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    status: Literal["ok", "warning", "problem"]
+    found: str
+    advice: str = ""
+
+
+def look_around() -> tuple[Check, ...]:
+    """Check everything there is here; starts no process."""
+    return (_python(), check_gpu(), *_proc(), *_folders())
+
+
+def check_gpu() -> Check:
+    """Ask the driver; without a GPU models can be built, so that is no problem."""
+    try:
+        gpus = find_gpus()
+    except EnvironmentMismatch as error:
+        advice = "engines can be built with tensorrt-rtx, but not run here"
+        return Check(name="gpu", status="warning", found=error.what, advice=advice)
+    found = "; ".join(f"{gpu.name} ({gpu.capability}, {gpu.memory / _GIB:.0f} GiB)" for gpu in gpus)
+    return Check(name="gpu", status="ok", found=found)
+
+
+def check_cpu(cpuinfo: str) -> Check:
+    """Judge the CPU by the words of ``/proc/cpuinfo``: without int8 dot products int8 is hardly faster than float."""
+    words = set(cpuinfo.split())
+    flags = [flag for flag in _INT8_FLAGS if flag in words]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    found = f"{platform.machine()}, {cores} cores, {', '.join(flags) or 'no int8 dot products known'}"
+    advice = "" if flags else "int8 may not be faster than float here: measure before choosing the target ort-cpu"
+    return Check(name="cpu", status="ok" if flags else "warning", found=found, advice=advice)
+
+
+def check_memory(meminfo: str) -> Check:
+    """Judge the memory by the text of ``/proc/meminfo``."""
+    sizes = {line.partition(":")[0]: line.partition(":")[2].split() for line in meminfo.splitlines()}
+    if not sizes.get("MemAvailable"):
+        return Check(name="memory", status="warning", found="unknown", advice="the system does not tell what is free")
+    available = int(sizes["MemAvailable"][0]) << 10
+    advice = "large models may not fit: close other programs" if available < _LOW_MEMORY else ""
+    found = f"{available / _GIB:.1f} GiB available"
+    return Check(name="memory", status="warning" if advice else "ok", found=found, advice=advice)
+
+
+def check_folder(name: str, path: Path) -> Check:
+    """Judge a folder by its free space and by writing a small file into it, or into the folder it would be made in."""
+    try:
+        place = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        probe = place / f".qexport-{secrets.token_hex(8)}"
+        write_bytes(probe, b"qexport")
+        probe.unlink()
+        free = shutil.disk_usage(place).free
+    except (QexportError, OSError) as error:
+        reason = error.what if isinstance(error, QexportError) else str(error)
+        return Check(name=name, status="problem", found=f"{path}: {reason}", advice="choose another folder")
+    advice = "free some space" if free < _LOW_DISK else ""
+    found = f"{path}, {free / _GIB:.1f} GiB free"
+    return Check(name=name, status="warning" if advice else "ok", found=found, advice=advice)
+
+
+def _python() -> Check:
+    fine = sys.version_info >= _OLDEST_PYTHON
+    found = f"{platform.python_version()} on {platform.system()}"
+    advice = "" if fine else f"needs {'.'.join(map(str, _OLDEST_PYTHON))}"
+    return Check(name="python", status="ok" if fine else "problem", found=found, advice=advice)
+
+
+def _proc() -> Iterator[Check]:
+    """Checks of what Linux tells in ``/proc``; other systems are told as unknown."""
+    for name, path, check in (("cpu", "/proc/cpuinfo", check_cpu), ("memory", "/proc/meminfo", check_memory)):
+        try:
+            yield check(read_text(path))
+        except QexportError:
+            yield Check(name=name, status="warning", found="unknown", advice="looked at on Linux only")
+
+
+def _folders() -> Iterator[Check]:
+    """Checks of the folders that are used when none is named."""
+    for name, find in (("temporary folder", tempfile.gettempdir), ("current folder", os.getcwd)):
+        try:
+            path = Path(find())
+        except OSError as error:
+            yield Check(name=name, status="problem", found=str(error), advice="choose another folder")
+        else:
+            yield check_folder(name, path)
