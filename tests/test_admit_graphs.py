@@ -180,6 +180,7 @@ GOOD = [
     ("private_attribute", parsed("y = Relu <__note = 1> (x)")),
     ("loop", parsed("y = Loop(n, c, x) <body = b (int64 i, bool k, float s) => (bool k2, float s2)"
                     "{ k2 = Identity(c) s2 = Add(s, x) }>", weights="int64 n = {3}")),
+    ("training_graphs_are_not_run", edited(lambda m: m.training_info.add().algorithm.node.add(input=["gone"]))),
     ("text_escapes", edited(lambda m: setattr(m.graph, "name", "\0\x1b[31m\u202e<script>../" + "x" * 1_000_000))),
 ]  # fmt: skip
 

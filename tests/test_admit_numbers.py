@@ -71,6 +71,8 @@ TENSORS = [
     ("M28_minus_inf", floats(1, -INF), "initializer 't'"),
     ("M28_positive_mask", floats(0, INF), "initializer 't'"),
     ("M28_mask_with_nan", floats(0, -INF, NAN), "initializer 't'"),
+    ("M28_infinities", floats(INF, -INF), "initializer 't'"),
+    ("M28_mask_after_numbers", parsed(w=np.r_[np.ones(1 << 20), np.full(9, -INF)].astype("f")), "initializer 'w'"),
     ("M28_nan_alone", floats(NAN), "initializer 't'"),
     ("M28_half", tensor(T.FLOAT16, [2], int32_data=[0x3C00, 0x7E00]), "initializer 't'"),
     ("M28_bfloat16", tensor(T.BFLOAT16, [2], raw_data=b"\x80\x3f\xc0\x7f"), "initializer 't'"),

@@ -40,7 +40,7 @@ def parsed(body, weights=None, functions="", imports='"": 21, "f": 1') -> onnx.M
 def weighted() -> onnx.ModelProto:
     """``y = x @ w + b``; ``w`` is large enough to be moved out, ``b`` is not."""
     generator = np.random.default_rng(0)
-    arrays = {"w": generator.normal(size=(4, 1024)), "v": generator.normal(size=(1024, 4)), "b": np.ones(4)}
+    arrays = {"w": generator.normal(size=(4, 1000)), "v": generator.normal(size=(1000, 4)), "b": np.ones(4)}
     body = "h = MatMul(x, w) k = MatMul(h, v) y = Add(k, b)"
     return parsed(body, {name: array.astype("f") for name, array in arrays.items()})
 
@@ -92,8 +92,8 @@ def test_external_weights_start_on_a_page_and_small_ones_stay_inside(tmp_path):
     saved = save(load_onnx(put(tmp_path, weighted())), tmp_path / "out", threshold=0)
     entries = {t.name: {e.key: e.value for e in t.external_data} for t in admit_file(saved).graph.initializer}
     assert entries == {
-        "w": {"location": "model.onnx.data", "offset": "0", "length": "16384"},
-        "v": {"location": "model.onnx.data", "offset": "16384", "length": "16384"},
+        "w": {"location": "model.onnx.data", "offset": "0", "length": "16000"},
+        "v": {"location": "model.onnx.data", "offset": "16384", "length": "16000"},
         "b": {},
     }
 
@@ -257,7 +257,7 @@ def test_m12_swapping_the_data_for_a_link_never_shows_the_secret(tmp_path):
     model = weighted()
     externalized(model.graph.initializer[0], folder, "w.bin")
     path = put(folder, model)
-    secret = np.full((4, 1024), 7, "f")
+    secret = np.full((4, 1000), 7, "f")
     (tmp_path / "secret").write_bytes(secret.tobytes())
     (folder / "link").symlink_to("../secret")
     stop = threading.Event()
@@ -282,18 +282,28 @@ def test_m12_swapping_the_data_for_a_link_never_shows_the_secret(tmp_path):
     assert 0 < loaded < 300
 
 
-def test_a_file_that_shrinks_between_admission_and_mapping_is_noticed(tmp_path, monkeypatch):
+def shrink(folder: Path) -> None:
+    os.truncate(folder / "w.bin", 100)
+
+
+def redirect(folder: Path) -> None:
+    os.rename(folder / "w.bin", folder / "elsewhere")
+    (folder / "w.bin").symlink_to("elsewhere")
+
+
+@pytest.mark.parametrize(("change", "error"), [(shrink, ModelInvalid), (redirect, UnsafeInput)])
+def test_a_file_that_changes_between_admission_and_mapping_is_noticed(tmp_path, monkeypatch, change, error):
     model = weighted()
     externalized(model.graph.initializer[0], tmp_path, "w.bin")
     path = put(tmp_path, model)
 
-    def admit_and_shrink(*args):
+    def admit_and_change(*args):
         proto = admit_file(*args)
-        os.truncate(tmp_path / "w.bin", 100)
+        change(tmp_path)
         return proto
 
-    monkeypatch.setattr("qexport.exporter.onnx_file.admit_file", admit_and_shrink)
-    with pytest.raises(ModelInvalid, match="became shorter"):
+    monkeypatch.setattr("qexport.exporter.onnx_file.admit_file", admit_and_change)
+    with pytest.raises(error):
         load_onnx(path)
 
 
@@ -335,7 +345,7 @@ def test_f01_no_space_while_a_model_is_saved_keeps_the_old_one(tmp_path):
     source = put(tmp_path, weighted())
     old = save(load_onnx(source), tmp_path / "out")
     before = {path.name: path.read_bytes() for path in old.parent.iterdir()}
-    limits = ["0", "1", "300", "16383", "16384", "16385", "32767"]
+    limits = ["0", "1", "300", "15999", "16000", "16384", "32383"]
     command = [sys.executable, "-c", textwrap.dedent(FILL), str(source), str(tmp_path / "out"), *limits]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (result.stdout.split(), result.stderr) == (["9"] * len(limits), "")
