@@ -74,6 +74,7 @@ def distance(one: Mapping[str, NDArray[np.generic]], other: Mapping[str, NDArray
         same = (x == y) | (np.isnan(x) & np.isnan(y))
         gap = float(np.linalg.norm(np.where(same, 0.0, x - y)))
         size = float(np.linalg.norm(np.where(np.isfinite(x), x, 0.0)))
-        if gap > 0:
-            worst = max(worst, gap / max(size, 1e-30)) if np.isfinite(gap) else float("inf")
+        if not np.isfinite(gap):
+            return float("inf")
+        worst = max(worst, gap / max(size, 1e-30))
     return worst

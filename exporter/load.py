@@ -92,7 +92,7 @@ def _load_folder(folder: Path) -> tuple[ir.Model, list[Path]]:
         return build(config, files[1]), files
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
+        field = ".".join(map(str, first["loc"])) or "(all)"
         raise ModelInvalid(f"field {field!r}: {first['msg'].lower()}", where=str(files[0])) from error
 
 

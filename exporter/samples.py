@@ -92,12 +92,16 @@ def open_samples(source: Source, recipe: Recipe, calib: str | Path | None, evalu
     judge: Judge | None
     if evaluation is not None:
         judged = open_evaluation(evaluation, inputs, recipe.data, tokenizer=tokenizer)
-        judge = Judge(judged.dataset, judged.task, held_out=True)
+        judge = Judge(judged.dataset, judged.task, held_out=data is None or _apart(data, judged.dataset))
     else:
         judge = None if data is None else _held_out(data, recipe)
     known = judge.data if judge is not None else data
     proof = tuple(take(known, PROOF_SAMPLES)) if known is not None else (_generated(inputs),)
     return Samples(data, judge, proof, tuple(_warnings(data, judge)))
+
+
+def _apart(data: Dataset, judged: Dataset) -> bool:
+    return set(data.digests).isdisjoint(judged.digests)
 
 
 def _held_out(data: Dataset, recipe: Recipe) -> Judge:
@@ -127,4 +131,4 @@ def _warnings(data: Dataset | None, judge: Judge | None) -> Iterator[str]:
     if judge is None:
         yield "no data: quality was not measured; give --eval"
     elif not judge.held_out:
-        yield "quality was measured on the calibration samples; give held-out ones with --eval"
+        yield "quality was measured on samples that calibration has seen too; give held-out ones with --eval"

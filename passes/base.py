@@ -16,7 +16,8 @@ class Decision:
     Attributes:
         node: Name of the node that was looked at.
         op: Its operator type.
-        action: What was done, in one word: ``quantized``, ``skipped``, ``fused``, ``folded``, ``kept``.
+        action: What was done, in one word: ``quantized``, ``skipped``, ``fused``, ``folded``, ``raised``,
+            ``kept``.
         reason: Why, in a few words that are the same for the same cause, so that they can be counted.
     """
 

@@ -42,15 +42,16 @@ class Target:
     residual_add: bool = True
 
 
+_CPU = ("CPUExecutionProvider",)
+
 TARGETS = {
     target.name: target
     for target in (
-        Target("tensorrt-rtx", "tensorrt_rtx", ("CPUExecutionProvider",), "int8", 23, "float16", "dequantize"),
-        Target("tensorrt", "tensorrt", ("CPUExecutionProvider",), "int8", 20, "float16", "dequantize"),
-        Target("ort-cpu", None, ("CPUExecutionProvider",), "uint8", 23, "float32", "gather", residual_add=False),
-        Target(
-            "ort-cuda", None, ("CUDAExecutionProvider", "CPUExecutionProvider"), "int8", 21, "float16", "dequantize"
-        ),
+        # int8 arithmetic is not promised by TensorRT-RTX, so nothing is quantized for the sake of fusion alone
+        Target("tensorrt-rtx", "tensorrt_rtx", _CPU, "int8", 23, "float16", "dequantize", residual_add=False),
+        Target("tensorrt", "tensorrt", _CPU, "int8", 20, "float16", "dequantize"),
+        Target("ort-cpu", None, _CPU, "uint8", 23, "float32", "gather", residual_add=False),
+        Target("ort-cuda", None, ("CUDAExecutionProvider", *_CPU), "int8", 21, "float16", "dequantize"),
     )
 }
 

@@ -257,7 +257,7 @@ def test_the_skip_input_of_a_residual_add_is_quantized_and_the_fused_one_is_not(
         s = Add(b, x)  y = Relu(s) }"""
     weights = {"w": normal(16, 16, 3, 3), "v": normal(16, 16, 3, 3)}
     model = calibrated(model_from(text, **weights), x=(-3.0, 3.0), r=(0.0, 9.0))
-    Quantize()(model)
+    Quantize(target="tensorrt")(model)
     (add,) = (node for node in model.graph if node.op_type == "Add")
     assert add.inputs[0].name == "b"
     assert add.inputs[1].producer().op_type == "DequantizeLinear"
@@ -265,5 +265,5 @@ def test_the_skip_input_of_a_residual_add_is_quantized_and_the_fused_one_is_not(
 
 def test_a_residual_add_of_a_transformer_is_left_alone():
     text = "g (float[n, 32] x) => (float[n, 32] y) { m = MatMul(x, w)  y = Add(m, x) }"
-    found = plan(model_from(text, w=normal(32, 32)), find_target("tensorrt-rtx"))
+    found = plan(model_from(text, w=normal(32, 32)), find_target("tensorrt"))
     assert [site.node.op_type for site in found.sites] == ["MatMul"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import onnx_ir as ir
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qexport.exporter.families.builder import GraphBuilder, Weights, open_weights
 
@@ -35,6 +35,13 @@ class BertConfig(BaseModel):
     layer_norm_eps: float = Field(gt=0)
     hidden_act: Literal["gelu", "gelu_new", "gelu_pytorch_tanh"] = "gelu"
     position_embedding_type: Literal["absolute"] = "absolute"
+    type_vocab_size: int = Field(default=2, gt=0)
+
+    @model_validator(mode="after")
+    def _heads_divide_the_hidden_size(self) -> BertConfig:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"{self.num_attention_heads} heads do not divide hidden_size {self.hidden_size}")
+        return self
 
 
 def build(config: dict[str, object], weights_path: Path) -> ir.Model:
@@ -57,18 +64,19 @@ def build(config: dict[str, object], weights_path: Path) -> ir.Model:
 
 
 def _embed(g: GraphBuilder, shape: BertConfig, weights: Weights, ids: ir.Value, types: ir.Value) -> ir.Value:
-    def table(part: str) -> ir.Value:
-        return g.weight(f"embeddings.{part}.weight", weights(f"embeddings.{part}.weight"))
+    def table(part: str, rows: int) -> ir.Value:
+        name = f"embeddings.{part}.weight"
+        return g.weight(name, weights(name, (rows, shape.hidden_size)))
 
     scope = "embeddings"
     length = g.op(scope, "Shape", ids, start=1, end=2)
-    positions = g.op(
-        scope, "Slice", table("position_embeddings"), g.constant("zero", [0]), length, g.constant("axis_0", [0])
-    )
-    words = g.op(f"{scope}.word_embeddings", "Gather", table("word_embeddings"), ids)
-    kinds = g.op(f"{scope}.token_type_embeddings", "Gather", table("token_type_embeddings"), types)
+    places = table("position_embeddings", shape.max_position_embeddings)
+    positions = g.op(scope, "Slice", places, g.constant("zero", [0]), length, g.constant("axis_0", [0]))
+    words = g.op(f"{scope}.word_embeddings", "Gather", table("word_embeddings", shape.vocab_size), ids)
+    kinds = table("token_type_embeddings", shape.type_vocab_size)
+    kinds = g.op(f"{scope}.token_type_embeddings", "Gather", kinds, types)
     total = g.op(scope, "Add", g.op(scope, "Add", words, kinds), positions)
-    return g.layer_norm(f"{scope}.LayerNorm", total, weights, shape.layer_norm_eps)
+    return g.layer_norm(f"{scope}.LayerNorm", total, weights, shape.hidden_size, shape.layer_norm_eps)
 
 
 def _mask_bias(g: GraphBuilder, mask: ir.Value) -> ir.Value:
@@ -84,32 +92,29 @@ def _layer(
     g: GraphBuilder, shape: BertConfig, weights: Weights, scope: str, inputs: tuple[ir.Value, ir.Value]
 ) -> ir.Value:
     hidden, bias = inputs
+    width, inner_width = shape.hidden_size, shape.intermediate_size
     attended = _attention(g, shape, weights, f"{scope}.attention", (hidden, bias))
-    hidden = g.layer_norm(
-        f"{scope}.attention.output.LayerNorm",
-        g.op(f"{scope}.attention.output", "Add", attended, hidden),
-        weights,
-        shape.layer_norm_eps,
-    )
-    inner = g.linear(f"{scope}.intermediate.dense", hidden, weights)
+    summed = g.op(f"{scope}.attention.output", "Add", attended, hidden)
+    hidden = g.layer_norm(f"{scope}.attention.output.LayerNorm", summed, weights, width, shape.layer_norm_eps)
+    inner = g.linear(f"{scope}.intermediate.dense", hidden, weights, (inner_width, width))
     approximate = "none" if shape.hidden_act == "gelu" else "tanh"
     inner = g.op(f"{scope}.intermediate", "Gelu", inner, approximate=approximate)
-    outer = g.linear(f"{scope}.output.dense", inner, weights)
+    outer = g.linear(f"{scope}.output.dense", inner, weights, (width, inner_width))
     summed = g.op(f"{scope}.output", "Add", outer, hidden)
-    return g.layer_norm(f"{scope}.output.LayerNorm", summed, weights, shape.layer_norm_eps)
+    return g.layer_norm(f"{scope}.output.LayerNorm", summed, weights, width, shape.layer_norm_eps)
 
 
 def _attention(
     g: GraphBuilder, shape: BertConfig, weights: Weights, scope: str, inputs: tuple[ir.Value, ir.Value]
 ) -> ir.Value:
     hidden, bias = inputs
-    heads = shape.num_attention_heads
+    heads, square = shape.num_attention_heads, (shape.hidden_size, shape.hidden_size)
     split = g.constant("split_heads", [0, 0, heads, shape.hidden_size // heads])
     merge = g.constant("merge_heads", [0, 0, shape.hidden_size])
     self_scope = f"{scope}.self"
 
     def project(part: str, order: list[int]) -> ir.Value:
-        wide = g.op(f"{self_scope}.{part}", "Reshape", g.linear(f"{self_scope}.{part}", hidden, weights), split)
+        wide = g.op(f"{self_scope}.{part}", "Reshape", g.linear(f"{self_scope}.{part}", hidden, weights, square), split)
         return g.op(f"{self_scope}.{part}", "Transpose", wide, perm=order)
 
     query, key, value = project("query", [0, 2, 1, 3]), project("key", [0, 2, 3, 1]), project("value", [0, 2, 1, 3])
@@ -121,7 +126,7 @@ def _attention(
     )
     chances = g.op(self_scope, "Softmax", g.op(self_scope, "Add", scores, bias), axis=-1)
     context = g.op(self_scope, "Transpose", g.op(f"{self_scope}.context", "MatMul", chances, value), perm=[0, 2, 1, 3])
-    return g.linear(f"{scope}.output.dense", g.op(self_scope, "Reshape", context, merge), weights)
+    return g.linear(f"{scope}.output.dense", g.op(self_scope, "Reshape", context, merge), weights, square)
 
 
 def _pool(g: GraphBuilder, hidden: ir.Value, mask: ir.Value) -> ir.Value:

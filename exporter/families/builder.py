@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from qexport.errors import ModelInvalid
 
-Weights = Callable[[str], NDArray[Any]]  # tensor name -> array, read when asked for
+Weights = Callable[[str, tuple[int, ...]], NDArray[Any]]  # (tensor name, expected shape) -> array, read when asked for
 
 
 def open_weights(path: Path) -> Weights:
-    """Return a reader of single tensors of one safetensors file; a missing name is ``ModelInvalid``."""
+    """Return a reader of single tensors of one file; a missing one or another shape is ``ModelInvalid``."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -25,14 +25,19 @@ def open_weights(path: Path) -> Weights:
         raise ModelInvalid(f"not a safetensors file: {error}", where=str(path)) from error
     names: set[str] = set(file.keys())  # type: ignore[no-untyped-call]  # safetensors has no types
 
-    def read(name: str) -> NDArray[Any]:
+    def read(name: str, shape: tuple[int, ...]) -> NDArray[Any]:
         if name not in names:
             raise ModelInvalid(
                 f"weight {name!r} is missing",
                 where=str(path),
                 hint=f"the file holds {len(names)} tensors, such as {sorted(names)[0]!r}",
             )
-        return np.asarray(file.get_tensor(name))  # type: ignore[no-untyped-call]  # as above
+        tensor = np.asarray(file.get_tensor(name))  # type: ignore[no-untyped-call]  # as above
+        if tensor.shape != shape:
+            raise ModelInvalid(
+                f"weight {name!r} is {list(tensor.shape)}, config.json asks for {list(shape)}", where=str(path)
+            )
+        return tensor
 
     return read
 
@@ -59,8 +64,8 @@ class GraphBuilder:
 
     def weight(self, name: str, array: NDArray[Any]) -> ir.Value:
         """Add an initializer."""
-        value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-        value.type, value.shape = ir.TensorType(value.const_value.dtype), ir.Shape(array.shape)  # type: ignore[union-attr]
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
         self.graph.register_initializer(value)
         return value
 
@@ -82,13 +87,14 @@ class GraphBuilder:
         self.graph.append(node)
         return node.outputs[0]
 
-    def linear(self, scope: str, x: ir.Value, weights: Weights) -> ir.Value:
+    def linear(self, scope: str, x: ir.Value, weights: Weights, shape: tuple[int, int]) -> ir.Value:
         """``x W^T + b`` with the torch layout ``[out, in]`` of ``scope.weight`` stored as ``[in, out]``."""
-        kernel = np.ascontiguousarray(weights(f"{scope}.weight").T)
+        kernel = np.ascontiguousarray(weights(f"{scope}.weight", shape).T)
         product = self.op(scope, "MatMul", x, self.weight(f"{scope}.weight", kernel))
-        return self.op(scope, "Add", product, self.weight(f"{scope}.bias", weights(f"{scope}.bias")))
+        return self.op(scope, "Add", product, self.weight(f"{scope}.bias", weights(f"{scope}.bias", shape[:1])))
 
-    def layer_norm(self, scope: str, x: ir.Value, weights: Weights, epsilon: float) -> ir.Value:
-        """LayerNormalization over the last axis."""
-        gamma, beta = (self.weight(f"{scope}.{part}", weights(f"{scope}.{part}")) for part in ("weight", "bias"))
+    def layer_norm(self, scope: str, x: ir.Value, weights: Weights, width: int, epsilon: float) -> ir.Value:
+        """LayerNormalization over the last axis, of size ``width``."""
+        names = [f"{scope}.weight", f"{scope}.bias"]
+        gamma, beta = (self.weight(name, weights(name, (width,))) for name in names)
         return self.op(scope, "LayerNormalization", x, gamma, beta, axis=-1, epsilon=epsilon)

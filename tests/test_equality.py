@@ -1,0 +1,82 @@
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from qexport.errors import BuildFailed
+from qexport.exporter.equality import EqualityProof, distance
+from qexport.passes.base import Outcome, Pass
+from qexport.passes.cleanup import Cleanup
+from qexport.passes.pipeline import run
+
+TEXT = """<ir_version: 10, opset_import: ["" : 20]>
+g (float[n, 4] x) => (float[n, 4] y) { a = Identity(x)  h = Mul(a, c)  y = Relu(h) }"""
+
+
+@dataclass(frozen=True)
+class Scale(Pass):
+    """Multiply a constant."""
+
+    factor: float = 1.0
+
+    def call(self, model):
+        value = model.graph.initializers["c"]
+        value.const_value = ir.tensor(value.const_value.numpy() * np.float32(self.factor), name="c")
+        return Outcome(model, True)
+
+
+@dataclass(frozen=True)
+class Lossy(Scale):
+    """Multiply a constant on purpose."""
+
+    exact: ClassVar[bool] = False
+
+
+def model():
+    proto = onnx.parser.parse_model(TEXT)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.float32([1, 2, 3, 4]), "c"))
+    return ir.from_proto(proto)
+
+
+def proof():
+    return EqualityProof([{"x": np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)}])
+
+
+def test_an_exact_pass_that_changes_a_number_stops_the_build():
+    with pytest.raises(BuildFailed, match=r"step 2 \(scale\).*1\.0e-03 relative"):
+        run(model(), [("cleanup", Cleanup()), ("scale", Scale(1.001))], [proof()])
+
+
+def test_rounding_is_not_a_change():
+    watcher = proof()
+    run(model(), [("cleanup", Cleanup()), ("scale", Scale(1 + 2e-7))], [watcher])
+    assert watcher.errors[0] == 0
+    assert watcher.errors[1] < 1e-6
+
+
+def test_a_pass_that_changes_numbers_on_purpose_is_not_held_to_them_but_the_next_one_is():
+    steps = [("lossy", Lossy(2.0)), ("cleanup", Cleanup())]
+    watcher = proof()
+    run(model(), steps, [watcher])
+    assert watcher.errors == [None, 0.0]
+    with pytest.raises(BuildFailed, match="step 2"):
+        run(model(), [("lossy", Lossy(2.0)), ("scale", Scale(1.1))], [proof()])
+
+
+def test_the_model_before_the_first_inexact_pass_is_kept():
+    watcher = proof()
+    run(model(), [("cleanup", Cleanup()), ("lossy", Lossy(2.0)), ("lossy", Lossy(2.0))], [watcher])
+    kept = watcher.before_inexact
+    assert kept.graph.num_nodes() == 2
+    np.testing.assert_array_equal(kept.graph.initializers["c"].const_value.numpy(), [1, 2, 3, 4])
+
+
+def test_a_result_that_is_not_a_number_is_infinitely_far():
+    one, other = {"y": np.array([1.0, 2.0])}, {"y": np.array([1.0, np.nan])}
+    assert distance(one, other) == float("inf")
+    assert distance(other, other) == 0.0
+    assert distance(one, {"y": np.zeros(3)}) == float("inf")
+    assert distance(one, {"y": np.array([1.0, 2.2])}) == pytest.approx(0.2 / np.sqrt(5))
