@@ -90,10 +90,10 @@ class DataSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     tokenizer: str | None = None
-    max_length: int = Field(128, ge=1)
+    max_length: int = Field(default=128, ge=1)
     text: str | None = None
     image: ImageSpec | None = None
-    max_samples: int | None = Field(None, ge=1)
+    max_samples: int | None = Field(default=None, ge=1)
 
 
 class Source(Protocol):

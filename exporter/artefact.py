@@ -18,7 +18,7 @@ from qexport.exporter.recipe import Recipe
 from qexport.exporter.report import report_markdown
 from qexport.exporter.result import DecisionInfo, FileInfo, Latency, Quality, Result, StepInfo
 from qexport.exporter.samples import Samples
-from qexport.safe_io import Stage
+from qexport.safe_io import Stage, finite
 
 if TYPE_CHECKING:
     from qexport.exporter.build import Product
@@ -115,7 +115,7 @@ def write_artefact(stage: Stage, output: Path, source: Source, facts: Facts, evi
         seconds=facts.seconds,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
-    stage.write_text(RESULT, result.model_dump_json(by_alias=True, indent=2) + "\n")
+    stage.write_json(RESULT, finite(result.model_dump(mode="json", by_alias=True)))
     stage.write_text(REPORT, report_markdown(result))
     stage.write_json(MANIFEST, _manifest(stage, result, facts))
     return result

@@ -107,7 +107,7 @@ class Recipe(_Section):
     extends: str | None = None
     step: tuple[StepSpec, ...] = ()
     export: ExportSpec = Field(default_factory=ExportSpec)
-    data: DataSpec = Field(default_factory=lambda: DataSpec.model_validate({}))
+    data: DataSpec = Field(default_factory=DataSpec)
     gates: GatesSpec = Field(default_factory=GatesSpec)
 
     def as_dict(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,43 @@ def test_a_build_ends_with_a_short_summary_and_keeps_progress_off_stdout(
     assert len(told.splitlines()) <= 15
     assert told.splitlines()[-1].startswith("next")
     assert " s] " in err
+
+
+def test_a_folder_whose_name_is_no_text_holds_a_whole_artefact(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xc3\xa9 \xff\xfe"))
+    folder.mkdir()
+    model, out = save_model(folder / "model.onnx"), folder / "out"
+    arguments = [str(model), "--calib", str(samples(folder)), "--target", "ort-cpu", "-o", str(out)]
+    for _ in range(2):  # the second build replaces the first
+        code, told, err = build(capsys, *arguments, "--json")
+        assert code == 0, err
+    for result in (json.loads(told), json.loads((out / "result.json").read_bytes())):
+        assert os.fsencode(result["source"]["path"]) == os.fsencode(model)
+        assert os.fsencode(result["directory"]) == os.fsencode(out)
+    assert os.fsencode(json.loads((out / "manifest.json").read_bytes())["source"]["path"]) == os.fsencode(model)
+    (out / "report.md").read_text("utf-8")
+    code, told, err = build(capsys, *arguments)
+    assert code == 0, err
+    assert "café" in told
+
+
+def refuse(constant: str) -> None:
+    pytest.fail(f"{constant} is not JSON")
+
+
+def test_a_model_that_yields_nan_itself_gets_a_result_that_is_json(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "model.onnx"
+    text = '<ir_version: 10, opset_import: ["" : 21]> g (float[n, 32] x) => (float[n, 32] y) { y = Log(x) }'
+    path.write_bytes(onnx.parser.parse_model(text).SerializeToString())
+    out = tmp_path / "out"
+    arguments = ["--recipe", "float32", "--target", "ort-cpu", "--calib", str(samples(tmp_path)), "-o", str(out)]
+    code, _, err = build(capsys, str(path), *arguments)
+    assert code == 0, err
+    assert json.loads((out / "result.json").read_bytes(), parse_constant=refuse)["quality"]["samples"] == 16
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,13 @@ def test_json_never_holds_nan(tmp_path):
     assert not content(tmp_path)
 
 
+def test_json_holds_names_that_are_no_text_and_gives_them_back(tmp_path):
+    name = os.fsdecode(b"caf\xc3\xa9 \xff\xfe\\")
+    write_json(tmp_path / "a", {name: name})
+    assert json.loads((tmp_path / "a").read_bytes()) == {name: name}
+    assert "é" in (tmp_path / "a").read_text("utf-8")
+
+
 def test_readers_keep_the_file_they_opened_and_links_are_followed(tmp_path):
     (tmp_path / "a").write_bytes(b"old")
     (tmp_path / "link").symlink_to("a")

@@ -8,10 +8,8 @@ import scipy.stats
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from qexport.calibration.tasks import Spearman as Original
-from qexport.calibration.tasks import average_ranks, spearman
+from qexport.calibration.tasks import Spearman, Task, Top1, average_ranks, spearman
 from qexport.errors import BuildFailed, DataInvalid
-from qexport.exporter.tasks import Spearman, Task, Top1
 
 numbers = st.integers(-4, 4).map(float)
 
@@ -69,7 +67,3 @@ def test_outputs_for_another_number_of_samples_are_refused(task):
 def test_a_label_beyond_the_classes_is_refused():
     with pytest.raises(DataInvalid, match="label 3"):
         Top1(np.array([0, 3])).score(np.zeros((2, 3)))
-
-
-def test_the_build_and_the_data_speak_of_the_same_tasks():
-    assert Original is Spearman

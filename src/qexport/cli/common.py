@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from qexport.errors import printable
+from qexport.safe_io import finite
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -32,7 +32,7 @@ def shared_flags(command: F) -> F:
 def print_json(value: BaseModel | dict[str, Any]) -> None:
     """Print one object as one line of plain ASCII, so that any file name and any terminal will do."""
     plain = value if isinstance(value, dict) else value.model_dump(mode="json", by_alias=True)
-    click.echo(json.dumps(_finite(plain), allow_nan=False))
+    click.echo(json.dumps(finite(plain), allow_nan=False))
 
 
 def make_console(*, stderr: bool = False) -> Console:
@@ -52,12 +52,3 @@ def make_table(header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> T
     for row in rows:
         table.add_row(*(Text(printable(str(cell)), overflow="fold") for cell in row))
     return table
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinities, which JSON lacks, by null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import secrets
 from contextlib import suppress
@@ -65,8 +66,21 @@ def sync_folder(folder: Path) -> None:
 
 
 def to_json(value: object) -> bytes:
-    """Indented UTF-8 JSON with a final newline; ``ValueError`` for NaN and Inf, which JSON does not have."""
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+    """Indented UTF-8 JSON with a final newline; ``ValueError`` for NaN and Inf, which JSON does not have.
+
+    The bytes of a file name that are not UTF-8 are surrogates in Python and their escapes in JSON.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")  # only surrogates cannot be encoded, and JSON escapes them alike
+
+
+def finite(value: Any) -> Any:
+    """Replace NaN and infinities in nested dicts and lists by ``None``, which is ``null`` in JSON."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def beside(target: Path, kind: str) -> Path:
