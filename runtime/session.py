@@ -27,7 +27,7 @@ def load_onnxruntime() -> ModuleType:
             "onnxruntime is not installed",
             hint="pip install 'qexport[cpu]', or 'qexport[gpu]' on a machine with an NVIDIA GPU, never both",
         ) from error
-    return onnxruntime  # type: ignore[no-any-return]
+    return onnxruntime  # type: ignore[no-any-return]  # it has no types
 
 
 @dataclass(frozen=True, slots=True)

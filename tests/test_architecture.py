@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"exporter"},
 }
 # Packages from outside that a layer may load; layers that are not here may load what pyproject.toml declares.
+# Passes load onnx for its operator schemas and version converter alone.
 MAY_LOAD = {"errors": set(), "safe_io": set(), "passes": {"numpy", "onnx", "onnx_ir", "onnxscript", "onnxslim"}}
 
 # Calls that are banned, and the files that may do it all the same.
