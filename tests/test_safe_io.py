@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -132,10 +133,11 @@ def test_a_plain_file_below_the_root_is_opened(root):
     ],
 )
 def test_nothing_else_is_opened(root, relative):
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(UnsafeInput):
         open_beneath(root, relative)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 @pytest.mark.parametrize("relative", ["absent", "sub/absent", "absent/x", "x" * 300])
