@@ -1,14 +1,18 @@
-"""Run the float model over samples, one at a time, and keep statistics of the tapped values.
+"""Run the float model over samples and keep statistics of the tapped values.
 
-Samples run alone and unpadded: a result that does not depend on what else is in the batch is what makes the statistics
-identical for any batching, order or sharding of the same samples, and no padding is ever counted.
+Every sample runs by itself, unpadded and on one thread. Its values do not depend on what else is in a batch, so the
+statistics are identical for any batching, order or sharding of the same samples, and no padding is ever counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from itertools import chain, islice
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -19,9 +23,13 @@ from qexport.calibration.excerpts import Excerpts
 from qexport.calibration.execute import open_model
 from qexport.calibration.histogram import Histogram
 from qexport.errors import DataInvalid
-from qexport.runtime.session import Session, SessionOptions
+from qexport.runtime.session import SessionOptions
 
 JOURNAL_EVERY = 128  # samples
+MAX_WORKERS = 4  # samples in memory at a time, but one
+
+Work = tuple[int, bytes, Sample]  # position, digest, sample
+Values = dict[str, NDArray[Any]]  # tapped value by name, batch axis of 1 first
 
 
 @dataclass(slots=True)
@@ -62,25 +70,45 @@ def collect(
 ) -> dict[str, Statistics]:
     """Return the statistics of each tapped value over ``samples``.
 
-    Memory is the model, one sample's activations and the statistics: flat in the number of samples. With a
+    Memory is the model, the activations of a few samples and the statistics: flat in the number of samples. With a
     ``journal``, samples that it has seen are not run again, and it is told every 128 samples and at the end.
     """
     statistics, seen = (journal.state if journal else None) or ({name: Statistics() for name in taps}, frozenset())
     done = set(seen)
-    session: Session | None = None
-    for index, sample in enumerate(samples):
-        digest = sample_digest(sample)
-        if digest not in done and taps:
-            session = session or open_model(model, SessionOptions(), taps)
-            values = session.run({name: array[None] for name, array in sample.items()}, list(taps))
-            observe(statistics, digest, values, f"sample {index}")
-            done.add(digest)
-            if journal and len(done) % JOURNAL_EVERY == 0:
-                journal.write(statistics, frozenset(done))
-        advance()
+    missing = ((index, digest, sample) for index, digest, sample in _digested(samples, advance) if digest not in done)
+    for index, digest, values in _run(model, taps, missing):
+        observe(statistics, digest, values, f"sample {index}")
+        done.add(digest)
+        if journal and len(done) % JOURNAL_EVERY == 0:
+            journal.write(statistics, frozenset(done))
     if journal and done != seen:
         journal.write(statistics, frozenset(done))
     return statistics
+
+
+def _digested(samples: Iterable[Sample], advance: Callable[[], None]) -> Iterator[Work]:
+    for index, sample in enumerate(samples):
+        yield index, sample_digest(sample), sample
+        advance()
+
+
+def _run(model: ir.Model, taps: Sequence[str], work: Iterator[Work]) -> Iterator[tuple[int, bytes, Values]]:
+    """Yield the tapped values of each sample in order; a few samples run side by side, one thread each."""
+    first = next(work, None)
+    if first is None or not taps:
+        return
+    session = open_model(model, SessionOptions(threads=1), taps)
+
+    def run(item: Work) -> tuple[int, bytes, Values]:
+        index, digest, sample = item
+        return index, digest, session.run({name: array[None] for name, array in sample.items()}, list(taps))
+
+    workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(workers) as pool:
+        running = deque(pool.submit(run, item) for item in chain([first], islice(work, workers)))
+        while running:
+            yield running.popleft().result()
+            running.extend(pool.submit(run, item) for item in islice(work, 1))
 
 
 def observe(

@@ -49,9 +49,9 @@ class Excerpts:
 
 def excerpt(digest: bytes, value: NDArray[np.float32]) -> NDArray[np.float32]:
     """Rows of ``[..., K]``, or a window of an image batch ``[N, C, H, W]``."""
-    rng = np.random.default_rng(int.from_bytes(digest[:8], "big"))
+    draws = [int.from_bytes(digest[8 * i : 8 * i + 8], "big") for i in range(ROWS)]  # a digest is random enough
     if value.ndim == 4:
-        top, left = (int(rng.integers(max(side - PATCH, 0) + 1)) for side in value.shape[2:])
+        top, left = (draw % (max(side - PATCH, 0) + 1) for draw, side in zip(draws, value.shape[2:], strict=True))
         return value[:1, :, top : top + PATCH, left : left + PATCH].copy()
     rows = value.reshape(-1, value.shape[-1])
-    return rows[rng.integers(rows.shape[0], size=ROWS)].copy()
+    return rows[[draw % len(rows) for draw in draws]]

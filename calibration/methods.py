@@ -53,8 +53,15 @@ def entropy(histogram: Histogram, kind: Kind) -> Range:
 def mse(histogram: Histogram, kind: Kind) -> Range:
     """The clip with the least squared error through the quantizer itself, rounding and clipping together."""
     values, counts = histogram.table()
-    spans = [Range(histogram.low * c, histogram.high * c) for c in np.linspace(0.2, 1.0, 81)]
-    return min(reversed(spans), key=lambda span: squared_error(values, counts, span, kind))
+
+    def clipped(share: float) -> Range:
+        return Range(histogram.low * share, histogram.high * share)
+
+    def least(shares: NDArray[np.float64]) -> float:
+        return float(min(shares, key=lambda share: squared_error(values, counts, clipped(share), kind)))
+
+    coarse = least(np.linspace(1.0, 0.2, 17))
+    return clipped(least(np.linspace(min(1.0, coarse + 0.04), coarse - 0.04, 9)))
 
 
 def squared_error(values: NDArray[np.float64], counts: NDArray[np.int64], span: Range, kind: Kind) -> float:

@@ -113,7 +113,7 @@ def write_artefact(stage: Stage, output: Path, source: Source, facts: Facts, evi
         gates={k: v for k, v in facts.recipe.gates.model_dump().items() if v is not None},
         warnings=(*facts.warnings, *_late_warnings(quality, latency)),
         seconds=facts.seconds,
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss_bytes=peak_memory(),
     )
     stage.write_json(RESULT, finite(result.model_dump(mode="json", by_alias=True)))
     stage.write_text(REPORT, report_markdown(result))
@@ -135,6 +135,15 @@ def _manifest(stage: Stage, result: Result, facts: Facts) -> dict[str, Any]:
         "tools": tool_versions(),
         "files": {name: info.model_dump() for name, info in _files(stage).items()},
     }
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage tells may be the parent's
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def tool_versions() -> dict[str, str]:

@@ -9,7 +9,9 @@ from typing import Any
 
 import onnx_ir as ir
 
+from qexport.calibration.store import Store
 from qexport.errors import GateFailed, UsageError
+from qexport.exporter.admit import Limits, admit_file
 from qexport.exporter.artefact import MODEL, Evidence, summarize, write_artefact
 from qexport.exporter.engine import PLAN, Engine, EngineOptions, build_engine, load_module, run_support
 from qexport.exporter.equality import EqualityProof
@@ -75,14 +77,15 @@ def build(
     stages = asked.progress
     with publish(output, inputs=[path for path in (model, calib, eval) if path is not None]) as stage:
         with stages.stage("load"):
-            source = load_source(model)
+            source = load_source(model, Limits(allow_nonfinite=asked.allow_nonfinite))
             _refuse_quantized(source, chosen)
             samples = open_samples(source, chosen, calib, eval)
-        product = run_recipe(source, chosen, samples, stages)
+        product = run_recipe(source, chosen, samples, asked)
         quality, latency = verify(source, product, samples, target, stages)
         check_gates(quality, chosen.gates)
         with stages.stage("write"):
             save_onnx(product.model, stage, MODEL)
+            admit_file(stage.path / MODEL, Limits(allow_nonfinite=asked.allow_nonfinite))
         engine = build_plan(product.model, chosen, samples, stage, stages)
         facts = summarize(chosen, product, samples, time.perf_counter() - started)
         return write_artefact(stage, output, source, facts, Evidence(quality, latency, engine))
@@ -99,12 +102,12 @@ def choose_recipe(recipe: str | Path | Recipe, asked: BuildOptions) -> Recipe:
     return override(chosen, settings)
 
 
-def run_recipe(source: Source, recipe: Recipe, samples: Samples, stages: Progress) -> Product:
+def run_recipe(source: Source, recipe: Recipe, samples: Samples, asked: BuildOptions) -> Product:
     """Run the passes over a clone, each exact one followed by its proof of equality."""
     proof = EqualityProof(samples.proof)
     total = None if samples.calibration is None else len(samples.calibration)
-    with stages.stage("recipe", total) as advance:
-        steps = instantiate(recipe, {"data": samples.calibration, "advance": advance})
+    with asked.progress.stage("recipe", total) as advance:
+        steps = instantiate(recipe, {"data": samples.calibration, "advance": advance, "store": Store(asked.cache)})
         model, records = run(source.model, steps, [proof])
     return Product(model, tuple(records), tuple(proof.errors), proof.before_inexact or model)
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from qexport.calibration.execute import open_model
 from qexport.exporter.result import Latency
 from qexport.passes.target import Target
-from qexport.runtime.session import Session, SessionOptions
+from qexport.runtime.session import Session, SessionOptions, available_providers
 
 PAIRS = 15
 SECONDS = 8.0  # time after which no further pair is begun, once there are MIN_PAIRS
@@ -23,13 +23,15 @@ WARM_UP = 2
 
 def measure(reference: ir.Model, result: ir.Model, feeds: Mapping[str, NDArray[Any]], target: Target) -> Latency:
     """Time one batch through both models in onnxruntime, one thread each; ``speedup`` above 1 means faster."""
-    options = SessionOptions(threads=1, providers=target.providers)
+    providers = tuple(name for name in target.providers if name in available_providers())
+    foreign = target.engine is not None or providers[:1] != target.providers[:1]
+    options = SessionOptions(threads=1, providers=providers)
     sessions = open_model(reference, options), open_model(result, options)
     times = _pairs(sessions, feeds)
     ratios = times[:, 0] / times[:, 1]
     low, middle, high = (float(q) for q in np.quantile(ratios, [0.1, 0.5, 0.9]))
     return Latency(
-        runtime=f"onnxruntime {target.providers[0].removesuffix('ExecutionProvider')}",
+        runtime=f"onnxruntime {providers[0].removesuffix('ExecutionProvider')}",
         threads=1,
         shapes={name: list(array.shape) for name, array in feeds.items()},
         pairs=len(ratios),
@@ -38,7 +40,8 @@ def measure(reference: ir.Model, result: ir.Model, feeds: Mapping[str, NDArray[A
         speedup=middle,
         speedup_low=low,
         speedup_high=high,
-        note=_note(middle, target),
+        foreign=foreign,
+        note=_note(middle, target, foreign=foreign),
     )
 
 
@@ -58,7 +61,7 @@ def _pairs(sessions: tuple[Session, Session], feeds: Mapping[str, NDArray[Any]])
     return np.array(rows)
 
 
-def _note(speedup: float, target: Target) -> str:
-    if target.engine is not None:
-        return f"the file is laid out for {target.name}; on this runtime its speed says nothing about the engine's"
+def _note(speedup: float, target: Target, *, foreign: bool) -> str:
+    if foreign:
+        return f"the file is laid out for {target.name}, so this says nothing about its speed there"
     return "" if speedup > 1 else "slower than float on this machine"

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from pydantic import ValidationError
 
 from qexport.errors import ModelInvalid, UsageError
+from qexport.exporter.admit import Limits
 from qexport.exporter.onnx_file import load_onnx
 from qexport.exporter.result import SourceInfo
 from qexport.safe_io import digest_bytes, digest_file, read_bytes
@@ -52,7 +53,7 @@ def load_model(path: str | Path) -> ir.Model:
     return load_source(path).model
 
 
-def load_source(path: str | Path) -> Source:
+def load_source(path: str | Path, limits: Limits | None = None) -> Source:
     """Load a model with its companions.
 
     Raises:
@@ -64,7 +65,7 @@ def load_source(path: str | Path) -> Source:
     if not place.exists():
         raise UsageError("no such file or folder", where=str(place), hint="give an .onnx file or a Hugging Face folder")
     folder = place if place.is_dir() else place.parent
-    model, files = _load_folder(place) if place.is_dir() else (load_onnx(place), _model_files(place))
+    model, files = _load_folder(place) if place.is_dir() else (load_onnx(place, limits), _model_files(place))
     digests = [digest_file(file) for file in files]
     info = SourceInfo(
         path=str(place),

@@ -41,6 +41,8 @@ class BuildOptions:
         set: Overrides such as ``smooth.alpha=0.6``, applied in order.
         max_drop: Gate: how many points of the task metric may be lost; replaces the recipe's.
         output: Folder of the artefact; derived from the model's name when not given.
+        cache: Folder where measured statistics are kept for the next build; nothing is kept when not given.
+        allow_nonfinite: Whether weights may hold NaN or infinity.
         progress: Who hears about stages.
     """
 
@@ -48,4 +50,6 @@ class BuildOptions:
     set: tuple[str, ...] = ()
     max_drop: float | None = None
     output: Path | None = None
+    cache: Path | None = None
+    allow_nonfinite: bool = False
     progress: Progress = field(default_factory=Silent)

@@ -16,7 +16,7 @@ from qexport.calibration.data import Dataset, Sample
 from qexport.calibration.execute import open_model
 from qexport.calibration.spec import MASK
 from qexport.calibration.tasks import Task
-from qexport.errors import GateFailed
+from qexport.errors import DataInvalid, GateFailed, QexportError
 from qexport.exporter.result import LayerQuality, Quality, TaskScore
 from qexport.passes.target import Target
 from qexport.runtime.session import SessionOptions
@@ -25,6 +25,7 @@ BATCH = 32
 LAYER_SAMPLES = 16
 TIMED_BATCH = 8
 TIMED_SAMPLES = 256
+NOT_FINITE: dict[str, type[QexportError]] = {"float model": DataInvalid, "result": GateFailed}
 Vectors = NDArray[np.float64]  # [samples of a batch, everything else flattened]
 
 
@@ -61,7 +62,7 @@ class _Tally:
         gap = a - b
         self.signal += float(np.square(a).sum())
         self.noise += float(np.square(gap).sum())
-        self.max_error = max(self.max_error, float(np.abs(gap).max(initial=0.0)))
+        self.max_error = float(np.maximum(self.max_error, np.abs(gap).max(initial=0.0)))  # NaN stays NaN
         self.cosines.update(zip(indices, cosine(a, b).tolist(), strict=True))
 
 
@@ -73,7 +74,8 @@ def compare(
     Files for engines run with their Q/DQ nodes taken literally, which is what an engine is built from.
 
     Raises:
-        GateFailed: The result holds NaN or infinity where the reference does not.
+        DataInvalid: The float model itself yields NaN or infinity for a sample.
+        GateFailed: The result does.
     """
     output = main_output(reference)
     left, right = open_model(reference), open_model(result, SessionOptions(literal=target.engine is not None))
@@ -81,8 +83,10 @@ def compare(
     kept: tuple[dict[int, Vectors], dict[int, Vectors]] = ({}, {})
     for indices, feeds in batches(judge.data, BATCH):
         pair = [_vectors(session.run(feeds, [output])[output], feeds) for session in (left, right)]
-        if np.isfinite(pair[0]).all() and not np.isfinite(pair[1]).all():
-            raise GateFailed(f"output {output!r} holds NaN or infinity", where=f"samples {indices[:3]}")
+        for vectors, (whose, failure) in zip(pair, NOT_FINITE.items(), strict=True):
+            bad = [i for i, row in zip(indices, vectors, strict=True) if not np.isfinite(row).all()]
+            if bad:
+                raise failure(f"output {output!r} of the {whose} holds NaN or infinity", where=f"sample {bad[0]}")
         tally.add(indices, pair[0], pair[1])
         if judge.task is not None:
             for store, vectors in zip(kept, pair, strict=True):

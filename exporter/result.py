@@ -97,7 +97,10 @@ class Quality(_Record):
 
 
 class Latency(_Record):
-    """A paired measurement: float and result in turn in one run. ``speedup`` is the median of the pairwise ratios."""
+    """A paired measurement: float and result in turn in one run. ``speedup`` is the median of the pairwise ratios.
+
+    ``foreign`` says that the file is laid out for another backend than the one that was timed.
+    """
 
     runtime: str
     threads: int
@@ -108,6 +111,7 @@ class Latency(_Record):
     speedup: float
     speedup_low: float
     speedup_high: float
+    foreign: bool = False
     note: str = ""
 
 

@@ -62,6 +62,8 @@ def latency_line(latency: Latency) -> str:
     verdict = "faster" if latency.speedup >= 1 else "SLOWER than float"
     if latency.speedup_low < 1 < latency.speedup_high:
         verdict = "no faster than float, within the noise"
+    if latency.foreign:
+        verdict = "not the engine's speed, which needs a GPU to measure"
     shapes = ", ".join("x".join(map(str, shape)) for shape in latency.shapes.values())
     return (
         f"{latency.reference_ms:.3g} ms -> {latency.result_ms:.3g} ms, {latency.speedup:.2f}x: {verdict} "

@@ -104,7 +104,12 @@ class _Caster:
             if value in made:
                 self._restore_output(index, value)
         for value in self._halves:
-            if value.name and value.name in self.graph.initializers and not value.uses() and not value.is_graph_output():
+            if (
+                value.name
+                and value.name in self.graph.initializers
+                and not value.uses()
+                and not value.is_graph_output()
+            ):
                 del self.graph.initializers[value.name]
 
     def _convert_inputs(self, node: ir.Node, made: set[ir.Value]) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qexport.passes.base import Decision
+from qexport.passes.match import constant
 from qexport.passes.target import Target
 
 FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, None}
@@ -44,7 +45,7 @@ class Site:
     @property
     def kernel(self) -> ir.TensorProtocol:
         """The constant weight."""
-        tensor = None if self.weight is None else ir.convenience.get_const_tensor(self.node.inputs[self.weight])  # type: ignore[arg-type]
+        tensor = None if self.weight is None else constant(self.node.inputs[self.weight])
         if tensor is None:
             raise ValueError(f"node {self.node.name!r} has no constant weight")
         return tensor
@@ -94,12 +95,11 @@ CHANNEL_AXIS: dict[str, Callable[[ir.Node], int]] = {
 def _reasons(node: ir.Node, target: Target) -> Iterator[str]:
     """Yield why ``node`` should stay in float; nothing if it should not."""
     x, w = node.inputs[:2]
-    kernel = None if w is None else ir.convenience.get_const_tensor(w)
+    kernel = constant(w)
     if x is None or x.dtype not in FLOATS or (kernel is not None and kernel.dtype not in FLOATS):
         yield "not a float operator"
     elif kernel is None:
-        left = ir.convenience.get_const_tensor(x)
-        yield "weight is on the left" if left is not None else "both inputs are computed (attention product)"
+        yield "weight is on the left" if constant(x) is not None else "both inputs are computed (attention product)"
     elif node.op_type in ("Conv", "ConvTranspose"):
         yield from _conv_reasons(node, kernel, target)
     else:
@@ -133,19 +133,22 @@ def _residual_sites(graph: ir.Graph, sites: Iterable[Site]) -> Iterator[Site]:
     convs = {site.node for site in sites if site.node.op_type == "Conv"}
     depth = _depths(graph)
     for node in graph:
-        if node.op_type != "Add" or any(value is None for value in node.inputs):
+        if node.op_type != "Add":
             continue
-        fused = [i for i, value in enumerate(node.inputs) if _sole_use(value, convs)]  # type: ignore[arg-type]
+        makers = [_consumed_alone(value) for value in node.inputs]
+        fused = [index for index, maker in enumerate(makers) if maker in convs]
         if not fused:
             continue
-        main = max(fused, key=lambda i: depth.get(node.inputs[i].producer(), 0))  # type: ignore[union-attr]
-        skip = node.inputs[1 - main]
-        if skip is not None and ir.convenience.get_const_tensor(skip) is None:
+        main = max(fused, key=lambda index: depth[makers[index]])
+        if constant(node.inputs[1 - main]) is None:
             yield Site(node, (1 - main,))
 
 
-def _sole_use(value: ir.Value, convs: set[ir.Node]) -> bool:
-    return value.producer() in convs and len(value.uses()) == 1 and not value.is_graph_output()
+def _consumed_alone(value: ir.Value | None) -> ir.Node | None:
+    """The node that makes ``value``, if only one input reads it and it is no output of the model."""
+    if value is None or len(value.uses()) != 1 or value.is_graph_output():
+        return None
+    return value.producer()
 
 
 def _depths(graph: ir.Graph) -> dict[ir.Node | None, int]:

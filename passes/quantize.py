@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from qexport.errors import UsageError
 from qexport.passes.base import Decision, Outcome, Pass
+from qexport.passes.match import constant
 from qexport.passes.placement import Plan, Site, plan
 from qexport.passes.range import SQNR_KEY, Integers, half_precision, integers_for, range_of
 from qexport.passes.target import Target, find_target
@@ -103,7 +104,7 @@ class _Editor:
 
     def quantize_table(self, node: ir.Node) -> Decision:
         table, indices = node.inputs[:2]
-        tensor = ir.convenience.get_const_tensor(table)  # type: ignore[arg-type]
+        tensor = constant(table)
         if table is None or tensor is None:
             raise ValueError(f"node {node.name!r} has no constant table")
         if self.target.table == "dequantize":
@@ -196,7 +197,7 @@ def _tables(model: ir.Model, target: Target) -> list[ir.Node]:
 
 
 def _is_table(node: ir.Node) -> bool:
-    tensor = None if node.inputs[0] is None else ir.convenience.get_const_tensor(node.inputs[0])
+    tensor = constant(node.inputs[0])
     return (
         tensor is not None
         and tensor.dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16)

@@ -42,8 +42,8 @@ class Integers:
     def apply(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
         """Quantize and dequantize; the division is in float32, as in a runtime, so that ties fall the same way."""
         low, high = self.limits
-        steps = np.rint(np.asarray(x, np.float32) / np.float32(self.scale)).astype(np.float64)
-        return (np.clip(steps + self.zero_point, low, high) - self.zero_point) * self.scale
+        steps: NDArray[np.float64] = np.rint(np.asarray(x, np.float32) / np.float32(self.scale)).astype(np.float64)
+        return np.asarray((np.clip(steps + self.zero_point, low, high) - self.zero_point) * self.scale)
 
 
 def half_precision(scale: NDArray[np.floating] | float) -> NDArray[np.float32]:

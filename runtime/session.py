@@ -30,6 +30,11 @@ def load_onnxruntime() -> ModuleType:
     return onnxruntime  # type: ignore[no-any-return]  # it has no types
 
 
+def available_providers() -> tuple[str, ...]:
+    """Execution providers of the onnxruntime that is installed, CPU always among them."""
+    return tuple(load_onnxruntime().get_available_providers())
+
+
 @dataclass(frozen=True, slots=True)
 class SessionOptions:
     """How to run.

@@ -128,9 +128,9 @@ def test_a_layer_loads_only_the_packages_it_may():
 def declared_modules() -> set[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     texts = [*project["dependencies"], *(t for extra in project["optional-dependencies"].values() for t in extra)]
-    other_names = {"pillow": "PIL", "optimum_onnx": "optimum", "onnxruntime_gpu": "onnxruntime"}
+    other_names = {"pillow": "PIL", "optimum_onnx": "optimum", "onnxruntime_gpu": "onnxruntime", "protobuf": "google"}
     found = (Requirement(text).name.replace("-", "_") for text in texts)
-    return {other_names.get(name, name) for name in found} | {"google"}  # protobuf, which comes with onnx
+    return {other_names.get(name, name) for name in found}
 
 
 def test_a_file_has_at_most_400_lines():

@@ -32,6 +32,9 @@ FLAGS = {
     "--set": ["calibrate.samples=64"],
     "--max-drop": ["0.5"],
     "-o": ["build/out"],
+    "--cache": ["cache"],
+    "--no-cache": [],
+    "--allow-nonfinite": [],
     "--json": [],
     "--debug": [],
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import logging
 import sys
 import traceback
 from collections.abc import Sequence
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Run the command line; return the exit code."""
     _survive_encodings()
+    logging.getLogger("onnxscript").addHandler(logging.NullHandler())  # its notes are for its own developers
     flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
     try:
         code: int | None = cli.main(arguments, prog_name="qexport", standalone_mode=False)

@@ -7,7 +7,7 @@ from typing import TypedDict, Unpack
 
 import click
 
-from qexport.cli.common import make_console, print_json, shared_flags
+from qexport.cli.common import default_cache, make_console, print_json, shared_flags
 from qexport.errors import UsageError
 
 
@@ -22,6 +22,9 @@ class Asked(TypedDict):
     settings: tuple[str, ...]
     max_drop: float | None
     output: Path | None
+    cache: Path | None
+    no_cache: bool
+    allow_nonfinite: bool
     as_json: bool
 
 
@@ -41,6 +44,9 @@ class Asked(TypedDict):
     metavar="DIR",
     help="Folder of the result; MODEL-RECIPE here when not given.",
 )
+@click.option("--cache", type=click.Path(path_type=Path), metavar="DIR", help="Keep calibration statistics there.")
+@click.option("--no-cache", is_flag=True, help="Neither read nor keep calibration statistics.")
+@click.option("--allow-nonfinite", is_flag=True, help="Let in weights that hold NaN or infinity.")
 @shared_flags
 def build(model: str, **asked: Unpack[Asked]) -> None:
     """Make MODEL small and fast, with the proof.
@@ -61,6 +67,8 @@ def build(model: str, **asked: Unpack[Asked]) -> None:
         set=asked["settings"],
         max_drop=asked["max_drop"],
         output=asked["output"],
+        cache=None if asked["no_cache"] else asked["cache"] or default_cache(),
+        allow_nonfinite=asked["allow_nonfinite"],
         progress=RichProgress(),
     )
     recipe = asked["recipe"] or "int8"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -27,6 +29,11 @@ def shared_flags(command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")(
         command
     )
+
+
+def default_cache() -> Path:
+    """Where calibration statistics are kept: ``$XDG_CACHE_HOME/qexport``, ``~/.cache/qexport`` without it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "qexport"
 
 
 def print_json(value: BaseModel | dict[str, Any]) -> None:
