@@ -6,11 +6,13 @@ are strongly typed, so the precision is the model's; TensorRT-RTX builds without
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -95,7 +97,26 @@ def build_engine(model: bytes | Path, module: ModuleType, options: EngineOptions
         ResourceExhausted: The GPU has not enough memory.
         UsageError: A profile or a compute capability that the builder does not accept.
     """
-    options = options or EngineOptions()
+    with _no_collection():
+        return _build_engine(model, module, options or EngineOptions())
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector out of callbacks.
+
+    There it may find an earlier builder and free it, which waits for a lock that the library holds while it calls.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _build_engine(model: bytes | Path, module: ModuleType, options: EngineOptions) -> Engine:
     start = time.perf_counter()
     messages, phases = Messages(), Phases(options.progress)
     logger = _logger(module, messages)
