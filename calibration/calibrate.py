@@ -46,7 +46,7 @@ class Calibrate(Pass):
         if self.method != OUTPUT_MSE and self.method not in METHODS:
             raise UsageError(f"unknown method {self.method!r}", hint=f"known: {', '.join([*METHODS, OUTPUT_MSE])}")
         target = find_target(self.target)
-        found = plan(model, target)
+        found = plan(model, target, attention=True)  # quantize decides; measuring is cheap
         values = {value.name or "": value for site in found.sites for value in site.values}
         journal = self.store.entry(model, list(values), self.data.digest, self.samples)
         statistics = collect(model, list(values), islice(self.data, self.samples), self.advance, journal)

@@ -163,7 +163,7 @@ def _files(stage: Stage) -> dict[str, FileInfo]:
 
 def _late_warnings(quality: Quality | None, latency: Latency | None) -> list[str]:
     found = []
-    if latency is not None and latency.note:
+    if latency is not None and latency.note and not latency.foreign:
         found.append(f"{latency.runtime}: {latency.speedup:.2f}x the speed of float; {latency.note}")
     if quality is not None and quality.cosine_worst < 0.9:
         found.append(f"sample {quality.worst_sample} has a cosine of {quality.cosine_worst:.3f} to the float model")

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qexport.passes.base import Decision
-from qexport.passes.match import constant
+from qexport.passes.match import constant, dims
 from qexport.passes.target import Target
 
+ATTENTION = "both inputs are computed (attention product)"
+MIN_HEAD, MAX_HEAD, MAX_SEQUENCE = 16, 256, 512
 FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, None}
 
 
@@ -43,6 +45,13 @@ class Site:
                 yield value
 
     @property
+    def kind(self) -> str:
+        """What is quantized, for the report."""
+        if self.weight is not None:
+            return "weight and activation"
+        return "both activations" if len(self.inputs) == 2 else "skip input of a residual Add"
+
+    @property
     def kernel(self) -> ir.TensorProtocol:
         """The constant weight."""
         tensor = None if self.weight is None else constant(self.node.inputs[self.weight])
@@ -59,8 +68,11 @@ class Plan:
     refused: tuple[Decision, ...]
 
 
-def plan(model: ir.Model, target: Target) -> Plan:
-    """Find the sites of ``model`` that are worth quantizing for ``target``."""
+def plan(model: ir.Model, target: Target, *, attention: bool = False) -> Plan:
+    """Find the sites of ``model`` that are worth quantizing for ``target``.
+
+    With ``attention``, products of two computed tensors are sites too, where sizes that are known allow it.
+    """
     sites: list[Site] = []
     refused: list[Decision] = []
     for node in model.graph:
@@ -69,6 +81,8 @@ def plan(model: ir.Model, target: Target) -> Plan:
         reason = next(_reasons(node, target), None)
         if reason is None:
             sites.append(Site(node, (0,), 1, CHANNEL_AXIS[node.op_type](node)))
+        elif reason == ATTENTION and attention and _attention_fits(node):
+            sites.append(Site(node, (0, 1)))
         else:
             refused.append(Decision(node.name or "", node.op_type, "skipped", reason))
     refused += [
@@ -99,11 +113,22 @@ def _reasons(node: ir.Node, target: Target) -> Iterator[str]:
     if x is None or x.dtype not in FLOATS or (kernel is not None and kernel.dtype not in FLOATS):
         yield "not a float operator"
     elif kernel is None:
-        yield "weight is on the left" if constant(x) is not None else "both inputs are computed (attention product)"
+        yield "weight is on the left" if constant(x) is not None else ATTENTION
     elif node.op_type in ("Conv", "ConvTranspose"):
         yield from _conv_reasons(node, kernel, target)
     else:
         yield from _product_reasons(node, kernel, target)
+
+
+def _attention_fits(node: ir.Node) -> bool:
+    """Whether no known size is beyond what int8 attention kernels take: heads of 16 to 256, sequences up to 512.
+
+    In Q K^T the inner axis is the head; in P V the inner axis is a sequence and the last axis is the head.
+    """
+    if node.op_type != "MatMul" or any(value is None or value.dtype not in FLOATS for value in node.inputs):
+        return False
+    sizes = [size for value in node.inputs for size in (dims(value) or ())[-2:] if isinstance(size, int)]
+    return all(size <= MAX_SEQUENCE for size in sizes) and any(MIN_HEAD <= size <= MAX_HEAD for size in sizes or [16])
 
 
 def _conv_reasons(node: ir.Node, kernel: ir.TensorProtocol, target: Target) -> Iterator[str]:

@@ -40,13 +40,15 @@ class Quantize(Pass):
     """A node whose output would have less signal over quantization noise than this (dB) stays in float."""
     keep: tuple[str, ...] = ()
     """Names of nodes that stay in float."""
+    attention: bool = False
+    """Whether products of two computed tensors are quantized (leave fuse-attention out of the recipe then)."""
 
     def call(self, model: ir.Model) -> Outcome:
         """Insert the quantizers; a model that has some already is a ``UsageError``."""
         if _has_quantizers(model):
             return Outcome(model, False)
         target = find_target(self.target)
-        found = plan(model, target)
+        found = plan(model, target, attention=self.attention)
         chosen, refused = self._choose(found)
         editor = _Editor(model.graph, target)
         done = [editor.quantize(site) for site in chosen]
@@ -99,8 +101,7 @@ class _Editor:
             weight = site.node.inputs[site.weight]
             if weight is not None:
                 site.node.replace_input_with(site.weight, self._weight(weight, site.kernel, site.axis))
-        kind = "weight and activation" if site.weight is not None else "skip input of a residual Add"
-        return Decision(site.node.name or "", site.node.op_type, "quantized", kind)
+        return Decision(site.node.name or "", site.node.op_type, "quantized", site.kind)
 
     def quantize_table(self, node: ir.Node) -> Decision:
         table, indices = node.inputs[:2]

@@ -24,7 +24,7 @@ LINKED = ("passes", "calibration", "exporter", "runtime")
 OWN_CODE = ("src", *LINKED)
 TESTED_CODE = (*OWN_CODE, "tests", "benchmarks", "samples")
 GENERATED = {".git", ".venv", "build", "dist", "__pycache__", "qexport.egg-info"}
-GENERATED |= {".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis"}
+GENERATED |= {".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", ".coverage"}
 
 # A layer may import itself and what stands here; imports only point up this table.
 MAY_IMPORT: dict[str, set[str]] = {

@@ -213,6 +213,25 @@ def test_a_product_in_a_branch_is_refused():
     assert [decision.reason for decision in result.decisions] == ["inside a control-flow branch"]
 
 
+def attention(heads=32):
+    text = f"""g (float[n, s, {heads}] q, float[n, {heads}, s] k) => (float[n, s, s] y) {{ y = MatMul(q, k) }}"""
+    return calibrated(model_from(text), q=(-3.0, 3.0), k=(-4.0, 4.0))
+
+
+def test_attention_products_are_quantized_on_both_sides_when_asked_for():
+    model = attention()
+    assert not Quantize()(model).modified
+    assert Quantize(attention=True)(model).modified
+    q, k = normal(1, 5, 32).clip(-3, 3), normal(1, 32, 5).clip(-4, 4)
+    expected = integers_for(Range(-3.0, 3.0), "int8").apply(q) @ integers_for(Range(-4.0, 4.0), "int8").apply(k)
+    np.testing.assert_allclose(run(model, q=q, k=k)[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("heads", [8, 1024])
+def test_attention_products_of_sizes_without_int8_kernels_stay_in_float(heads):
+    assert not Quantize(attention=True)(attention(heads)).modified
+
+
 def test_a_node_is_kept_by_name_by_sensitivity_and_for_want_of_samples():
     model = mlp()
     first, _, second = model.graph
