@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import qexport
-from qexport.exporter.engine import Engine
 from qexport.exporter.load import Source
 from qexport.exporter.recipe import Recipe
 from qexport.exporter.report import report_markdown
@@ -59,7 +58,7 @@ class Evidence:
 
     quality: Quality | None
     latency: Latency | None
-    engine: Engine | None
+    engine: EngineInfo | None
 
 
 def summarize(recipe: Recipe, product: Product, samples: Samples, seconds: float) -> Facts:
@@ -109,7 +108,7 @@ def write_artefact(stage: Stage, output: Path, source: Source, facts: Facts, evi
         bytes_after=sum(size for name, (size, _) in stage.files.items() if name.startswith(MODEL)),
         quality=quality,
         latency=latency,
-        engine=None if engine is None else engine.info,
+        engine=engine,
         gates={k: v for k, v in facts.recipe.gates.model_dump().items() if v is not None},
         warnings=(*facts.warnings, *_late_warnings(quality, latency)),
         seconds=facts.seconds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,17 @@ from qexport.calibration.store import Store
 from qexport.errors import GateFailed, UsageError
 from qexport.exporter.admit import Limits, admit_file
 from qexport.exporter.artefact import MODEL, Evidence, summarize, write_artefact
-from qexport.exporter.engine import PLAN, Engine, EngineOptions, build_engine, load_module, run_support
+from qexport.exporter.engine import PLAN, EngineOptions
+from qexport.exporter.engine_child import build_in_child
 from qexport.exporter.equality import EqualityProof
 from qexport.exporter.latency import measure
 from qexport.exporter.load import Source, load_source
 from qexport.exporter.onnx_file import save_onnx
-from qexport.exporter.options import BuildOptions, Progress
+from qexport.exporter.options import Advance, BuildOptions, Progress
 from qexport.exporter.profiles import Profile, check_profile, derive_profile
 from qexport.exporter.quality import compare, layer_quality
 from qexport.exporter.recipe import GatesSpec, Recipe, instantiate, load_recipe, override
-from qexport.exporter.result import Latency, Quality, Result
+from qexport.exporter.result import EngineInfo, Latency, Quality, Result
 from qexport.exporter.samples import Samples, open_samples
 from qexport.passes.pipeline import Step, run
 from qexport.passes.target import Target, find_target
@@ -151,19 +153,31 @@ def check_gates(quality: Quality | None, gates: GatesSpec) -> None:
             )
 
 
-def build_plan(model: ir.Model, recipe: Recipe, samples: Samples, stage: Stage, stages: Progress) -> Engine | None:
-    """Build the engine for targets that have one, from the file that was just written."""
+def build_plan(model: ir.Model, recipe: Recipe, samples: Samples, stage: Stage, stages: Progress) -> EngineInfo | None:
+    """Build the engine for targets that have one, from the file that was just written, in a child process."""
     target = find_target(recipe.export.target)
     if target.engine is None or not recipe.export.engine:
         return None
-    module = load_module(target.engine)
     profile = _profile(model, recipe, samples)
-    options = EngineOptions(profiles=(profile,), compute_capabilities=recipe.export.compute_capabilities)
-    with stages.stage("engine"):
-        engine = build_engine(stage.path / MODEL, module, options)
-        stage.write_bytes(PLAN, engine.plan)
-    reason = run_support(module)
-    return engine if reason is None else Engine(engine.plan, engine.info.model_copy(update={"note": reason}))
+    wanted = recipe.export.compute_capabilities
+    with stages.stage("engine", 100) as advance:
+        options = EngineOptions(profiles=(profile,), compute_capabilities=wanted, progress=_percent(advance))
+        info = build_in_child(stage.path / MODEL, target.engine, options, stage.path / PLAN)
+        stage.adopt(PLAN)
+    return info
+
+
+def _percent(advance: Advance) -> Callable[[str, float], None]:
+    """Return a callback that takes a growing fraction and advances by whole hundredths."""
+    done = 0
+
+    def hear(_phase: str, fraction: float) -> None:
+        nonlocal done
+        more = max(int(100 * fraction) - done, 0)
+        done += more
+        advance(more)
+
+    return hear
 
 
 def _profile(model: ir.Model, recipe: Recipe, samples: Samples) -> Profile:

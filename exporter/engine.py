@@ -51,6 +51,7 @@ class EngineOptions:
         optimization_level: 0 (fast build) to 5; the builder's default when ``None``.
         detailed: Whether the engine carries layer details for profilers.
         progress: Called with the phase and the fraction done, from another thread; ``False`` stops the build.
+        timeout: Most seconds for a build in a child process; a build in this process cannot be stopped so surely.
     """
 
     profiles: tuple[Profile, ...] = ()
@@ -60,6 +61,7 @@ class EngineOptions:
     optimization_level: int | None = None
     detailed: bool = False
     progress: Progress | None = None
+    timeout: float = 1800
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,7 @@ def _build_engine(model: bytes | Path, module: ModuleType, options: EngineOption
         layers=network.num_layers,
         compute_capabilities=options.compute_capabilities,
         profiles=options.profiles,
+        note=run_support(module) or "",
     )
     return Engine(content, info)
 

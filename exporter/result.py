@@ -116,7 +116,7 @@ class Latency(_Record):
 
 
 class EngineInfo(_Record):
-    """An engine that was built. ``profiles`` maps input name to min, opt and max shape."""
+    """An engine that was built. ``profiles`` maps input name to min, opt and max shape; ``note`` says why it cannot run."""
 
     module: str
     version: str

@@ -49,7 +49,7 @@ class Site:
         """What is quantized, for the report."""
         if self.weight is not None:
             return "weight and activation"
-        return "both activations" if len(self.inputs) == 2 else "skip input of a residual Add"
+        return "both inputs" if len(self.inputs) == 2 else "skip input of a residual Add"
 
     @property
     def kernel(self) -> ir.TensorProtocol:
@@ -90,7 +90,7 @@ def plan(model: ir.Model, target: Target, *, attention: bool = False) -> Plan:
         for node in ir.traversal.RecursiveGraphIterator(model.graph)
         if node.op_type in CHANNEL_AXIS and node.graph is not model.graph
     ]
-    skips = list(_residual_sites(model.graph, sites)) if target.residual_add else []
+    skips = [] if target.residual_add == "none" else list(_residual_sites(model.graph, sites, target))
     return Plan(tuple(sites + skips), tuple(refused))
 
 
@@ -153,8 +153,8 @@ def _product_reasons(node: ir.Node, kernel: ir.TensorProtocol, target: Target) -
         yield "transposed activation"
 
 
-def _residual_sites(graph: ir.Graph, sites: Iterable[Site]) -> Iterator[Site]:
-    """The skip input of every Add whose other input comes straight from a quantized convolution and fuses into it."""
+def _residual_sites(graph: ir.Graph, sites: Iterable[Site], target: Target) -> Iterator[Site]:
+    """Every Add with an input that comes straight from a quantized convolution; the other input is the skip."""
     convs = {site.node for site in sites if site.node.op_type == "Conv"}
     depth = _depths(graph)
     for node in graph:
@@ -166,7 +166,7 @@ def _residual_sites(graph: ir.Graph, sites: Iterable[Site]) -> Iterator[Site]:
             continue
         main = max(fused, key=lambda index: depth[makers[index]])
         if constant(node.inputs[1 - main]) is None:
-            yield Site(node, (1 - main,))
+            yield Site(node, (1 - main,) if target.residual_add == "skip" else (0, 1))
 
 
 def _consumed_alone(value: ir.Value | None) -> ir.Node | None:

@@ -27,7 +27,8 @@ class Target:
             ``gather`` gathers rows and scales before it multiplies, ``float`` leaves the table alone.
         min_dim: Smallest K and N of a matrix product worth quantizing.
         min_channels: Smallest number of input channels of a convolution worth quantizing.
-        residual_add: Whether the skip input of a residual Add between convolutions is quantized.
+        residual_add: Which inputs of a residual Add behind a convolution are quantized: ``skip``, where the other one
+            fuses into the convolution; ``both``, where the Add itself has integer kernels; ``none``.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Target:
     table: Literal["dequantize", "gather", "float"]
     min_dim: int = 16
     min_channels: int = 16
-    residual_add: bool = True
+    residual_add: Literal["none", "skip", "both"] = "skip"
 
 
 _CPU = ("CPUExecutionProvider",)
@@ -48,9 +49,9 @@ TARGETS = {
     target.name: target
     for target in (
         # int8 arithmetic is not promised by TensorRT-RTX, so nothing is quantized for the sake of fusion alone
-        Target("tensorrt-rtx", "tensorrt_rtx", _CPU, "int8", 23, "float16", "dequantize", residual_add=False),
+        Target("tensorrt-rtx", "tensorrt_rtx", _CPU, "int8", 23, "float16", "dequantize", residual_add="none"),
         Target("tensorrt", "tensorrt", _CPU, "int8", 20, "float16", "dequantize"),
-        Target("ort-cpu", None, _CPU, "uint8", 23, "float32", "gather", residual_add=False),
+        Target("ort-cpu", None, _CPU, "uint8", 23, "float32", "gather", residual_add="both"),
         Target("ort-cuda", None, ("CUDAExecutionProvider", *_CPU), "int8", 21, "float16", "dequantize"),
     )
 }

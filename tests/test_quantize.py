@@ -270,16 +270,19 @@ def test_a_small_table_is_left_alone():
     assert not Quantize()(model_from(text, table=normal(100, 64))).modified
 
 
-def test_the_skip_input_of_a_residual_add_is_quantized_and_the_fused_one_is_not():
+@pytest.mark.parametrize(
+    ("target", "quantized"), [("tensorrt", [False, True]), ("ort-cpu", [True, True]), ("tensorrt-rtx", [False, False])]
+)
+def test_each_target_says_which_inputs_of_a_residual_add_are_quantized(target, quantized):
     text = """g (float[n, 16, 8, 8] x) => (float[n, 16, 8, 8] y) {
         a = Conv <pads = [1, 1, 1, 1]> (x, w)  r = Relu(a)  b = Conv <pads = [1, 1, 1, 1]> (r, v)
         s = Add(b, x)  y = Relu(s) }"""
     weights = {"w": normal(16, 16, 3, 3), "v": normal(16, 16, 3, 3)}
-    model = calibrated(model_from(text, **weights), x=(-3.0, 3.0), r=(0.0, 9.0))
-    Quantize(target="tensorrt")(model)
+    model = calibrated(model_from(text, **weights), x=(-3.0, 3.0), r=(0.0, 9.0), b=(-30.0, 30.0))
+    Quantize(target=target)(model)
     (add,) = (node for node in model.graph if node.op_type == "Add")
-    assert add.inputs[0].name == "b"
-    assert add.inputs[1].producer().op_type == "DequantizeLinear"
+    makers = [value.producer() for value in add.inputs]
+    assert [maker is not None and maker.op_type == "DequantizeLinear" for maker in makers] == quantized
 
 
 def test_a_residual_add_of_a_transformer_is_left_alone():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from qexport.errors import UsageError
-from qexport.safe_io.reading import open_file
+from qexport.safe_io.reading import open_beneath, open_file
 from qexport.safe_io.translate import translated
 from qexport.safe_io.writing import Sink, beside, create, stem, sync_folder, to_json
 
@@ -45,8 +46,7 @@ class Stage:
             UsageError: ``name`` is a path or was written before.
             ResourceExhausted: No space.
         """
-        if name in ("", ".", "..") or "/" in name or "\0" in name or name in self.files:
-            raise UsageError(f"{name!r} is not a new file name", where=str(self.path))
+        self._demand_new(name)
         with translated(name):
             fd = create(self.path / name)
             try:
@@ -76,6 +76,17 @@ class Stage:
         """Add a copy of a regular file."""
         with open_file(source) as original, self.create(name) as file:
             shutil.copyfileobj(original, file, 1 << 20)
+
+    def adopt(self, name: str) -> None:
+        """Count and digest a file that another process has put into the folder and flushed to the disk."""
+        self._demand_new(name)
+        with open_beneath(self.path, name) as file, translated(name):
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            self.files[name] = (file.tell(), f"sha256:{digest}")
+
+    def _demand_new(self, name: str) -> None:
+        if name in ("", ".", "..") or "/" in name or "\0" in name or name in self.files:
+            raise UsageError(f"{name!r} is not a new file name", where=str(self.path))
 
 
 @contextmanager
