@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from qexport.calibration.collect import Statistics, collect
 from qexport.calibration.data import Dataset
+from qexport.calibration.excerpts import Window
 from qexport.calibration.layers import Layer, sqnr
 from qexport.calibration.methods import METHODS
 from qexport.calibration.store import Store
@@ -22,6 +23,9 @@ from qexport.passes.range import RANGE_KEY, SQNR_KEY, Range
 from qexport.passes.target import Target, find_target
 
 OUTPUT_MSE = "output-mse"
+CONVOLUTIONS = ("Conv", "ConvTranspose")
+PATCH = 12  # side of the windows that images are rated on
+WHOLE_ROWS: Window = ()
 SHRINKS = np.linspace(0.5, 1.0, 11)  # candidate clips of output-mse, as shares of the extremes
 
 
@@ -48,8 +52,9 @@ class Calibrate(Pass):
         target = find_target(self.target)
         found = plan(model, target, attention=True)  # quantize decides; measuring is cheap
         values = {value.name or "": value for site in found.sites for value in site.values}
-        journal = self.store.entry(model, list(values), self.data.digest, self.samples)
-        statistics = collect(model, list(values), islice(self.data, self.samples), self.advance, journal)
+        taps = dict.fromkeys(values, WHOLE_ROWS) | _windows(found)
+        journal = self.store.entry(model, taps, self.data.digests[: self.samples])
+        statistics = collect(model, taps, islice(self.data, self.samples), self.advance, journal)
         spans = self._ranges(found, statistics, target)
         modified = False
         for name, span in spans.items():
@@ -74,10 +79,23 @@ def _least_output_error(known: Statistics, readers: list[Site], target: Target) 
     low, high = known.histogram.low, known.histogram.high
     spans = [Range(low * share, high * share) for share in SHRINKS]
     layers = [Layer(site, known.excerpts.stacked(), target) for site in readers if site.weight is not None]
-    if not layers:
-        return spans[-1]
-    totals = np.sum([layer.errors(spans) for layer in layers], axis=0)
-    return spans[int(np.argmin(totals))]
+    errors = [found for found in (layer.errors(spans) for layer in layers) if found]
+    return spans[int(np.argmin(np.sum(errors, axis=0)))] if errors else spans[-1]
+
+
+def _windows(found: Plan) -> dict[str, Window]:
+    """What convolutions read, with a window that holds the reach of every kernel, wide enough for some outputs."""
+    windows: dict[str, Window] = {}
+    for site in found.sites:
+        if site.weight is None or site.node.op_type not in CONVOLUTIONS:
+            continue
+        sides = site.kernel.numpy().shape[2:]
+        steps = site.node.attributes.get_ints("dilations", ()) or [1] * len(sides)
+        for value in site.values:
+            before = windows.get(value.name or "", (PATCH,) * len(sides))
+            reach = ((side - 1) * step + 1 for side, step in zip(sides, steps, strict=True))
+            windows[value.name or ""] = tuple(map(max, before, reach))
+    return windows
 
 
 def _rate(found: Plan, statistics: Mapping[str, Statistics], spans: Mapping[str, Range], target: Target) -> None:
@@ -86,5 +104,5 @@ def _rate(found: Plan, statistics: Mapping[str, Statistics], spans: Mapping[str,
         name = next((value.name or "" for value in site.values), "")
         if site.weight is None or name not in spans:
             continue
-        layer = Layer(site, statistics[name].excerpts.stacked(), target)
-        site.node.meta[SQNR_KEY] = sqnr(layer.errors([spans[name]])[0])
+        for error in Layer(site, statistics[name].excerpts.stacked(), target).errors([spans[name]]):
+            site.node.meta[SQNR_KEY] = sqnr(error)

@@ -19,9 +19,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.calibration.data import Sample, sample_digest
-from qexport.calibration.excerpts import Excerpts
+from qexport.calibration.excerpts import Excerpts, Window
 from qexport.calibration.execute import open_model
 from qexport.calibration.histogram import Histogram
+from qexport.calibration.spec import input_specs, static_batch
 from qexport.errors import DataInvalid
 from qexport.runtime.session import SessionOptions
 
@@ -63,32 +64,43 @@ class Journal(Protocol):
 
 def collect(
     model: ir.Model,
-    taps: Sequence[str],
+    taps: Mapping[str, Window],
     samples: Iterable[Sample],
     advance: Callable[[], None] = lambda: None,
     journal: Journal | None = None,
 ) -> dict[str, Statistics]:
-    """Return the statistics of each tapped value over ``samples``.
+    """Return the statistics of each tapped value over ``samples``; equal samples count once.
 
+    ``taps`` names the values, with the window that excerpts of images are cut to (empty for rows of matrices).
     Memory is the model, the activations of a few samples and the statistics: flat in the number of samples. With a
     ``journal``, samples that it has seen are not run again, and it is told every 128 samples and at the end.
     """
-    statistics, seen = (journal.state if journal else None) or ({name: Statistics() for name in taps}, frozenset())
-    done = set(seen)
-    missing = ((index, digest, sample) for index, digest, sample in _digested(samples, advance) if digest not in done)
-    for index, digest, values in _run(model, taps, missing):
+    statistics = {name: Statistics(excerpts=Excerpts(window)) for name, window in taps.items()}
+    done: set[bytes] = set()
+    kept = journal.state if journal else None
+    if kept is not None:
+        for name, known in kept[0].items():
+            statistics[name].merge(known)
+        done |= kept[1]
+    before = len(done)
+    for index, digest, values in _run(model, list(taps), _missing(samples, done, advance)):
         observe(statistics, digest, values, f"sample {index}")
         done.add(digest)
         if journal and len(done) % JOURNAL_EVERY == 0:
             journal.write(statistics, frozenset(done))
-    if journal and done != seen:
+    if journal and len(done) != before:
         journal.write(statistics, frozenset(done))
     return statistics
 
 
-def _digested(samples: Iterable[Sample], advance: Callable[[], None]) -> Iterator[Work]:
+def _missing(samples: Iterable[Sample], done: set[bytes], advance: Callable[[], None]) -> Iterator[Work]:
+    """Yield the samples that are neither in ``done`` nor equal to one before."""
+    taken = set(done)
     for index, sample in enumerate(samples):
-        yield index, sample_digest(sample), sample
+        digest = sample_digest(sample)
+        if digest not in taken:
+            taken.add(digest)
+            yield index, digest, sample
         advance()
 
 
@@ -98,10 +110,11 @@ def _run(model: ir.Model, taps: Sequence[str], work: Iterator[Work]) -> Iterator
     if first is None or not taps:
         return
     session = open_model(model, SessionOptions(threads=1), taps)
+    batch = static_batch(input_specs(model)) or 1  # a sample fills a batch of a fixed size by itself
 
     def run(item: Work) -> tuple[int, bytes, Values]:
         index, digest, sample = item
-        return index, digest, session.run({name: array[None] for name, array in sample.items()}, list(taps))
+        return index, digest, session.run({name: np.stack([array] * batch) for name, array in sample.items()}, taps)
 
     workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(workers) as pool:

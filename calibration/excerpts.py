@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 LIMIT = 128  # samples kept
 ROWS = 2  # rows taken of each
-PATCH = 12  # side of the window taken of an image
+Window = tuple[int, ...]  # size along each spatial axis; empty for rows of the last axis
 
 
 @dataclass(slots=True)
 class Excerpts:
-    """Pieces of the samples with the smallest digests, at places that depend on the digest alone."""
+    """Pieces of the samples with the smallest digests, at places that depend on the digest alone.
 
+    Attributes:
+        window: Size of the pieces along the axes behind ``[N, C]``; empty takes rows of the last axis.
+        kept: Sample digest to its piece.
+    """
+
+    window: Window = ()
     kept: dict[bytes, NDArray[np.float32]] = field(default_factory=dict)
 
     def wants(self, digest: bytes) -> bool:
@@ -23,11 +30,10 @@ class Excerpts:
         return len(self.kept) < LIMIT or digest < max(self.kept)
 
     def add(self, digest: bytes, value: NDArray[np.float32]) -> None:
-        """Consider one sample's ``value`` (batch axis of 1 first)."""
-        if not self.wants(digest):
-            return
-        self.kept[digest] = excerpt(digest, value)
-        self._trim()
+        """Consider one sample's ``value`` (batch axis first); an empty one has nothing to take."""
+        if value.size and self.wants(digest):
+            self.kept[digest] = excerpt(digest, value, self.window)
+            self._trim()
 
     def merge(self, other: Excerpts) -> None:
         """Consider another shard's pieces."""
@@ -47,11 +53,15 @@ class Excerpts:
             del self.kept[digest]
 
 
-def excerpt(digest: bytes, value: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rows of ``[..., K]``, or a window of an image batch ``[N, C, H, W]``."""
-    draws = [int.from_bytes(digest[8 * i : 8 * i + 8], "big") for i in range(ROWS)]  # a digest is random enough
-    if value.ndim == 4:
-        top, left = (draw % (max(side - PATCH, 0) + 1) for draw, side in zip(draws, value.shape[2:], strict=True))
-        return value[:1, :, top : top + PATCH, left : left + PATCH].copy()
-    rows = value.reshape(-1, value.shape[-1])
-    return rows[[draw % len(rows) for draw in draws]]
+def excerpt(digest: bytes, value: NDArray[np.float32], window: Window) -> NDArray[np.float32]:
+    """Rows of ``[..., K]``, or a window of the first image of ``[N, C, ...]``, whole axes where they are smaller."""
+    draws = [int.from_bytes(digest[i : i + 8], "big") for i in range(0, 32, 8)]  # a digest is random enough
+    if not window:
+        rows = value.reshape(-1, value.shape[-1])
+        return rows[[draw % len(rows) for draw in draws[:ROWS]]]
+    cut: list[Any] = [slice(0, 1), slice(None)]
+    for draw, side, size in zip(draws, value.shape[2:], window, strict=False):
+        start = draw % (max(side - size, 0) + 1)
+        cut.append(slice(start, start + size))
+    piece: NDArray[np.float32] = value[tuple(cut)].copy()
+    return piece

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qexport.errors import BuildFailed
 from qexport.passes.placement import Site
 from qexport.passes.quantize import quantize_weight
 from qexport.passes.range import Range, integers_for
@@ -34,7 +35,17 @@ class Layer:
         return [session.run({"x": piece})["y"] for piece in pieces]
 
     def errors(self, spans: Sequence[Range]) -> list[float]:
-        """Squared output error over squared output for each range, weights quantized as well."""
+        """Squared output error over squared output for each range, weights quantized as well.
+
+        Nothing where there is no excerpt, or none that the operator takes (a value that a product and a convolution
+        read is cut for the convolution).
+        """
+        try:
+            return self._errors(spans) if self.pieces else []
+        except BuildFailed:
+            return []
+
+    def _errors(self, spans: Sequence[Range]) -> list[float]:
         kernel = np.asarray(self.site.kernel.numpy(), np.float32)
         integers, scale = quantize_weight(kernel, self.site.axis)
         others = tuple(i for i in range(kernel.ndim) if i != self.site.axis)
@@ -53,12 +64,11 @@ def sqnr(relative_error: float) -> float:
 
 
 def _operator(node: ir.Node, weight: Floats) -> Session:
-    """A session that computes ``y = op(x, weight)`` with the node's attributes, without padding or bias."""
+    """A session that computes ``y = op(x, weight)`` with the node's attributes, without bias."""
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT))
     w = ir.Value(name="w", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(weight.shape))
     w.const_value = ir.tensor(weight, name="w")
-    attributes = [a for name, a in node.attributes.items() if name not in ("pads", "auto_pad", "output_padding")]
-    bare = ir.Node("", node.op_type, [x, w], attributes)
+    bare = ir.Node("", node.op_type, [x, w], list(node.attributes.values()))
     y = bare.outputs[0]
     y.name, y.type = "y", ir.TensorType(ir.DataType.FLOAT)
     graph = ir.Graph([x], [y], nodes=[bare], initializers=[w], opset_imports={"": 20}, name="layer")

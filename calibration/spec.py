@@ -126,6 +126,18 @@ def _input_spec(value: ir.Value) -> InputSpec:
     return InputSpec(value.name or "", value.dtype.numpy(), shape)
 
 
+def static_batch(inputs: Iterable[InputSpec]) -> int | None:
+    """The batch size that a model is made for; ``None`` where any will do.
+
+    Raises:
+        ModelInvalid: Inputs disagree.
+    """
+    sizes = {spec.shape[0] for spec in inputs if spec.shape and spec.shape[0] is not None}
+    if len(sizes) > 1:
+        raise ModelInvalid(f"inputs have different static batch sizes: {sorted(map(int, sizes))}")
+    return next(iter(sizes), None)
+
+
 def describe(name: str, dtype: np.dtype[Any], shape: Iterable[int | None]) -> str:
     """Write one input the way every message does: ``name float32[?, 3, 32, 32]``."""
     return f"{name!r} {dtype}[{', '.join('?' if axis is None else str(axis) for axis in shape)}]"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ from safetensors.numpy import load, save
 
 from qexport import safe_io
 from qexport.calibration.collect import Statistics
-from qexport.calibration.excerpts import Excerpts
+from qexport.calibration.excerpts import Excerpts, Window
 from qexport.calibration.execute import skeleton
 from qexport.calibration.histogram import Histogram
 from qexport.errors import QexportError
 
-VERSION = "statistics/1"  # part of every key: a change of what is counted must change it
+VERSION = "statistics/2"  # part of every key: a change of what is counted must change it
 LIMIT = 4 << 30
 
 State = tuple[dict[str, Statistics], frozenset[bytes]]  # statistics by value name, digests of the samples in them
@@ -43,11 +43,11 @@ class Store:
 
     folder: Path | None = None
 
-    def entry(self, model: ir.Model, taps: Sequence[str], data: str, samples: int) -> Entry | None:
-        """The journal of one measurement, if anything is to be kept."""
+    def entry(self, model: ir.Model, taps: Mapping[str, Window], samples: Iterable[bytes]) -> Entry | None:
+        """The journal of one measurement over the samples with these digests, if anything is to be kept."""
         if self.folder is None:
             return None
-        return Entry(self.folder / f"{key_of(model, taps, data, samples)}.safetensors")
+        return Entry(self.folder / f"{key_of(model, taps, samples)}.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +73,12 @@ class Entry:
             return
 
 
-def key_of(model: ir.Model, taps: Sequence[str], data: str, samples: int) -> str:
-    """Digest of everything the statistics depend on."""
+def key_of(model: ir.Model, taps: Mapping[str, Window], samples: Iterable[bytes]) -> str:
+    """Digest of everything the statistics depend on; the order of the samples does not count."""
     proto, weights = skeleton(model)
-    state = hashlib.sha256(json.dumps([VERSION, list(taps), data, samples]).encode())
+    state = hashlib.sha256(json.dumps([VERSION, sorted(taps.items())]).encode())
+    for digest in sorted(set(samples)):
+        state.update(digest)
     state.update(proto.SerializeToString(deterministic=True))
     for name in sorted(weights):
         state.update(name.encode())
@@ -110,7 +112,7 @@ def _unpack(arrays: Mapping[str, NDArray[Any]]) -> State:
         histogram.counts[:] = arrays[f"{index}.counts"]
         digests = [row.tobytes() for row in arrays[f"{index}.excerpts"]]
         kept = {digest: arrays[f"{index}.excerpt.{place}"].copy() for place, digest in enumerate(digests)}
-        statistics[name] = Statistics(histogram, Excerpts(kept))
+        statistics[name] = Statistics(histogram, Excerpts(kept=kept))
     return statistics, frozenset(row.tobytes() for row in arrays["seen"])
 
 

@@ -5,7 +5,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from qexport.calibration import calibrate as module
 from qexport.calibration.calibrate import Calibrate
 from qexport.calibration.collect import Statistics, collect
 from qexport.calibration.data import sample_digest
@@ -15,6 +14,7 @@ from qexport.errors import DataInvalid, UsageError
 from qexport.passes.range import RANGE_KEY, SQNR_KEY
 
 RNG = np.random.default_rng(0)
+TAPS = {"x": (), "r": ()}
 TEXT = "g (float[n, s, 32] x) => (float[n, s, 16] y) { h = MatMul(x, w)  r = Relu(h)  y = MatMul(r, v) }"
 
 
@@ -24,6 +24,10 @@ class Samples(list):
     name = "memory"
     digest = "sha256:0"
     warnings = ()
+
+    @property
+    def digests(self):
+        return tuple(sample_digest(sample) for sample in self)
 
 
 def model_from(text=TEXT, **weights):
@@ -71,8 +75,8 @@ def test_ranges_are_bit_identical_in_any_order(method):
 
 def test_statistics_of_shards_merge_into_those_of_the_whole():
     model, data = model_from(), samples()
-    whole = collect(model, ["x", "r"], data)
-    left, right = collect(model, ["x", "r"], data[:13]), collect(model, ["x", "r"], data[13:])
+    whole = collect(model, TAPS, data)
+    left, right = collect(model, TAPS, data[:13]), collect(model, TAPS, data[13:])
     for name, statistics in left.items():
         statistics.merge(right[name])
         assert np.array_equal(statistics.histogram.counts, whole[name].histogram.counts)
@@ -175,10 +179,56 @@ def test_other_weights_and_other_data_have_other_entries(tmp_path):
     data = samples()
     for model in (model_from(), model_from()):
         calibrated(model, data, store=Store(tmp_path))
-    other = Samples(data)
-    other.digest = "sha256:1"
-    calibrated(model, other, store=Store(tmp_path))
+    calibrated(model, Samples(data[1:]), store=Store(tmp_path))
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_first_samples_of_another_order_have_an_entry_of_their_own(tmp_path):
+    model, data = model_from(), samples(20)
+    turned = Samples(data[::-1])
+    expected = ranges(calibrated(model, turned, samples=10))
+    assert ranges(calibrated(model, data, samples=10, store=Store(tmp_path))) != expected
+    assert ranges(calibrated(model, turned, samples=10, store=Store(tmp_path))) == expected
+
+
+def test_equal_samples_count_once_wherever_they_stand():
+    model, data = model_from(), samples(10)
+    for doubled in (data[:1] * 2 + data[1:], data + data[:1]):
+        assert collect(model, TAPS, doubled)["x"].histogram.total == collect(model, TAPS, data)["x"].histogram.total
+
+
+LAYERS = {
+    "a product of a 4-D value": ("float[n, 8, 6, 32] x", "y = MatMul(x, w)", (32, 24), (8, 6, 32)),
+    "time": ("float[n, 16, t] x", "y = Conv(x, w)", (24, 16, 3), (16, 40)),
+    "space and time": ("float[n, 16, t, h, s] x", "y = Conv(x, w)", (24, 16, 3, 3, 3), (16, 5, 14, 14)),
+    "a tiny map": ("float[n, 16, 2, 2] x", "y = Conv <pads = [1, 1, 1, 1]> (x, w)", (24, 16, 3, 3), (16, 2, 2)),
+    "a far reach": ("float[n, 16, h, s] x", "y = Conv <dilations = [9, 9]> (x, w)", (24, 16, 3, 3), (16, 40, 40)),
+    "transposed": ("float[n, 16, h, s] x", "y = ConvTranspose <strides = [2, 2]> (x, w)", (16, 24, 3, 3), (16, 7, 7)),
+    "a batch of four": ("float[4, 32] x", "y = MatMul(x, w)", (32, 24), (32,)),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_layers_of_every_shape_are_rated(case):
+    inputs, body, weight, shape = LAYERS[case]
+    model = model_from(f"g ({inputs}) => (float y) {{ {body} }}", w=normal(*weight))
+    work = calibrated(model, Samples({"x": normal(*shape)} for _ in range(20)))
+    assert 25 < work.graph[0].meta[SQNR_KEY] < 60
+
+
+def test_a_value_that_a_product_and_a_convolution_read_is_rated_for_the_convolution():
+    text = "g (float[n, 16, 20, 32] x) => (float y, float z) { y = Conv(x, w)  z = MatMul(x, v) }"
+    model = model_from(text, w=normal(24, 16, 3, 3), v=normal(32, 24))
+    work = calibrated(model, Samples({"x": normal(16, 20, 32)} for _ in range(4)), method="output-mse")
+    assert 25 < work.graph[0].meta[SQNR_KEY] < 60
+    assert SQNR_KEY not in work.graph[1].meta
+
+
+def test_a_sample_that_leaves_a_value_empty_is_no_obstacle():
+    text = "g (float[n, 32] x, bool[n] keep) => (float y) { k = Compress <axis = 0> (x, keep)  y = MatMul(k, w) }"
+    data = Samples({"x": normal(32), "keep": np.array(kept)} for kept in (True, False, True))
+    work = calibrated(model_from(text, w=normal(32, 24)), data, method="minmax")
+    assert ranges(work)["k"].high == max(data[0]["x"].max(), data[2]["x"].max())
 
 
 @pytest.mark.parametrize("damage", [b"", b"garbage", b"\xff" * 100_000])
@@ -206,7 +256,7 @@ def test_memory_is_flat_in_the_number_of_samples():
     def peak(count):
         data = (({"x": np.random.default_rng(i).standard_normal((50, 32)).astype(np.float32)}) for i in range(count))
         tracemalloc.start()
-        collect(model, ["x", "r"], data)
+        collect(model, TAPS, data)
         size = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return size
@@ -221,4 +271,3 @@ def test_convolutions_are_rated_on_windows_of_images():
     data = Samples({"x": normal(16, 20, 20)} for _ in range(10))
     work = calibrated(model, data)
     assert 30 < work.graph[0].meta[SQNR_KEY] < 50
-    assert module.OUTPUT_MSE == "output-mse"
