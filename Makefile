@@ -35,6 +35,7 @@ budgets: $(READY)
 bench: $(READY) $(MINILM_READY)
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/resnet20.py
+	$(BIN)/python benchmarks/sensitivity.py
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/startup.py

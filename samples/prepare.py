@@ -1,6 +1,6 @@
 """Cut the committed samples from the original files: ``python samples/prepare.py stsb|resnet20 FOLDER``.
 
-``stsb`` wants the folder with ``stsb-en-train.csv``, ``stsb-en-test.csv`` and ``LICENSE`` of PhilipMay/stsb-multi-mt;
+``stsb`` wants the folder with ``stsb-en-{train,dev,test}.csv`` and ``LICENSE`` of PhilipMay/stsb-multi-mt;
 ``resnet20`` the one with ``resnet20.onnx``, ``LICENSE.resnet``, ``train-512.npz`` and ``test-1000.npz``, see README.md.
 Running it again gives the same bytes, so the slices can be checked against their sources.
 """
@@ -51,13 +51,14 @@ def calibration_sentences(rows: Sequence[Sequence[str]], count: int, held_out: I
 
 
 def prepare_stsb(source: Path) -> None:
-    """512 sentences of the train split that the test split does not hold, the whole test split, the licence."""
+    """512 sentences of the train split that the test split does not hold, dev and test whole, the licence."""
     test = read_rows(source / "stsb-en-test.csv")
     held_out = [sentence for row in test for sentence in row[:2]]
     sentences = calibration_sentences(read_rows(source / "stsb-en-train.csv"), CALIBRATION_SENTENCES, held_out)
     write_rows(HERE / "data/stsb-calibration.csv", ["sentence"], [[sentence] for sentence in sentences])
     header = ["sentence1", "sentence2", "score"]
     write_rows(HERE / "data/stsb-test.csv", header, test)
+    write_rows(HERE / "data/stsb-dev.csv", header, read_rows(source / "stsb-en-dev.csv"))
     shutil.copyfile(source / "LICENSE", HERE / "data/STSB-LICENSE")
 
 
