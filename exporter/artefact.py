@@ -15,7 +15,7 @@ import qexport
 from qexport.exporter.load import Source
 from qexport.exporter.recipe import Recipe
 from qexport.exporter.report import report_markdown
-from qexport.exporter.result import DecisionInfo, FileInfo, Latency, Quality, Result, StepInfo
+from qexport.exporter.result import DecisionInfo, EngineInfo, FileInfo, Latency, Quality, Result, StepInfo
 from qexport.exporter.samples import Samples
 from qexport.safe_io import Stage, finite
 

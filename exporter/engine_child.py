@@ -35,7 +35,7 @@ from qexport.safe_io import digest_file, write_bytes
 
 _COMMAND = (sys.executable, "-P", "-m", "qexport.exporter.engine_child")
 _SECRET = re.compile("AUTH|CREDENTIAL|KEY|PASSW|PROXY|SECRET|TOKEN", re.IGNORECASE)
-_ERRORS = {kind.__name__: kind for kind in (QexportError, *QexportError.__subclasses__())}
+_ERRORS = {kind.__name__: kind for kind in list[type[QexportError]]([QexportError, *QexportError.__subclasses__()])}
 _SIGNALS = {number.value: number.name for number in signal.Signals}
 _OPTIONS = TypeAdapter(EngineOptions)
 _KEPT = 10  # pieces of the child's stderr
@@ -63,7 +63,7 @@ def build_in_child(model: Path, name: str, options: EngineOptions, plan: Path) -
     """
     said: deque[bytes] = deque(maxlen=_KEPT)
     start = time.monotonic()
-    with _started(said, options.timeout) as child:
+    with _started(model.parent, said, options.timeout) as child:
         for kind, value in _converse(child, _request(model, name, options, plan)):
             if kind == "info":
                 return EngineInfo.model_validate(value)
@@ -79,23 +79,25 @@ def build_in_child(model: Path, name: str, options: EngineOptions, plan: Path) -
 
 
 @contextmanager
-def _started(said: deque[bytes], timeout: float) -> Iterator[subprocess.Popen[bytes]]:
+def _started(folder: Path, said: deque[bytes], timeout: float) -> Iterator[subprocess.Popen[bytes]]:
     """Run the child for the time of the block and at most ``timeout`` seconds, then end it and all it started.
 
-    It has a session of its own, so Ctrl-C in a terminal reaches the parent alone.
+    It has a session of its own, so Ctrl-C in a terminal reaches the parent alone. It works in the model's folder,
+    whose name may be no text, which the parsers do not open.
     """
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        _COMMAND, stdin=pipe, stdout=pipe, stderr=pipe, env=_environment(), start_new_session=True
+        _COMMAND, cwd=folder, stdin=pipe, stdout=pipe, stderr=pipe, env=_environment(), start_new_session=True
     ) as child:
         reader = Thread(target=_keep, args=(child.stderr, said), daemon=True)
         timer = Timer(timeout, _kill, [child])
+        reader.start()
+        timer.start()
         try:
-            reader.start()
-            timer.start()
             yield child
         finally:
             timer.cancel()
+            timer.join()
             _kill(child)
             child.wait()
             reader.join()
@@ -104,7 +106,7 @@ def _started(said: deque[bytes], timeout: float) -> Iterator[subprocess.Popen[by
 def _environment() -> dict[str, str]:
     """Return this environment and module path, less what is called like a secret: native code reads the model."""
     public = {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
-    return {**public, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return {**public, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
 
 
 def _keep(stream: IO[bytes], said: deque[bytes]) -> None:
@@ -113,13 +115,13 @@ def _keep(stream: IO[bytes], said: deque[bytes]) -> None:
 
 def _kill(child: subprocess.Popen[bytes]) -> None:
     """Kill the group of a child that nobody has waited for, so that the number is still its own."""
-    with suppress(ProcessLookupError, PermissionError):
+    with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
 
 
 def _request(model: Path, name: str, options: EngineOptions, plan: Path) -> dict[str, object]:
     plain = _OPTIONS.dump_python(replace(options, progress=None), mode="json")
-    return {"model": str(model), "name": name, "options": plain, "plan": str(plan), "parent": os.getpid()}
+    return {"model": model.name, "name": name, "options": plain, "plan": os.path.abspath(plan), "parent": os.getpid()}
 
 
 def _converse(child: subprocess.Popen[bytes], request: dict[str, object]) -> Iterator[tuple[str, Any]]:

@@ -116,7 +116,10 @@ class Latency(_Record):
 
 
 class EngineInfo(_Record):
-    """An engine that was built. ``profiles`` maps input name to min, opt and max shape; ``note`` says why it cannot run."""
+    """An engine that was built.
+
+    ``profiles`` maps input name to min, opt and max shape; ``note`` says why it cannot run on this machine.
+    """
 
     module: str
     version: str
