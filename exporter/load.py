@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,14 @@ from pydantic import ValidationError
 
 from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.admit import Limits
-from qexport.exporter.onnx_file import load_onnx
+from qexport.exporter.families.folder import CONFIG, Folder, check_blob, demand_inside
+from qexport.exporter.onnx_file import read_onnx
 from qexport.exporter.result import SourceInfo
-from qexport.safe_io import digest_bytes, digest_file, read_bytes
+from qexport.safe_io import digest_bytes, digest_file
 
 FAMILIES = {"bert": "qexport.exporter.families.bert:build"}
-"""``model_type`` of config.json to the function ``(config, weights path) -> Model`` that builds the graph."""
+"""``model_type`` of config.json to the function ``(config, folder) -> Model`` that builds the graph."""
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 """Files that travel with the model to the artefact, where the source has them."""
 
@@ -59,14 +58,21 @@ def load_source(path: str | Path, limits: Limits | None = None) -> Source:
     Raises:
         UsageError: Nothing there, or neither an .onnx file nor a Hugging Face folder.
         ModelInvalid: The model breaks the rules, or its family is unknown.
-        UnsafeInput: It reaches outside its folder.
+        UnsafeInput: It reaches outside its folder; links of a Hugging Face cache to its own blobs are fine.
+        IntegrityError: A file of such a cache is not what its name says.
     """
     place = Path(path)
     if not place.exists():
         raise UsageError("no such file or folder", where=str(place), hint="give an .onnx file or a Hugging Face folder")
     folder = place if place.is_dir() else place.parent
-    model, files = _load_folder(place) if place.is_dir() else (load_onnx(place, limits), _model_files(place))
+    model, files = _load_folder(place) if place.is_dir() else _load_file(place, limits)
+    companions = tuple(folder / name for name in COMPANIONS if (folder / name).is_file())
+    for companion in companions:
+        demand_inside(companion, folder)
     digests = [digest_file(file) for file in files]
+    if place.is_dir():
+        for file, digest in zip(files, digests, strict=True):
+            check_blob(file, digest)
     info = SourceInfo(
         path=str(place),
         digest=digests[0] if len(digests) == 1 else digest_bytes("\n".join(digests).encode()),
@@ -74,30 +80,27 @@ def load_source(path: str | Path, limits: Limits | None = None) -> Source:
         nodes=sum(1 for _ in model.graph.all_nodes()),
         parameters=_parameters(model),
     )
-    return Source(place, model, info, tuple(folder / name for name in COMPANIONS if (folder / name).is_file()))
+    return Source(place, model, info, companions)
 
 
-def _load_folder(folder: Path) -> tuple[ir.Model, list[Path]]:
-    files = [folder / CONFIG, folder / WEIGHTS]
-    for file in files:
-        if not file.is_file():
-            raise UsageError(
-                f"the folder has no {file.name}", where=str(folder), hint="a Hugging Face folder has both, unsplit"
-            )
+def _load_file(path: Path, limits: Limits | None) -> tuple[ir.Model, list[Path]]:
+    model, external = read_onnx(path, limits)
+    return model, [path, *sorted({path.parent / location for location in external})]
+
+
+def _load_folder(path: Path) -> tuple[ir.Model, list[Path]]:
+    folder, where = Folder(path), path / CONFIG
+    config = folder.json(CONFIG)
+    build = _family(config, where)
     try:
-        config = json.loads(read_bytes(files[0], limit=1 << 20))
-    except ValueError as error:
-        raise ModelInvalid(f"not JSON: {error}", where=str(files[0])) from error
-    build = _family(config, files[0])
-    try:
-        return build(config, files[1]), files
+        return build(config, folder), folder.used
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "(all)"
-        raise ModelInvalid(f"field {field!r}: {first['msg'].lower()}", where=str(files[0])) from error
+        raise ModelInvalid(f"field {field!r}: {first['msg'].lower()}", where=str(where)) from error
 
 
-def _family(config: Any, where: Path) -> Callable[[dict[str, object], Path], ir.Model]:
+def _family(config: Any, where: Path) -> Callable[[dict[str, object], Folder], ir.Model]:
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in FAMILIES:
         raise ModelInvalid(
@@ -106,18 +109,10 @@ def _family(config: Any, where: Path) -> Callable[[dict[str, object], Path], ir.
             hint=f"known: {', '.join(FAMILIES)}; export other models to .onnx with their own tools",
         )
     module, _, name = FAMILIES[kind].partition(":")
-    found: Callable[[dict[str, object], Path], ir.Model] = getattr(importlib.import_module(module), name)
+    found: Callable[[dict[str, object], Folder], ir.Model] = getattr(importlib.import_module(module), name)
     return found
 
 
-def _model_files(path: Path) -> list[Path]:
-    """The file and the external data beside it, as admission accepted them."""
-    import onnx
-
-    proto = onnx.load(path, load_external_data=False)
-    places = {entry.value for t in proto.graph.initializer for entry in t.external_data if entry.key == "location"}
-    return [path, *(path.parent / place for place in sorted(places))]
-
-
 def _parameters(model: ir.Model) -> int:
-    return sum(value.const_value.size for value in model.graph.initializers.values() if value.const_value is not None)
+    weights = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
+    return sum(weight.size for weight in weights if weight is not None)

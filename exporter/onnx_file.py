@@ -15,6 +15,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import EncodeError  # type: ignore[import-untyped]  # protobuf ships no types
 from numpy.typing import NDArray
+from onnx_ir.serde import SerdeError
 
 from qexport.errors import BuildFailed, ModelInvalid, ResourceExhausted
 from qexport.exporter.admit import Limits, admit_file
@@ -37,18 +38,28 @@ def load_onnx(path: str | os.PathLike[str], limits: Limits | None = None) -> ir.
     """Admit a model file and read it.
 
     External weights are mapped, not read, from descriptors that no link can redirect. Nodes are sorted if they were
-    not, and every node has a name of its own. The file is not changed, and may be replaced (not rewritten) meanwhile.
+    not, every node has a name of its own, and initializers that are inputs too are constants. The file is not changed,
+    and may be replaced (not rewritten) meanwhile.
 
     Raises:
-        QexportError: As ``admit_file``; ``BuildFailed`` for sparse initializers.
+        QexportError: As ``admit_file``; ``BuildFailed`` for sparse tensors.
     """
+    return read_onnx(path, limits)[0]
+
+
+def read_onnx(path: str | os.PathLike[str], limits: Limits | None = None) -> tuple[ir.Model, tuple[str, ...]]:
+    """As ``load_onnx``, with the names of the external files that were mapped, whatever tensor needed them."""
     root = Path(path).parent
     proto = admit_file(path, limits)
     if proto.graph.sparse_initializer:
         hint = "save the model with dense weights"
         raise BuildFailed("sparse initializers are not supported", where=os.fspath(path), hint=hint)
     _free_negative_dims(proto)
-    model = ir.from_proto(proto)
+    _close_initializers(proto, os.fspath(path))
+    try:
+        model = ir.from_proto(proto)
+    except SerdeError as error:
+        raise BuildFailed(f"admitted, but not readable: {_cause(error)}", where=os.fspath(path)) from error
     mapped = _Mapped(root)
     for body in _bodies(model):
         for value in body.initializers.values() if isinstance(body, ir.Graph) else ():
@@ -58,7 +69,13 @@ def load_onnx(path: str | os.PathLike[str], limits: Limits | None = None) -> ir.
             _own_attributes(holder, mapped)
     _sort(model, os.fspath(path))
     _name_nodes(model)
-    return model
+    return model, mapped.files
+
+
+def _cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _bodies(model: ir.Model) -> Iterator[ir.Graph | ir.Function]:
@@ -76,12 +93,29 @@ def _free_negative_dims(proto: onnx.ModelProto) -> None:
                 dim.Clear()
 
 
+def _close_initializers(proto: onnx.ModelProto, where: str) -> None:
+    """Take initializers out of the inputs: IR 3 lists all of them, later versions those that a caller may override."""
+    held = {tensor.name for tensor in proto.graph.initializer}
+    free = [value for value in proto.graph.input if value.name not in held]
+    count = len(proto.graph.input) - len(free)
+    if count:
+        logger.warning("%s: %d inputs have a value in the model and are constants now", where, count)
+        proto.graph.ClearField("input")
+        proto.graph.input.extend(free)
+        proto.ir_version = max(proto.ir_version, 4)  # the first without the rule that lists them
+
+
 class _Mapped:
     """Turns tensors that lean on a protobuf or a path into tensors that own, or map, their data."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._maps: dict[str, mmap.mmap] = {}
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Locations, as the model spells them."""
+        return tuple(self._maps)
 
     def own(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
         """A tensor of the same name, type, shape and numbers."""

@@ -1,8 +1,11 @@
+import hashlib
 import importlib.util
 import json
 import math
+import os
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -10,7 +13,7 @@ import onnxruntime as ort
 import pytest
 from safetensors.numpy import save_file
 
-from qexport.errors import ModelInvalid, UsageError
+from qexport.errors import IntegrityError, ModelInvalid, UnsafeInput, UsageError
 from qexport.exporter.load import load_model, load_source
 
 GOLDEN = Path(__file__).parent / "golden" / "minilm-16.npz"
@@ -144,6 +147,8 @@ def test_the_source_carries_its_tokenizer_and_its_digest_follows_the_weights(fol
         ({"position_embedding_type": "relative_key"}, "field 'position_embedding_type'"),
         ({"hidden_size": -1}, "field 'hidden_size'"),
         ({"num_attention_heads": 5}, "heads"),
+        ({"is_decoder": True}, "field 'is_decoder'"),
+        ({"add_cross_attention": True}, "field 'add_cross_attention'"),
     ],
 )
 def test_a_config_that_is_not_supported_is_named(tmp_path, change, message):
@@ -178,6 +183,193 @@ def test_what_is_no_model_is_a_usage_error(tmp_path):
         load_model(tmp_path / "nothing")
     with pytest.raises(UsageError, match=r"no config\.json"):
         load_model(tmp_path)
+
+
+def pooled(path, tensors=None, modules=("Transformer", "Pooling", "Normalize"), **settings):
+    """A sentence-transformers folder with this pooling."""
+    write(path, tensors=tensors)
+    places = {"Transformer": "", "Pooling": "1_Pooling"}
+    listed = [{"type": f"sentence_transformers.models.{name}", "path": places.get(name, name)} for name in modules]
+    (path / "modules.json").write_text(json.dumps(listed))
+    (path / "1_Pooling").mkdir()
+    (path / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **settings}))
+    return path
+
+
+def embedding(path):
+    return session(load_model(path)).run(None, feeds([3, 14, 15, 9]))[1][0]
+
+
+@pytest.mark.parametrize("modules", [("Transformer", "Pooling"), ("Transformer", "Pooling", "Normalize")])
+@pytest.mark.parametrize(
+    ("settings", "first"),
+    [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, True),
+        ({"pooling_mode": "cls"}, True),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": False}, False),
+        ({"pooling_mode_mean_sqrt_len_tokens": True}, False),
+        ({"pooling_mode": ["mean"]}, False),
+        ({}, False),
+    ],
+)
+def test_the_folder_says_how_a_sentence_is_pooled(tmp_path, settings, first, modules):
+    path = pooled(tmp_path / "bert", modules=modules, **settings)
+    hidden = numpy_bert(weights(), np.array([3, 14, 15, 9]))
+    vector = hidden[0] if first else hidden.mean(axis=0)
+    np.testing.assert_allclose(embedding(path), vector / np.linalg.norm(vector), atol=1e-5)
+
+
+def test_the_pooling_is_read_without_a_list_of_modules_and_changes_the_digest(tmp_path):
+    first = pooled(tmp_path / "first", pooling_mode_cls_token=True)
+    mean = pooled(tmp_path / "mean", pooling_mode_mean_tokens=True)
+    for path in (first, mean):
+        (path / "modules.json").unlink()
+    assert np.abs(embedding(first) - embedding(mean)).max() > 1e-4
+    assert load_source(first).info.digest != load_source(mean).info.digest
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pooling_mode_max_tokens": True}, "pooling 'max' is not supported.*supported: mean, cls"),
+        ({"pooling_mode_lasttoken": True}, "'lasttoken'"),
+        ({"pooling_mode_weightedmean_tokens": True}, "'weightedmean'"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, r"'cls' \+ 'mean'"),
+        ({"pooling_mode": "attention"}, "'attention'"),
+        ({"modules": ("Transformer", "Pooling", "Dense")}, "Dense' is not supported.*Transformer, Pooling, Normalize"),
+    ],
+)
+def test_a_pooling_that_is_not_supported_is_named(tmp_path, settings, message):
+    with pytest.raises(ModelInvalid, match=message):
+        load_model(pooled(tmp_path / "bert", **settings))
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[3]", '[{"type": 1, "path": ""}]', '[{"type": "Pooling"}]', "[" * 99999])
+def test_a_list_of_modules_that_is_none_is_invalid(tmp_path, text):
+    path = pooled(tmp_path / "bert")
+    (path / "modules.json").write_text(text)
+    with pytest.raises(ModelInvalid, match=r"modules\.json"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("place", ["../other", "/etc", "1_Pooling/../../other"])
+def test_the_list_of_modules_leads_nowhere_else(tmp_path, place):
+    write(tmp_path / "other")
+    path = write(tmp_path / "bert")
+    (path / "modules.json").write_text(json.dumps([{"type": "models.Pooling", "path": place}]))
+    with pytest.raises(UnsafeInput, match="leads out of its folder"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_weights_of_other_float_types_are_read_as_float32(tmp_path, dtype):
+    tensors = {
+        name: array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype) for name, array in weights().items()
+    }
+    model = load_model(write(tmp_path / "bert", tensors=tensors))
+    assert {value.dtype for value in model.graph.initializers.values()} == {ir.DataType.FLOAT, ir.DataType.INT64}
+    rounded = {name: array.astype(np.float32) for name, array in tensors.items()}
+    ids = np.array([3, 14, 15, 9, 26])
+    np.testing.assert_allclose(session(model).run(None, feeds(ids))[0][0], numpy_bert(rounded, ids), atol=2e-5)
+
+
+def test_weights_that_are_no_floats_are_named(tmp_path):
+    tensors = weights() | {"encoder.layer.0.output.dense.weight": np.ones((32, 64), np.int8)}
+    with pytest.raises(ModelInvalid, match=r"layer\.0\.output\.dense\.weight' is of type I8"):
+        load_model(write(tmp_path / "bert", tensors=tensors))
+
+
+def test_a_checkpoint_with_a_head_and_old_names_is_the_same_encoder(tmp_path, folder):
+    def old(name):
+        return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+    tensors = {f"bert.{old(name)}": array for name, array in weights().items()}
+    tensors["cls.predictions.transform.LayerNorm.gamma"] = np.zeros(32, np.float32)
+    np.testing.assert_array_equal(embedding(write(tmp_path / "old", tensors=tensors)), embedding(folder))
+
+
+def test_several_encoders_in_one_file_are_refused(tmp_path):
+    tensors = {f"{side}.{name}": array for name, array in weights().items() for side in ("query", "document")}
+    with pytest.raises(ModelInvalid, match=r"several encoders in one file: 'document\.', 'query\.'"):
+        load_model(write(tmp_path / "bert", tensors=tensors))
+
+
+def test_a_file_without_tensors_is_named(tmp_path):
+    with pytest.raises(ModelInvalid, match="holds 0 tensors"):
+        load_model(write(tmp_path / "bert", tensors={}))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("model.safetensors.index.json", "split over several files.*max_shard_size"), ("pytorch_model.bin", "a pickle")],
+)
+def test_weights_in_another_layout_are_named_with_the_way_out(folder, name, message):
+    (folder / "model.safetensors").rename(folder / name)
+    with pytest.raises(UsageError, match=message):
+        load_model(folder)
+
+
+# ---------------------------------------------------------------- links
+
+
+def cached(tmp_path):
+    """The folder as the Hugging Face cache lays it out: every file a link to a blob."""
+    plain = pooled(tmp_path / "plain", pooling_mode_cls_token=True)
+    (plain / "tokenizer.json").write_text("{}")
+    repository = tmp_path / "models--a--b"
+    snapshot, blobs = repository / "snapshots" / "0123abcd", repository / "blobs"
+    blobs.mkdir(parents=True)
+    for file in (path for path in plain.rglob("*") if path.is_file()):
+        blob = blobs / hashlib.sha256(file.read_bytes()).hexdigest()
+        file.rename(blob)
+        link = snapshot / file.relative_to(plain)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return snapshot
+
+
+def test_a_folder_of_the_hugging_face_cache_is_loaded_through_its_links(tmp_path):
+    snapshot = cached(tmp_path)
+    source = load_source(snapshot)
+    assert source.tokenizer == snapshot / "tokenizer.json"
+    same = pooled(tmp_path / "same", pooling_mode_cls_token=True)
+    assert source.info.digest == load_source(same).info.digest
+    np.testing.assert_array_equal(embedding(snapshot), embedding(same))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "1_Pooling/config.json"])
+def test_m08_a_link_to_anywhere_else_is_refused(tmp_path, name):
+    snapshot = cached(tmp_path)
+    secret = tmp_path / "secret"
+    (snapshot / name).resolve().rename(secret)
+    (snapshot / name).unlink()
+    (snapshot / name).symlink_to(secret)
+    with pytest.raises(UnsafeInput, match="leads out of its folder"):
+        load_source(snapshot)
+
+
+def test_m08_a_companion_of_an_onnx_file_is_no_link_to_elsewhere(tmp_path, folder):
+    (folder / "m.onnx").write_bytes(ir.to_proto(load_model(folder)).SerializeToString())
+    (tmp_path / "secret").write_text("{}")
+    (folder / "vocab.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(UnsafeInput, match=r"vocab\.txt.*leads out of its folder"):
+        load_source(folder / "m.onnx")
+
+
+def test_a_link_inside_the_folder_is_followed(folder):
+    (folder / "model.safetensors").rename(folder / "weights-v2.safetensors")
+    (folder / "model.safetensors").symlink_to("weights-v2.safetensors")
+    assert load_source(folder).info.parameters > 15_000
+
+
+def test_a_damaged_blob_is_noticed(tmp_path):
+    snapshot = cached(tmp_path)
+    blob = (snapshot / "model.safetensors").resolve()
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    blob.write_bytes(data)
+    with pytest.raises(IntegrityError, match=blob.name):
+        load_source(snapshot)
 
 
 def minilm():

@@ -22,6 +22,7 @@ from onnx import TensorProto, numpy_helper
 
 from qexport.errors import BuildFailed, ModelInvalid, UnsafeInput
 from qexport.exporter.admit import admit_file
+from qexport.exporter.load import load_source
 from qexport.exporter.onnx_file import load_onnx, save_onnx
 from qexport.safe_io import publish, publishing
 
@@ -199,6 +200,18 @@ def test_a_negative_dimension_of_an_input_means_any(tmp_path):
     assert shape[1] == 4
 
 
+def test_sparse_attributes_are_refused_with_the_reason(tmp_path):
+    model = parsed("k = Constant <value = float {0.0}> () y = Mul(x, k)")
+    attribute = model.graph.node[0].attribute[0]
+    attribute.Clear()
+    attribute.name, attribute.type = "sparse_value", onnx.AttributeProto.SPARSE_TENSOR
+    attribute.sparse_tensor.dims.append(4)
+    attribute.sparse_tensor.values.CopyFrom(numpy_helper.from_array(np.ones(1, "f")))
+    attribute.sparse_tensor.indices.CopyFrom(numpy_helper.from_array(np.zeros(1, "int64")))
+    with pytest.raises(BuildFailed, match=r"not readable: .*[Ss]parse"):
+        load_onnx(put(tmp_path, model))
+
+
 def test_sparse_initializers_are_refused_not_dropped(tmp_path):
     model = parsed("y = MatMul(x, w)")
     sparse = model.graph.sparse_initializer.add(dims=[4, 4])
@@ -230,6 +243,43 @@ def test_external_tensors_are_read_from_constants_and_functions_too(tmp_path):
     saved = save(load_onnx(put(tmp_path, model)), tmp_path / "out")
     assert not any(a.t.external_data for a in admit_file(saved).graph.node[0].attribute)
     np.testing.assert_array_equal(run(saved), np.linspace(-1, 1, 12, dtype="f").reshape(3, 4) * 2 + 3)
+
+
+def test_size_and_digest_cover_external_data_wherever_the_model_holds_it(tmp_path):
+    functions = (
+        '<domain: "f", opset_import: ["": 21]> F (a) => (b) { k = Constant <value = float {0.0}> () b = Add(a, k) }'
+    )
+    then = "then_branch = a () => (float[N,4] t) <float[4] v> { t = Mul(m, v) }"
+    other = "else_branch = b () => (float[N,4] e) { e = Abs(m) }"
+    body = f"k = Constant <value = float {{0.0}}> () m = Mul(x, k) n = If(c) <{then}, {other}> y = f.F(n)"
+    model = parsed(body, functions=functions)
+    branch = next(a.g for a in model.graph.node[2].attribute if a.name == "then_branch")
+    branch.initializer.clear()
+    branch.initializer.add().CopyFrom(numpy_helper.from_array(np.ones(4, "f"), "v"))
+    constants = [model.graph.node[0].attribute[0].t, model.functions[0].node[0].attribute[0].t]
+    for tensor in constants:
+        tensor.CopyFrom(numpy_helper.from_array(np.float32(1)))
+    for number, tensor in enumerate([*constants, branch.initializer[0]]):
+        externalized(tensor, tmp_path, f"k{number}")
+    path = put(tmp_path, model)
+    before = load_source(path).info
+    assert before.bytes == path.stat().st_size + 4 + 4 + 16
+    assert before.parameters == 4
+    for number in range(3):
+        data = (tmp_path / f"k{number}").read_bytes()
+        (tmp_path / f"k{number}").write_bytes(np.full(len(data) // 4, 2, "f").tobytes())
+        assert load_source(path).info.digest != before.digest
+        (tmp_path / f"k{number}").write_bytes(data)
+    assert load_source(path).info == before
+
+
+def test_two_spellings_of_an_external_file_count_it_once(tmp_path):
+    model = weighted()
+    for tensor, name in zip(model.graph.initializer, ("w.bin", "./w.bin"), strict=False):
+        externalized(tensor, tmp_path, "w.bin")
+        tensor.external_data[0].value = name
+    path = put(tmp_path, model)
+    assert load_source(path).info.bytes == path.stat().st_size + 16000
 
 
 def test_external_weights_are_mapped_and_outlive_their_file_name(tmp_path):

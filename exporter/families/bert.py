@@ -1,22 +1,26 @@
 """BERT encoders (Devlin et al. 2018) from config.json and safetensors, without torch.
 
-Inputs ``input_ids``, ``attention_mask``, ``token_type_ids``: int64 [batch, sequence]. Outputs ``last_hidden_state``
-float32 [batch, sequence, hidden] and ``sentence_embedding`` float32 [batch, hidden], the mean over unmasked positions
-scaled to length one (Reimers & Gurevych 2019).
+Inputs ``input_ids``, ``attention_mask``, ``token_type_ids``: int64 [batch, sequence], padded at the end. Outputs
+``last_hidden_state`` float32 [batch, sequence, hidden] and ``sentence_embedding`` float32 [batch, hidden]: the mean
+over unmasked positions, or the first position where the folder's pooling says ``cls`` (Reimers & Gurevych 2019),
+always scaled to length one, whether or not the folder lists a Normalize module. Heads on top are not built.
 """
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qexport.exporter.families.builder import GraphBuilder, Weights, open_weights
+from qexport.exporter.families.folder import Folder
+from qexport.exporter.families.pooling import read_pooling
 
 OPSET = 20  # the first with Gelu, and what TensorRT 10.3 reads
+ANCHOR = "embeddings.word_embeddings.weight"  # what stands before it in the file stands before every name
 MASKED = -10000.0  # added to masked scores; exp() of it is 0 and it fits float16
 
 
@@ -36,6 +40,8 @@ class BertConfig(BaseModel):
     hidden_act: Literal["gelu", "gelu_new", "gelu_pytorch_tanh"] = "gelu"
     position_embedding_type: Literal["absolute"] = "absolute"
     type_vocab_size: int = Field(default=2, gt=0)
+    is_decoder: Literal[False] = False
+    add_cross_attention: Literal[False] = False
 
     @model_validator(mode="after")
     def _heads_divide_the_hidden_size(self) -> BertConfig:
@@ -44,10 +50,11 @@ class BertConfig(BaseModel):
         return self
 
 
-def build(config: dict[str, object], weights_path: Path) -> ir.Model:
-    """Build the graph; peak memory is the weights once."""
+def build(config: dict[str, object], folder: Folder) -> ir.Model:
+    """Build the graph; peak memory is the weights once, as float32."""
     shape = BertConfig.model_validate(config)
-    weights = open_weights(weights_path)
+    pool = POOLINGS[read_pooling(folder, POOLINGS)]
+    weights = open_weights(folder.weights(), ANCHOR)
     g = GraphBuilder("bert", OPSET)
     ids, mask, types = (
         g.input(name, ir.DataType.INT64, ("batch", "sequence"))
@@ -57,7 +64,7 @@ def build(config: dict[str, object], weights_path: Path) -> ir.Model:
     bias = _mask_bias(g, mask)
     for layer in range(shape.num_hidden_layers):
         hidden = _layer(g, shape, weights, f"encoder.layer.{layer}", (hidden, bias))
-    sentence = _pool(g, hidden, mask)
+    sentence = _normalize(g, pool(g, hidden, mask))
     g.output(hidden, "last_hidden_state", ir.DataType.FLOAT, ("batch", "sequence", shape.hidden_size))
     g.output(sentence, "sentence_embedding", ir.DataType.FLOAT, ("batch", shape.hidden_size))
     return ir.Model(g.graph, ir_version=10, producer_name="qexport")
@@ -129,12 +136,26 @@ def _attention(
     return g.linear(f"{scope}.output.dense", g.op(self_scope, "Reshape", context, merge), weights, square)
 
 
-def _pool(g: GraphBuilder, hidden: ir.Value, mask: ir.Value) -> ir.Value:
-    """Mean over unmasked positions, then length one; an empty mask gives zeros."""
+def _mean(g: GraphBuilder, hidden: ir.Value, mask: ir.Value) -> ir.Value:
+    """Mean over unmasked positions; an empty mask gives zeros."""
     scope, last, middle = "pooling", g.constant("axis_last", [-1]), g.constant("axis_1", [1])
     weight = g.op(scope, "Unsqueeze", g.op(scope, "Cast", mask, to=ir.DataType.FLOAT), last)
     total = g.op(scope, "ReduceSum", g.op(scope, "Mul", hidden, weight), middle, keepdims=0)
     count = g.op(scope, "Max", g.op(scope, "ReduceSum", weight, middle, keepdims=0), g.constant("tiny", 1e-9))
-    mean = g.op(scope, "Div", total, count)
-    length = g.op(scope, "Max", g.op(scope, "ReduceL2", mean, last, keepdims=1), g.constant("tiny_length", 1e-12))
-    return g.op(scope, "Div", mean, length)
+    return g.op(scope, "Div", total, count)
+
+
+def _first(g: GraphBuilder, hidden: ir.Value, _mask: ir.Value) -> ir.Value:
+    """The first position, where the tokenizer puts [CLS]."""
+    return g.op("pooling", "Gather", hidden, g.weight("first_position", np.array(0, np.int64)), axis=1)
+
+
+def _normalize(g: GraphBuilder, vector: ir.Value) -> ir.Value:
+    """Length one; zeros stay zeros."""
+    scope, last = "pooling", g.constant("axis_last", [-1])
+    length = g.op(scope, "ReduceL2", vector, last, keepdims=1)
+    return g.op(scope, "Div", vector, g.op(scope, "Max", length, g.constant("tiny_length", 1e-12)))
+
+
+POOLINGS = {"mean": _mean, "cls": _first, "mean_sqrt_len_tokens": _mean}
+"""By the names of sentence-transformers; the last differs from the mean in length only, which becomes one."""

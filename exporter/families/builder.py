@@ -15,31 +15,61 @@ from qexport.errors import ModelInvalid
 Weights = Callable[[str, tuple[int, ...]], NDArray[Any]]  # (tensor name, expected shape) -> array, read when asked for
 
 
-def open_weights(path: Path) -> Weights:
-    """Return a reader of single tensors of one file; a missing one or another shape is ``ModelInvalid``."""
+_FLOATS = ("F32", "F16", "BF16", "F64")  # numpy knows bfloat16 since onnx_ir has loaded ml_dtypes
+_OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+
+def open_weights(path: Path, anchor: str) -> Weights:
+    """Return a reader of single tensors of one file, as float32.
+
+    Names are those of the bare encoder: what stands before ``anchor`` in the file (``bert.`` in a checkpoint with a
+    head) is left away everywhere, and LayerNorm's old ``gamma`` and ``beta`` are ``weight`` and ``bias``.
+
+    Raises:
+        ModelInvalid: Not safetensors, or several encoders; when read: missing, of another shape, or no float type.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         file = safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
         raise ModelInvalid(f"not a safetensors file: {error}", where=str(path)) from error
-    names: set[str] = set(file.keys())  # type: ignore[no-untyped-call]  # safetensors has no types
+    stored: list[str] = sorted(file.keys())  # type: ignore[no-untyped-call]  # safetensors has no types
+    prefix = _prefix(stored, anchor, str(path))
+    names = {_modern(name.removeprefix(prefix)): name for name in stored if name.startswith(prefix)}
 
     def read(name: str, shape: tuple[int, ...]) -> NDArray[Any]:
         if name not in names:
-            raise ModelInvalid(
-                f"weight {name!r} is missing",
-                where=str(path),
-                hint=f"the file holds {len(names)} tensors, such as {sorted(names)[0]!r}",
-            )
-        tensor = np.asarray(file.get_tensor(name))  # type: ignore[no-untyped-call]  # as above
-        if tensor.shape != shape:
-            raise ModelInvalid(
-                f"weight {name!r} is {list(tensor.shape)}, config.json asks for {list(shape)}", where=str(path)
-            )
-        return tensor
+            such = f", such as {stored[0]!r}" if stored else ""
+            hint = f"the file holds {len(stored)} tensors{such}"
+            raise ModelInvalid(f"weight {name!r} is missing", where=str(path), hint=hint)
+        view = file.get_slice(names[name])  # type: ignore[no-untyped-call]  # as above
+        found, kind = tuple(view.get_shape()), view.get_dtype()
+        if found != shape:
+            raise ModelInvalid(f"weight {name!r} is {list(found)}, config.json asks for {list(shape)}", where=str(path))
+        if kind not in _FLOATS:
+            hint = f"save the model as float; {', '.join(_FLOATS)} are read"
+            raise ModelInvalid(f"weight {name!r} is of type {kind}", where=str(path), hint=hint)
+        tensor = np.asarray(file.get_tensor(names[name]))  # type: ignore[no-untyped-call]  # as above
+        with np.errstate(over="ignore"):  # infinities are admission's to judge
+            return tensor.astype(np.float32, copy=False)
 
     return read
+
+
+def _prefix(stored: list[str], anchor: str, where: str) -> str:
+    found = [name.removesuffix(anchor) for name in stored if name == anchor or name.endswith(f".{anchor}")]
+    if "" in found or not found:
+        return ""
+    if len(found) > 1:
+        shown = ", ".join(map(repr, found))
+        raise ModelInvalid(f"several encoders in one file: {shown}", where=where, hint="save the one to export alone")
+    return found[0]
+
+
+def _modern(name: str) -> str:
+    old = next((old for old in _OLD_NAMES if name.endswith(old)), None)
+    return name if old is None else name.removesuffix(old) + _OLD_NAMES[old]
 
 
 class GraphBuilder:

@@ -1,0 +1,50 @@
+"""Models of other times and tools, over the whole road."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnx_ir as ir
+import onnxruntime
+from onnx import numpy_helper
+
+import qexport
+from qexport.exporter.onnx_file import load_onnx
+from qexport.exporter.options import BuildOptions
+
+
+def old_style(folder: Path) -> Path:
+    """IR 3, where every initializer is listed as an input too."""
+    body = "<ir_version: 3, opset_import: ['': 13]> g (float[N,32] x, float[32,32] w, float[32] b) => (float[N,32] y)"
+    model = onnx.parser.parse_model(f"{body} {{ h = MatMul(x, w) k = Add(h, b) y = Relu(k) }}".replace("'", '"'))
+    for name, shape in (("w", (32, 32)), ("b", (32,))):
+        array = np.random.default_rng(len(shape)).normal(size=shape).astype("f")
+        model.graph.initializer.append(numpy_helper.from_array(array, name))
+    (folder / "m.onnx").write_bytes(model.SerializeToString())
+    return folder / "m.onnx"
+
+
+def test_initializers_that_are_inputs_too_become_constants_and_it_is_said_so(tmp_path, caplog):
+    model = load_onnx(old_style(tmp_path))
+    assert [value.name for value in model.graph.inputs] == ["x"]
+    assert sorted(model.graph.initializers) == ["b", "w"]
+    assert "2 inputs have a value" in caplog.text
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+
+
+def test_a_model_whose_initializers_are_inputs_is_quantized_over_the_whole_road(tmp_path):
+    x = np.random.default_rng(5).normal(size=(16, 32)).astype("f")
+    np.savez(tmp_path / "samples.npz", x=x)
+    options = BuildOptions(target="ort-cpu", output=tmp_path / "out")
+    result = qexport.build(old_style(tmp_path), recipe="int8", calib=tmp_path / "samples.npz", options=options)
+    assert result.quantized == 1
+    sessions = [
+        onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        for path in (tmp_path / "m.onnx", tmp_path / "out" / "model.onnx")
+    ]
+    assert [value.name for value in sessions[1].get_inputs()] == ["x"]
+    before, after = (session.run(None, {"x": x})[0] for session in sessions)
+    assert np.abs(after - before).max() < 0.05 * np.abs(before).max()
