@@ -54,8 +54,11 @@ def maker(value: ir.Value) -> ir.Node:
 
 
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """Return the tensor of an initializer or Constant; an initializer that a caller can override is no constant."""
-    return None if value is None or value.is_graph_input() else ir.convenience.get_const_tensor(value)
+    """Return the tensor of an initializer or dense Constant; an initializer that a caller can override is none."""
+    if value is None or value.is_graph_input():
+        return None
+    node = producer(value, "Constant")
+    return None if node is not None and "sparse_value" in node.attributes else ir.convenience.get_const_tensor(value)
 
 
 def array(value: ir.Value | None) -> NDArray[np.generic] | None:
@@ -151,6 +154,29 @@ def sweep(values: Sequence[ir.Value | None]) -> None:
             value.graph.initializers.pop(str(value.name))
 
 
+class Names:
+    """The names that a graph and its subgraphs use, of values and of nodes; collected once, then kept up."""
+
+    def __init__(self, body: ir.Graph | ir.Function) -> None:
+        nodes = list(body.all_nodes())
+        values = [value for node in nodes for value in (*node.inputs, *node.outputs) if value is not None]
+        for graph in (body, *body.subgraphs()):
+            values.extend(graph.inputs)
+            values.extend(() if isinstance(graph, ir.Function) else graph.initializers.values())
+        self._taken = {node.name for node in nodes} | {value.name for value in values}
+        self._counts: dict[str, int] = {}
+
+    def fresh(self, name: str) -> str:
+        """Return ``name``, numbered if it is taken, and take it."""
+        found, count = name, self._counts.get(name, 0)
+        while found in self._taken:
+            count += 1
+            found = f"{name}_{count}"
+        self._counts[name] = count
+        self._taken.add(found)
+        return found
+
+
 def add_constant(anchor: ir.Node, name: str, numbers: NDArray[np.generic]) -> ir.Value:
     """Give the graph of ``anchor`` a new constant: an initializer, or a Constant node inside a function."""
     body = anchor.graph
@@ -160,9 +186,7 @@ def add_constant(anchor: ir.Node, name: str, numbers: NDArray[np.generic]) -> ir
         node = ir.node("Constant", [], {"value": tensor})
         body.insert_before(anchor, node)
         return node.outputs[0]
-    taken = set(body.initializers) | {value.name for node in body for value in node.outputs}
-    while tensor.name in taken:
-        tensor.name = f"{tensor.name}_"
+    tensor.name = Names(body).fresh(name)
     value = ir.val(str(tensor.name), tensor.dtype, numbers.shape, const_value=tensor)
     body.register_initializer(value)
     return value

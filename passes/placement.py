@@ -62,10 +62,22 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All sites in graph order, and what was left out."""
+    """What may be quantized, in graph order, and what was left out.
 
-    sites: tuple[Site, ...]
+    Attributes:
+        roots: Products and convolutions.
+        skips: What a residual Add could need if all roots are quantized; :func:`residual_sites` says what it does need.
+        refused: One decision for every root that should stay in float.
+    """
+
+    roots: tuple[Site, ...]
+    skips: tuple[Site, ...]
     refused: tuple[Decision, ...]
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """All of them: what calibration measures."""
+        return self.roots + self.skips
 
 
 def plan(model: ir.Model, target: Target, *, attention: bool = False) -> Plan:
@@ -90,8 +102,8 @@ def plan(model: ir.Model, target: Target, *, attention: bool = False) -> Plan:
         for node in ir.traversal.RecursiveGraphIterator(model.graph)
         if node.op_type in CHANNEL_AXIS and node.graph is not model.graph
     ]
-    skips = [] if target.residual_add == "none" else list(_residual_sites(model.graph, sites, target))
-    return Plan(tuple(sites + skips), tuple(refused))
+    skips = [] if target.residual_add == "none" else _possible_skips(model.graph, sites, target)
+    return Plan(tuple(sites), tuple(skips), tuple(refused))
 
 
 def _gemm_axis(node: ir.Node) -> int:
@@ -153,20 +165,38 @@ def _product_reasons(node: ir.Node, kernel: ir.TensorProtocol, target: Target) -
         yield "transposed activation"
 
 
-def _residual_sites(graph: ir.Graph, sites: Iterable[Site], target: Target) -> Iterator[Site]:
-    """Every Add with an input that comes straight from a quantized convolution; the other input is the skip."""
-    convs = {site.node for site in sites if site.node.op_type == "Conv"}
+def residual_sites(graph: ir.Graph, chosen: Iterable[Site], target: Target) -> list[Site]:
+    """Every Add with an input that comes straight from a chosen convolution; the other input, the skip, is anything.
+
+    Of two convolutions the one farther from the graph inputs is fused with the Add.
+    """
+    if target.residual_add == "none":
+        return []
     depth = _depths(graph)
-    for node in graph:
-        if node.op_type != "Add":
-            continue
-        makers = [_consumed_alone(value) for value in node.inputs]
-        fused = [index for index, maker in enumerate(makers) if maker in convs]
-        if not fused:
-            continue
-        main = max(fused, key=lambda index: depth[makers[index]])
+    sites = []
+    for node, fused in _fusing_adds(graph, chosen):
+        main = max(fused, key=lambda index: depth[_consumed_alone(node.inputs[index])])
         if constant(node.inputs[1 - main]) is None:
-            yield Site(node, (1 - main,) if target.residual_add == "skip" else (0, 1))
+            sites.append(Site(node, (1 - main,) if target.residual_add == "skip" else (0, 1)))
+    return sites
+
+
+def _possible_skips(graph: ir.Graph, roots: Iterable[Site], target: Target) -> Iterator[Site]:
+    """The sites of :func:`residual_sites` for any choice among ``roots``."""
+    for node, fused in _fusing_adds(graph, roots):
+        for main in fused:
+            if constant(node.inputs[1 - main]) is None:
+                yield Site(node, (1 - main,) if target.residual_add == "skip" else (0, 1))
+
+
+def _fusing_adds(graph: ir.Graph, sites: Iterable[Site]) -> Iterator[tuple[ir.Node, list[int]]]:
+    """Every Add that reads a convolution of ``sites`` alone, and the indices of such inputs."""
+    convs = {site.node for site in sites if site.node.op_type == "Conv"}
+    for node in graph:
+        if node.op_type == "Add" and node.domain == "":
+            fused = [index for index, value in enumerate(node.inputs) if _consumed_alone(value) in convs]
+            if fused:
+                yield node, fused
 
 
 def _consumed_alone(value: ir.Value | None) -> ir.Node | None:

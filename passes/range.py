@@ -12,6 +12,10 @@ from numpy.typing import NDArray
 RANGE_KEY = "qexport.range"
 SQNR_KEY = "qexport.sqnr"
 SMALLEST_SCALE = 2.0**-14  # the smallest normal float16; a denormal scale is read as zero by some engines
+LARGEST_SCALE = 65504.0  # the largest float16
+SMALLEST_FLOAT32 = 2.0**-126  # the smallest normal float32
+MAX_COARSENING = 4.0  # how much larger than wanted a float16 scale may be: two of eight bits
+HALF_QUANTIZERS = 19  # first opset whose Q/DQ take float16
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,24 +46,46 @@ class Integers:
     def apply(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
         """Quantize and dequantize; the division is in float32, as in a runtime, so that ties fall the same way."""
         low, high = self.limits
-        steps: NDArray[np.float64] = np.rint(np.asarray(x, np.float32) / np.float32(self.scale)).astype(np.float64)
+        with np.errstate(over="ignore"):  # what overflows saturates below
+            steps: NDArray[np.float64] = np.rint(np.asarray(x, np.float32) / np.float32(self.scale)).astype(np.float64)
         return np.asarray((np.clip(steps + self.zero_point, low, high) - self.zero_point) * self.scale)
 
 
 def half_precision(scale: NDArray[np.floating] | float) -> NDArray[np.float32]:
-    """Round scales up to values that float16 holds too, so that a half-precision graph computes with the same ones."""
-    wanted = np.maximum(np.asarray(scale, np.float64), SMALLEST_SCALE)
+    """Round scales up to values that float16 holds too, so that a half-precision graph computes with the same ones.
+
+    Scales outside the normal float16 numbers become the nearest one; callers refuse those that matter.
+    """
+    wanted = np.clip(np.asarray(scale, np.float64), SMALLEST_SCALE, LARGEST_SCALE)
     half = wanted.astype(np.float16)
     raised: NDArray[np.float16] = np.where(half < wanted, np.nextafter(half, np.float16(np.inf)), half)
     return np.asarray(raised, np.float32)
 
 
-def integers_for(span: Range, dtype: Literal["int8", "uint8"]) -> Integers:
-    """Scale and zero point for ``span``: absmax for int8, affine for uint8."""
-    if dtype == "int8":
-        return Integers(float(half_precision(max(-span.low, span.high) / 127)), 0, dtype)
-    scale = max((span.high - span.low) / 255, SMALLEST_SCALE)
-    return Integers(float(np.float32(scale)), int(np.clip(np.rint(-span.low / scale), 0, 255)), dtype)
+def integers_for(span: Range, dtype: Literal["int8", "uint8"], *, half: bool | None = None) -> Integers:
+    """Scale and zero point for ``span``: absmax for int8, affine for uint8.
+
+    ``half`` asks for a scale that float16 holds; by default int8 gets one, since the targets that take it compute in
+    half precision, and uint8 does not.
+    """
+    wanted = _wanted(span, dtype)
+    if dtype == "int8" if half is None else half:
+        scale = float(half_precision(wanted))
+    else:
+        scale = float(np.float32(max(wanted or SMALLEST_SCALE, SMALLEST_FLOAT32)))
+    return Integers(scale, 0 if dtype == "int8" else int(np.clip(np.rint(-span.low / scale), 0, 255)), dtype)
+
+
+def beyond_half(span: Range, dtype: Literal["int8", "uint8"]) -> str | None:
+    """Why no float16 scale stands for ``span``, if none does."""
+    wanted = _wanted(span, dtype)
+    if wanted > LARGEST_SCALE:
+        return "its range is too large for a float16 scale"
+    return "its range is too small for a float16 scale" if wanted * MAX_COARSENING < SMALLEST_SCALE else None
+
+
+def _wanted(span: Range, dtype: Literal["int8", "uint8"]) -> float:
+    return max(-span.low, span.high) / 127 if dtype == "int8" else (span.high - span.low) / 255
 
 
 def range_of(value: ir.Value) -> Range | None:

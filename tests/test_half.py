@@ -1,9 +1,13 @@
+import json
+
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from safetensors.numpy import save_file
 
+from qexport.exporter.load import load_model
 from qexport.passes.half import LARGEST, Half
 from qexport.passes.quantize import Quantize
 from qexport.passes.range import RANGE_KEY, Range
@@ -24,8 +28,12 @@ def normal(*shape):
 
 
 def run(model, **feeds):
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    return ort_run(model, **feeds)
+
+
+def ort_run(model, **feeds):
     proto = ir.to_proto(model)
-    onnx.checker.check_model(proto, full_check=True)
     session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     return session.run(None, feeds)
 
@@ -157,3 +165,156 @@ def test_control_flow_is_left_alone_with_a_reason():
     result = Half()(model_from(text))
     assert not result.modified
     assert "control flow" in result.decisions[0].reason
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "g (int64[1] s, float[n] x) => (float[m] y) { c = ConstantOfShape(s)  y = Sub(c, x) }",
+        "g (int64[1] s, float[n] x) => (float[m] y) { c = ConstantOfShape <value = float[1] {3.0}> (s)  y = Add(c, x)}",
+        "g (int64[1] s, float[n] x) => (float[n] y) { c = Constant <value_float = 2.5> ()  y = Mul(c, x) }",
+        "g (int64[1] s, float[n] x) => (float[n] y) { c = Constant <value_floats = [2.5, 1.0]> ()  y = Mul(c, x) }",
+        "g (int64[1] s, float[2, 2] x) => (float[2, 2] y) { e = EyeLike <dtype = 1> (x)  y = Add(e, x) }",
+        "g (int64[1] s, float[n] x) => (float[n] y) { r = RandomNormal <shape = [2], seed = 1.0> ()  z = Sub(r, r)"
+        "  y = Add(z, x) }",
+        "g (int64[1] s, float[n] x) => (float[n] y) { r = Relu(x)  b = Bernoulli <dtype = 1> (r)  y = Mul(b, x) }",
+        "g (int64[1] s, float[n] x) => (float[m] y) { w = HannWindow(s)  y = Mul(w, x) }",
+        "g (int64[1] s, float[n] x) => (float[m] y) { r = Relu(x)  q = SplitToSequence(r)"
+        "  i = Constant <value_int = 1> ()  a = SequenceAt(q, i)  y = Neg(a) }",
+        "g (int64[1] s, float[n] x) => (float[m] y) { r = Relu(x)  q = SequenceConstruct(r, x)"
+        "  a = ConcatFromSequence <axis = 0> (q)  y = Neg(a) }",
+    ],
+)
+def test_what_fixes_its_type_itself_is_converted_or_kept_but_never_mixed(text):
+    model = model_from(text)
+    x = np.ones((2, 2) if "2, 2" in text else 2, np.float32)
+    before = run(model, s=np.array([2]), x=x)
+    Half()(model)
+    for found, expected in zip(run(model, s=np.array([2]), x=x), before, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-3)
+    assert not Half()(model).modified
+
+
+def test_constants_of_every_spelling_are_half_for_half_readers():
+    text = """g (int64[1] s, float[n] x) => (float[m] y) {
+        a = ConstantOfShape(s)  b = Constant <value_float = 2.5> ()  c = Mul(a, b)  y = Mul(c, x) }"""
+    model = model_from(text)
+    Half()(model)
+    assert [(node.op_type, node.outputs[0].dtype) for node in model.graph][-4:] == [
+        ("ConstantOfShape", F16), ("Mul", F16), ("Mul", F16), ("Cast", F32)
+    ]  # fmt: skip
+
+
+def test_what_an_unknown_operator_makes_stays_as_it_is():
+    text = """<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>
+    g (float[n, 4] x) => (float[n, 4] y) { r = Relu(x)  q = com.microsoft.QuickGelu(r)  a = Add(q, x)  b = Neg(a)
+        y = Mul(b, x) }"""
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    x = normal(3, 4)
+    (before,) = ort_run(model, x=x)
+    result = Half()(model)
+    assert "a value is no tensor, or of unknown type" in {decision.reason for decision in result.decisions}
+    np.testing.assert_allclose(ort_run(model, x=x)[0], before, atol=0.02)
+
+
+def test_an_initializer_that_a_caller_overrides_is_cast_and_not_frozen():
+    text = '<ir_version: 10, opset_import: ["" : 20]>\ng (float[n] x, float[1] k) => (float[n] y) { y = Mul(x, k) }'
+    proto = onnx.parser.parse_model(text)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.float32([2]), "k"))
+    model = ir.from_proto(proto)
+    Half()(model)
+    np.testing.assert_array_equal(run(model, x=np.float32([1]), k=np.float32([5]))[0], [5])
+
+
+def test_a_large_constant_node_reaches_its_kept_reader_whole():
+    text = """g (float[n] x) => (float[n] y) {
+        r = Relu(x)  c = Constant <value_floats = [1000000.0, 1.0]> ()  y = Mul(r, c) }"""
+    model = model_from(text)
+    Half()(model)
+    np.testing.assert_array_equal(run(model, x=np.ones(2, np.float32))[0], [1e6, 1])
+
+
+GUARDS = {
+    "maximum": "g = Max(r, tiny)  y = Div(r, g)",
+    "sum": "g = Add(r, tiny)  y = Div(r, g)",
+    "clip": "g = Clip(r, tiny)  e = Identity(g)  y = Div(r, e)",
+    "root": "q = Mul(r, r)  g = Add(q, tiny)  e = Sqrt(g)  y = Div(r, e)",
+    "reciprocal": "g = Add(r, tiny)  e = Reciprocal(g)  y = Mul(r, e)",
+    "two": "g = Max(r, tiny)  h = Max(x, tiny)  e = Mul(g, h)  y = Div(r, e)",
+    "expanded": "s = Shape(r)  t = Expand(tiny, s)  g = Max(r, t)  y = Div(r, g)",
+    "filled": "s = Shape(r)  t = ConstantOfShape <value = float[1] {1e-12}> (s)  g = Max(r, t)  y = Div(r, g)",
+    "constant": "t = Constant <value_float = 1e-12> ()  g = Max(r, t)  y = Div(r, g)",
+    "divisor": "z = Mul(r, r)  y = Div(z, tiny)",
+    "few": "g = Max(r, few)  y = Div(r, g)",
+}
+
+
+@pytest.mark.parametrize("guard", sorted(GUARDS))
+@pytest.mark.parametrize("tiny", [1e-12, 1e-6])
+def test_what_guards_a_division_guards_it_in_half_precision_too(guard, tiny):
+    text = f"g (float[2] x) => (float[2] n) {{ r = Relu(x)  {GUARDS[guard]}  n = Neg(y) }}"
+    model = model_from(text, tiny=np.float32(tiny), few=np.float32([tiny, tiny]))
+    result = Half()(model)
+    assert "a constant is too small for float16" in {decision.reason for decision in result.decisions}
+    (found,) = run(model, x=np.float32([0, 0]))
+    np.testing.assert_array_equal(found, [0, 0])
+    dtypes = {node.op_type: node.outputs[0].dtype for node in model.graph}
+    assert dtypes["Relu"] == F16
+    assert dtypes["Neg"] == F16 or guard == "divisor"
+    assert not Half()(model).modified
+
+
+def test_a_small_bias_guards_nothing():
+    model = model_from(
+        "g (float[n, 32] x) => (float[n, 32] y) { m = MatMul(x, w)  y = Add(m, b) }",
+        w=normal(32, 32),
+        b=np.full(32, 1e-5, np.float32),
+    )
+    assert Half()(model).decisions == ()
+
+
+def test_names_that_the_model_has_already_are_not_used_again():
+    text = """g (float[n, 32] x) => (float[n, 16] y, float[n, 24] s) {
+        h = MatMul(x, w)  r = Relu(h)  y = MatMul(r, k)  s = Exp(r) }"""
+    plain = model_from(text, w=normal(32, 24), k=normal(24, 16))
+    for node, name in zip(plain.graph, ["w/half", "x/float16"], strict=False):
+        node.outputs[0].name = name
+    for node, name in zip(plain.graph, ["x/Cast_float16", "y/Cast_output", "a", "b"], strict=True):
+        node.name = name
+    model = plain.clone()
+    model.graph.initializers["k"].name = "y/half"
+    assert Half()(model).modified
+    values = [*model.graph.inputs, *model.graph.initializers.values(), *(v for n in model.graph for v in n.outputs)]
+    for items in (values, list(model.graph)):
+        names = [item.name for item in items]
+        assert len(set(names)) == len(names)
+    x = normal(5, 32) / 10
+    np.testing.assert_allclose(run(model, x=x)[0], run(plain, x=x)[0], atol=0.05)
+
+
+def tiny_bert(folder):
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    size |= {"vocab_size": 20, "max_position_embeddings": 8}
+    norms = ["embeddings", "encoder.layer.0.attention.output", "encoder.layer.0.output"]
+    layers = [f"attention.self.{part}" for part in ("query", "key", "value")] + ["attention.output.dense"]
+    shapes = {f"embeddings.{kind}_embeddings.weight": (n, 16) for kind, n in
+              (("word", 20), ("position", 8), ("token_type", 2))}  # fmt: skip
+    shapes |= {f"{scope}.LayerNorm.{part}": (16,) for scope in norms for part in ("weight", "bias")}
+    linears = dict.fromkeys(layers, (16, 16)) | {"intermediate.dense": (32, 16), "output.dense": (16, 32)}
+    for name, shape in linears.items():
+        shapes |= {f"encoder.layer.0.{name}.weight": shape, f"encoder.layer.0.{name}.bias": shape[:1]}
+    save_file({name: normal(*shape) / 4 for name, shape in shapes.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "layer_norm_eps": 1e-12} | size))
+    return load_model(folder)
+
+
+def test_the_pooling_of_bert_survives_a_sentence_of_padding(tmp_path):
+    model = tiny_bert(tmp_path)
+    ids = np.arange(8).reshape(2, 4)
+    feeds = {"input_ids": ids, "attention_mask": np.array([[1, 1, 1, 0], [0, 0, 0, 0]]), "token_type_ids": 0 * ids}
+    _, before = run(model, **feeds)
+    assert Half()(model).modified
+    _, after = run(model, **feeds)
+    np.testing.assert_array_equal(after[1], 0)
+    np.testing.assert_allclose(after[0], before[0], atol=5e-3)
+    assert sum(node.outputs[0].dtype == F16 for node in model.graph if node.op_type == "MatMul") == 8

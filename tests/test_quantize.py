@@ -7,7 +7,7 @@ from onnx.reference import ReferenceEvaluator
 
 from qexport.errors import UsageError
 from qexport.passes.placement import plan
-from qexport.passes.quantize import Quantize
+from qexport.passes.quantize import Quantize, quantized_nodes
 from qexport.passes.range import RANGE_KEY, SQNR_KEY, Range, integers_for
 from qexport.passes.target import TARGETS, find_target
 
@@ -15,7 +15,7 @@ RNG = np.random.default_rng(0)
 
 
 def model_from(text, **weights):
-    header = f'<ir_version: 10, opset_import: ["" : {weights.pop("opset", 20)}]>\n'
+    header = f'<ir_version: 10, opset_import: ["" : {weights.pop("opset", 20)}, "com.microsoft" : 1]>\n'
     proto = onnx.parser.parse_model(header + text)
     for name, array in weights.items():
         proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
@@ -48,10 +48,11 @@ def run(model, **feeds):
 
 
 def by_hand(x, w, span, kind):
-    """The quantized product in numpy, from the definitions."""
+    """The quantized product in numpy, from the definitions; int8 targets compute the rest in float16."""
     scale = np.abs(w).max(axis=0) / 127
-    half = scale.astype(np.float16)
-    scale = np.where(half < scale, np.nextafter(half, np.float16(np.inf)), half).astype(np.float64)
+    if kind == "int8":
+        half = scale.astype(np.float16)
+        scale = np.where(half < scale, np.nextafter(half, np.float16(np.inf)), half).astype(np.float64)
     return integers_for(span, kind).apply(x) @ (np.clip(np.rint(w / scale), -127, 127) * scale)
 
 
@@ -84,8 +85,58 @@ def test_a_second_run_changes_nothing():
     model = mlp()
     assert Quantize()(model).modified
     before = ir.to_proto(model).SerializeToString()
-    assert not Quantize()(model).modified
+    result = Quantize()(model)
+    assert not result.modified
+    assert [(d.action, d.reason) for d in result.decisions] == [("skipped", "already quantized")]
     assert ir.to_proto(model).SerializeToString() == before
+
+
+QUANTIZED = {
+    "QuantizeLinear": "q = QuantizeLinear(x, s, i)  y = DequantizeLinear(q, s, i)",
+    "DynamicQuantizeLinear": "q, t, o = DynamicQuantizeLinear(x)  y = DequantizeLinear(q, t, o)",
+    "MatMulInteger": "q = Cast <to = 3> (x)  r = MatMulInteger(q, i8)  y = Cast <to = 1> (r)",
+    "QLinearMatMul": "q = Cast <to = 3> (x)  r = QLinearMatMul(q, s, i, i8, s, i, s, i)  y = Cast <to = 1> (r)",
+    "MatMulNBits": "y = com.microsoft.MatMulNBits <K = 32, N = 32, bits = 4, block_size = 32> (x, b4, s4)",
+}
+
+
+@pytest.mark.parametrize("op", sorted(QUANTIZED))
+def test_a_quantized_model_is_found_and_left_alone_whatever_it_was_quantized_with(op):
+    text = f"g (float[n, 32] x) => (float[n, 24] z) {{ {QUANTIZED[op]}  z = MatMul(y, w) }}"
+    model = calibrated(model_from(text, w=normal(32, 24)), y=(-3.0, 3.0))
+    assert quantized_nodes(model)[0].op_type == op
+    result = Quantize()(model)
+    assert not result.modified
+    assert [d.reason for d in result.decisions] == ["already quantized"]
+
+
+def test_quantized_nodes_of_branches_are_found_and_a_float_model_has_none():
+    text = """g (bool c, float[n, 32] x) => (float[n, 32] y) {
+        y = If (c) <then_branch = t () => (float[n, 32] a) { q = QuantizeLinear(x, s)  a = DequantizeLinear(q, s) },
+                    else_branch = e () => (float[n, 32] b) { b = Relu(x) }> }"""
+    assert len(quantized_nodes(model_from(text, s=np.float32(0.1)))) == 2
+    assert quantized_nodes(mlp()) == []
+
+
+def test_names_that_the_model_has_already_are_not_used_again():
+    text = """g (float[n, 32] x) => (float[n, 16] y) {
+        h = MatMul(x, w)  r = Relu(h)  t = Neg(r)  u = Abs(t)  v = Identity(u)  y = MatMul(v, k) }"""
+    plain = model_from(text, w=normal(32, 24), k=normal(24, 16))
+    taken = ["x/quantized", "w/dequantized", "x/scale", "k/int8"]
+    for node, name in zip(plain.graph, taken, strict=False):
+        node.outputs[0].name = name
+    for node, name in zip(plain.graph, ["w/DequantizeLinear", "x/QuantizeLinear", "x/DequantizeLinear"], strict=False):
+        node.name = name
+    for index, node in enumerate(list(plain.graph)[3:]):
+        node.name = f"node {index}"
+    model = calibrated(plain.clone(), x=(-3.0, 3.0), v=(0.0, 20.0))
+    assert Quantize()(model).modified
+    values = [*model.graph.inputs, *model.graph.initializers.values(), *(v for n in model.graph for v in n.outputs)]
+    for items in (values, list(model.graph)):
+        names = [item.name for item in items]
+        assert len(set(names)) == len(names)
+    x = normal(5, 32).clip(-3, 3)
+    np.testing.assert_allclose(run(model, x=x)[0], run(plain, x=x)[0], atol=2)
 
 
 @pytest.mark.parametrize("name", sorted(TARGETS))
@@ -249,6 +300,9 @@ def test_a_model_that_was_never_calibrated_is_a_usage_error():
     text = "g (float[n, 32] x) => (float[n, 24] y) { y = MatMul(x, w) }"
     with pytest.raises(UsageError, match="no tensor has a calibrated range"):
         Quantize()(model_from(text, w=normal(32, 24)))
+    text = "g (float[n, 32] x) => (float[n, n] z) { y = MatMul(x, w)  t = Transpose(y)  z = MatMul(y, t) }"
+    with pytest.raises(UsageError, match="no tensor has a calibrated range"):
+        Quantize()(model_from(text, w=normal(32, 24)))
 
 
 @pytest.mark.parametrize("target", ["tensorrt-rtx", "ort-cpu"])
@@ -283,6 +337,37 @@ def test_each_target_says_which_inputs_of_a_residual_add_are_quantized(target, q
     (add,) = (node for node in model.graph if node.op_type == "Add")
     makers = [value.producer() for value in add.inputs]
     assert [maker is not None and maker.op_type == "DequantizeLinear" for maker in makers] == quantized
+
+
+def residual(*float_nodes, shortcut="s = Conv(x, u)"):
+    """A block of two convolutions and a shortcut; which inputs of the Add are quantized."""
+    text = f"""g (float[n, 16, 8, 8] x) => (float[n, 16, 8, 8] y) {{
+        a = Conv <pads = [1, 1, 1, 1]> (x, w)  r = Relu(a)  b = Conv <pads = [1, 1, 1, 1]> (r, v)
+        {shortcut}  y = Add(b, s) }}"""
+    weights = {"w": normal(16, 16, 3, 3), "v": normal(16, 16, 3, 3), "u": normal(16, 16, 1, 1)}
+    model = calibrated(model_from(text, **weights), x=(-3.0, 3.0), r=(0.0, 9.0), b=(-30.0, 30.0), s=(-9.0, 9.0))
+    for node in model.graph:
+        node.name = node.outputs[0].name
+    Quantize(target="tensorrt", keep=float_nodes)(model)
+    (add,) = (node for node in model.graph if node.op_type == "Add")
+    return [value.producer().op_type == "DequantizeLinear" for value in add.inputs]
+
+
+def test_the_skip_is_quantized_only_where_the_convolution_to_fuse_with_was():
+    slices = "s = Abs(x)"
+    assert residual() == [False, True]
+    assert residual("s") == [False, True]  # the float shortcut is still the skip of a quantized convolution
+    assert residual("b") == [True, False]  # now the shortcut is what the Add fuses with
+    assert residual("b", "s") == [False, False]
+    assert residual(shortcut=slices) == [False, True]
+    assert residual("b", shortcut=slices) == [False, False]
+    assert residual("y") == [False, False]
+
+
+def test_calibration_measures_what_any_choice_of_convolutions_needs():
+    text = "g (float[n, 16, 8, 8] x) => (float[n, 16, 8, 8] y) { b = Conv(x, w)  s = Conv(x, v)  y = Add(b, s) }"
+    found = plan(model_from(text, w=normal(16, 16, 1, 1), v=normal(16, 16, 1, 1)), find_target("tensorrt"))
+    assert {value.name for site in found.sites for value in site.values} == {"x", "b", "s"}
 
 
 def test_a_residual_add_of_a_transformer_is_left_alone():
