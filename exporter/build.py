@@ -28,6 +28,7 @@ from qexport.exporter.recipe import Recipe, instantiate, load_recipe, override
 from qexport.exporter.result import EngineInfo, Latency, Quality, Result
 from qexport.exporter.samples import Samples, calibration_passes, open_samples
 from qexport.passes.pipeline import Step, run
+from qexport.passes.quantize import quantized_nodes
 from qexport.passes.target import Target, find_target
 from qexport.safe_io import Stage, publish
 
@@ -197,12 +198,10 @@ def _refuse_quantized(source: Source, recipe: Recipe) -> None:
     """A model that is quantized already is not quantized again."""
     if not any(step.pass_ == "quantize" and step.enabled for step in recipe.step):
         return
-    found = [
-        node.name for node in source.model.graph.all_nodes() if node.op_type in ("QuantizeLinear", "DequantizeLinear")
-    ]
+    found = quantized_nodes(source.model)
     if found:
         raise UsageError(
-            f"the model is quantized already: {len(found)} Q/DQ nodes, such as {found[0]!r}",
+            f"the model is quantized already: {len(found)} nodes, such as {found[0].name!r} ({found[0].op_type})",
             where=str(source.path),
             hint="give the float model, or use the recipe float32 to clean this one up",
         )

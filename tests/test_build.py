@@ -228,6 +228,10 @@ def test_a_model_that_is_quantized_already_is_refused(tmp_path, model, calib):
     build(model, calib)
     with pytest.raises(UsageError, match="quantized already"):
         build(tmp_path / "out/model.onnx", calib, output=tmp_path / "again")
+    dynamic = """g (float[n, 32] x) => (float[n, 32] y) {
+        q, s, z = DynamicQuantizeLinear(x)  a = Cast <to = 1> (q)  b = MatMul(a, w)  y = Mul(b, s) }"""
+    with pytest.raises(UsageError, match=r"quantized already.*DynamicQuantizeLinear"):
+        build(save(tmp_path, dynamic), calib, output=tmp_path / "again")
 
 
 @pytest.mark.parametrize(
