@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from qexport.errors import BuildFailed
 from qexport.passes.placement import Site
-from qexport.passes.quantize import quantize_weight
 from qexport.passes.range import Range, integers_for
 from qexport.passes.target import Target
+from qexport.passes.weights import quantize_weight
 from qexport.runtime.session import Session, SessionOptions
 
 Floats = NDArray[np.float32]
@@ -47,7 +47,7 @@ class Layer:
 
     def _errors(self, spans: Sequence[Range]) -> list[float]:
         kernel = np.asarray(self.site.kernel.numpy(), np.float32)
-        integers, scale = quantize_weight(kernel, self.site.axis)
+        integers, scale = quantize_weight(kernel, self.site.axis, half=self.target.rest == "float16")
         others = tuple(i for i in range(kernel.ndim) if i != self.site.axis)
         stored = integers.astype(np.float32) * np.expand_dims(scale, others)
         truth = self.outputs(kernel)

@@ -31,8 +31,6 @@ from qexport.passes.range import HALF_QUANTIZERS, SQNR_KEY, beyond_half, integer
 from qexport.passes.target import Target, find_target
 from qexport.passes.weights import misfit, quantize_weight
 
-__all__ = ["Quantize", "quantize_weight", "quantized_nodes"]
-
 MIN_TABLE = 1 << 16  # elements; below it an int8 table saves nothing worth a node
 AXIS_OPSET = 13  # the first whose DequantizeLinear takes a scale for each channel
 NOT_CALIBRATED = "not calibrated: no sample reached it"
