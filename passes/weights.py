@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from qexport.passes.range import LARGEST_SCALE, SMALLEST_FLOAT32, SMALLEST_SCALE, half_precision
 
 MIN_CHANNEL_SQNR = 20.0  # dB; an int8 channel with a scale of its own has about 40
+MAX_COARSE = 0.25  # share of channels
 ZERO_IN_HALF = 2.0**-25  # what float16 rounds to zero
 
 
@@ -31,8 +32,9 @@ def quantize_weight(
 def misfit(weight: NDArray[np.generic], axis: int, *, half: bool) -> str | None:
     """Why ``weight`` cannot be stored with one scale for each channel of ``axis``, if it cannot.
 
-    With ``half``, a channel must keep ``MIN_CHANNEL_SQNR`` although its scale is no smaller than float16 allows. A
-    channel that is zero in float16 as well has nothing to lose.
+    With ``half``, a channel keeps ``MIN_CHANNEL_SQNR`` if its scale need not be raised to what float16 allows. A few
+    channels may fall short, as those do that a batch normalization has switched off and was folded into; more than
+    ``MAX_COARSE`` of them hold something. A channel that is zero in float16 as well has nothing to lose.
     """
     w = np.asarray(weight, np.float32)
     wanted = _wanted(w, axis)
@@ -49,7 +51,7 @@ def misfit(weight: NDArray[np.generic], axis: int, *, half: bool) -> str | None:
     noise = np.square(integers * np.expand_dims(scale.astype(np.float64), others) - small).sum(axis=others)
     power = np.square(small.astype(np.float64)).sum(axis=others)
     coarse = noise > power * 10 ** (-MIN_CHANNEL_SQNR / 10)
-    return "weights too small for float16 scales" if coarse.any() else None
+    return "weights too small for float16 scales" if coarse.sum() > MAX_COARSE * wanted.size else None
 
 
 def _others(w: NDArray[np.float32], axis: int) -> tuple[int, ...]:
