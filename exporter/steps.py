@@ -28,6 +28,7 @@ _HOMES = {
     "fuse-gelu": "qexport.passes.fuse_gelu:FuseGelu",
     "fuse-attention": "qexport.passes.fuse_attention:FuseAttention",
     "fold-batch-norm": "qexport.passes.fold_batch_norm:FoldBatchNorm",
+    "widen-bias": "qexport.passes.widen_bias:WidenBias",
     "calibrate": "qexport.calibration.calibrate:Calibrate",
     "quantize": "qexport.passes.quantize:Quantize",
     "half": "qexport.passes.half:Half",
