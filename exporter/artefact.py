@@ -26,6 +26,7 @@ MODEL = "model.onnx"
 MANIFEST, RESULT, REPORT = "manifest.json", "result.json", "report.md"
 RESULT_SCHEMA: Literal["qexport.result/1"] = "qexport.result/1"
 MANIFEST_SCHEMA = "qexport.manifest/1"
+INEXACT = ("quantize", "half")
 TOOLS = (
     "onnx",
     "onnx-ir",
@@ -110,7 +111,7 @@ def write_artefact(stage: Stage, output: Path, source: Source, facts: Facts, evi
         latency=latency,
         engine=engine,
         gates={k: v for k, v in facts.recipe.gates.model_dump().items() if v is not None},
-        warnings=(*facts.warnings, *_late_warnings(quality, latency)),
+        warnings=(*_idle(facts), *facts.warnings, *_late_warnings(quality, latency)),
         seconds=facts.seconds,
         peak_rss_bytes=peak_memory(),
     )
@@ -149,6 +150,18 @@ def tool_versions() -> dict[str, str]:
 
 def _files(stage: Stage) -> dict[str, FileInfo]:
     return {name: FileInfo(bytes=size, digest=digest) for name, (size, digest) in sorted(stage.files.items())}
+
+
+def _idle(facts: Facts) -> list[str]:
+    """What the recipe asked for and did not get."""
+    made = [step.name for step in facts.steps if step.modified and step.name in INEXACT]
+    asked = [step for step in facts.steps if step.name in INEXACT]
+    refusals = [f"{d.op} {d.node}: {d.reason}" if d.node else d.reason for step in asked for d in step.decisions]
+    if any(step.name == "quantize" for step in asked) and facts.quantized == 0:
+        return [f"nothing was quantized ({'; '.join(refusals[:3]) or 'there is nothing to quantize'})"]
+    if asked and not made:
+        return [f"the recipe made nothing smaller ({'; '.join(refusals[:3])})"]
+    return []
 
 
 def _late_warnings(quality: Quality | None, latency: Latency | None) -> list[str]:

@@ -26,7 +26,7 @@ from qexport.exporter.profiles import Profile, check_profile, derive_profile
 from qexport.exporter.quality import compare, layer_quality
 from qexport.exporter.recipe import Recipe, instantiate, load_recipe, override
 from qexport.exporter.result import EngineInfo, Latency, Quality, Result
-from qexport.exporter.samples import Samples, calibration_passes, open_samples
+from qexport.exporter.samples import Samples, calibration_passes, longest, open_samples
 from qexport.passes.pipeline import Step, run
 from qexport.passes.quantize import quantized_nodes
 from qexport.passes.target import Target, find_target
@@ -190,7 +190,7 @@ def _profile(model: ir.Model, recipe: Recipe, samples: Samples) -> Profile:
         return check_profile(model.graph.inputs, recipe.export.profiles)
     known = samples.calibration or (samples.judge.data if samples.judge else ())
     shapes = ({name: array.shape for name, array in sample.items()} for sample in known)
-    limit = recipe.data.max_length if any(value.name == "input_ids" for value in model.graph.inputs) else None
+    limit = longest(model, recipe) if any(value.name == "input_ids" for value in model.graph.inputs) else None
     return derive_profile(model.graph.inputs, shapes, limit=limit, max_batch=recipe.export.max_batch)
 
 

@@ -41,7 +41,7 @@ def measure(reference: ir.Model, result: ir.Model, feeds: Mapping[str, NDArray[A
         speedup_low=low,
         speedup_high=high,
         foreign=foreign,
-        note=_note(middle, target, foreign=foreign),
+        note=_note(high, target, foreign=foreign),
     )
 
 
@@ -61,7 +61,7 @@ def _pairs(sessions: tuple[Session, Session], feeds: Mapping[str, NDArray[Any]])
     return np.array(rows)
 
 
-def _note(speedup: float, target: Target, *, foreign: bool) -> str:
+def _note(best: float, target: Target, *, foreign: bool) -> str:
     if foreign:
         return f"the file is laid out for {target.name}, so this says nothing about its speed there"
-    return "" if speedup > 1 else "slower than float on this machine"
+    return "" if best > 1 else "slower than float on this machine"

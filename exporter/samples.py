@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.calibration.batching import batches
@@ -16,6 +17,7 @@ from qexport.calibration.data import Dataset, InputSpec, Sample, input_specs, op
 from qexport.calibration.evaluation import open_evaluation
 from qexport.calibration.spec import MASK, static_batch
 from qexport.errors import UsageError
+from qexport.exporter.families.builder import MAX_POSITIONS
 from qexport.exporter.layout import Feeds, fill
 from qexport.exporter.load import Source
 from qexport.exporter.quality import Judge, take
@@ -94,17 +96,22 @@ def open_samples(source: Source, recipe: Recipe, calib: str | Path | None, evalu
             f"recipe {recipe.name!r} needs calibration data",
             hint="give real samples with --calib FILE; none are made up",
         )
-    tokenizer = source.tokenizer
-    data = None if calib is None else open_dataset(calib, inputs, recipe.data, tokenizer=tokenizer)
+    tokenizer, spec = source.tokenizer, recipe.data.model_copy(update={"max_length": longest(source.model, recipe)})
+    data = None if calib is None else open_dataset(calib, inputs, spec, tokenizer=tokenizer)
     judge: Judge | None
     if evaluation is not None:
-        judged = open_evaluation(evaluation, inputs, recipe.data, tokenizer=tokenizer)
+        judged = open_evaluation(evaluation, inputs, spec, tokenizer=tokenizer)
         judge = Judge(judged.dataset, judged.task, held_out=data is None or _apart(data, judged.dataset))
     else:
         judge = None if data is None else _held_out(data, recipe)
     known = judge.data if judge is not None else data
     proof = _generated(inputs) if known is None else _proof(known, inputs)
     return Samples(data, judge, tuple(proof), known is None, tuple(_warnings(data, judge)))
+
+
+def longest(model: ir.Model, recipe: Recipe) -> int:
+    """Tokens at most: what the recipe says, and no more than the model has positions for."""
+    return min(recipe.data.max_length, int(model.metadata_props.get(MAX_POSITIONS, recipe.data.max_length)))
 
 
 def calibration_passes(recipe: Recipe) -> list[int]:

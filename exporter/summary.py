@@ -70,7 +70,7 @@ def latency_line(latency: Latency) -> str:
     if latency.speedup_low < 1 < latency.speedup_high:
         verdict = "no faster than float, within the noise"
     if latency.foreign:
-        verdict = "not the engine's speed, which needs a GPU to measure"
+        verdict = "not the target's speed, which needs its own hardware to measure"
     shapes = ", ".join("x".join(map(str, shape)) for shape in latency.shapes.values())
     return (
         f"{latency.reference_ms:.3g} ms -> {latency.result_ms:.3g} ms, {latency.speedup:.2f}x: {verdict} "

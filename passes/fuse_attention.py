@@ -10,6 +10,7 @@ import onnx_ir as ir
 from qexport.passes import match
 from qexport.passes.base import Decision, Outcome, Pass
 from qexport.passes.match import Dims
+from qexport.passes.target import find_target
 
 OPSET = 23
 HEADS_SECOND = (0, 2, 1, 3)
@@ -58,8 +59,15 @@ class FuseAttention(Pass):
     Attention gives a row of zeros where every key is masked by -inf or the lowest float; Softmax gives NaN or the mean.
     """
 
+    target: str = "ort-cpu"
+
     def call(self, model: ir.Model) -> Outcome:
-        """Fuse every match; needs opset 23 (``raise_opset`` gets there) and inferred shapes (``cleanup`` does it)."""
+        """Fuse every match, for targets that gain from the operator.
+
+        Needs opset 23 (``raise_opset`` gets there) and inferred shapes (``cleanup`` does it).
+        """
+        if not find_target(self.target).attention:
+            return Outcome(model, False)
         known: Known = {}
         decisions = [
             _fuse(found, opset, known)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
 from qexport.passes.base import Decision, Outcome, Pass
-from qexport.passes.match import Names, constant, sweep
+from qexport.passes.match import Names, check_names, constant, sweep
 from qexport.passes.range import HALF_QUANTIZERS
 from qexport.passes.target import find_target
 
@@ -72,6 +72,7 @@ class Half(Pass):
 
     def call(self, model: ir.Model) -> Outcome:
         """Convert the main graph; models with control flow and old Q/DQ opsets are left alone with a reason."""
+        check_names(self.keep, model)
         refusal = self._refusal(model)
         if refusal is not None:
             return Outcome(model, False, (Decision("", "graph", "skipped", refusal),))

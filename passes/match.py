@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qexport.errors import UsageError
 from qexport.passes.base import Decision
 
 Dims = tuple[int | str | None, ...]
@@ -29,6 +31,19 @@ def visit(model: ir.Model, *ops: str) -> Iterator[tuple[ir.Node, int]]:
         for node in tuple(body.all_nodes()):
             if node.domain == "" and node.op_type in ops and node.graph is not None:
                 yield node, opset
+
+
+def check_names(names: Sequence[str], model: ir.Model) -> None:
+    """Raise ``UsageError`` for a name that no node has, with the nearest one that exists."""
+    known = {node.name or "" for node in model.graph.all_nodes()} if names else set()
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UsageError(
+                f"no node is called {name!r}",
+                where="option 'keep'",
+                hint=f"did you mean {near[0]!r}?" if near else "qexport inspect MODEL lists the nodes",
+            )
 
 
 def producer(value: ir.Value | None, *ops: str) -> ir.Node | None:

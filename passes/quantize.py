@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from qexport.errors import UsageError
 from qexport.passes.base import Decision, Outcome, Pass
-from qexport.passes.match import Names, constant, sweep
+from qexport.passes.match import Names, check_names, constant, sweep
 from qexport.passes.placement import Site, plan, residual_sites
 from qexport.passes.range import HALF_QUANTIZERS, SQNR_KEY, beyond_half, integers_for, range_of
 from qexport.passes.target import Target, find_target
@@ -82,11 +82,12 @@ class Quantize(Pass):
     def call(self, model: ir.Model) -> Outcome:
         """Insert the quantizers; a model that has some, or an opset without them, is left alone with a reason.
 
-        Nothing calibrated at all is a ``UsageError``.
+        Nothing calibrated at all, or a name in ``keep`` that no node has, is a ``UsageError``.
         """
         refusal = _refusal(model)
         if refusal is not None:
             return Outcome(model, False, (Decision("", "graph", "skipped", refusal),))
+        check_names(self.keep, model)
         target, opset = find_target(self.target), model.opset_imports.get("", 1)
         found = plan(model, target, attention=self.attention)
         rules = _Rules(target, opset, self.keep, self.min_sqnr)

@@ -25,6 +25,9 @@ class Target:
         rest: Type of everything that is not quantized.
         table: How an int8 embedding table is read: ``dequantize`` puts DequantizeLinear before Gather,
             ``gather`` gathers rows and scales before it multiplies, ``float`` leaves the table alone.
+        attention: Whether the Attention operator is read at any size and is faster than the operators it stands for.
+            Engine builders find attention by themselves, and TensorRT-RTX 1.7 refuses the operator in float32 and for
+            heads smaller than 16 where sizes are dynamic.
         min_dim: Smallest K and N of a matrix product worth quantizing.
         min_channels: Smallest number of input channels of a convolution worth quantizing.
         residual_add: Which inputs of a residual Add behind a convolution are quantized: ``skip``, where the other one
@@ -38,6 +41,7 @@ class Target:
     opset: int
     rest: Literal["float16", "float32"]
     table: Literal["dequantize", "gather", "float"]
+    attention: bool = False
     min_dim: int = 16
     min_channels: int = 16
     residual_add: Literal["none", "skip", "both"] = "skip"
@@ -51,7 +55,7 @@ TARGETS = {
         # int8 arithmetic is not promised by TensorRT-RTX, so nothing is quantized for the sake of fusion alone
         Target("tensorrt-rtx", "tensorrt_rtx", _CPU, "int8", 23, "float16", "dequantize", residual_add="none"),
         Target("tensorrt", "tensorrt", _CPU, "int8", 20, "float16", "dequantize"),
-        Target("ort-cpu", None, _CPU, "uint8", 23, "float32", "gather", residual_add="both"),
+        Target("ort-cpu", None, _CPU, "uint8", 23, "float32", "gather", residual_add="both", attention=True),
         Target("ort-cuda", None, ("CUDAExecutionProvider", *_CPU), "int8", 21, "float16", "dequantize"),
     )
 }

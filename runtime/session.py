@@ -27,6 +27,7 @@ def load_onnxruntime() -> ModuleType:
             "onnxruntime is not installed",
             hint="pip install 'qexport[cpu]', or 'qexport[gpu]' on a machine with an NVIDIA GPU, never both",
         ) from error
+    onnxruntime.disable_telemetry_events()
     return onnxruntime  # type: ignore[no-any-return]  # it has no types
 
 

@@ -283,7 +283,7 @@ def test_importing_the_package_stays_light(statement, heavy):
 
 
 def test_the_public_names_are_these_and_resolve():
-    assert qexport.__all__ == ["Recipe", "Result", "__version__", "build"]
+    assert qexport.__all__ == ["BuildOptions", "Recipe", "Result", "__version__", "build"]
     for name in qexport.__all__:
         assert getattr(qexport, name) is not None
 

@@ -10,9 +10,14 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
+import qexport
 from qexport.errors import IntegrityError, ModelInvalid, UnsafeInput, UsageError
 from qexport.exporter.load import load_model, load_source
+from qexport.exporter.options import BuildOptions
 
 CONFIG = {
     "model_type": "bert",
@@ -367,3 +372,15 @@ def test_a_damaged_blob_is_noticed(tmp_path):
     blob.write_bytes(data)
     with pytest.raises(IntegrityError, match=blob.name):
         load_source(snapshot)
+
+
+def test_texts_are_cut_to_the_positions_that_the_model_has(folder, tmp_path):
+    words = {f"w{i}": i for i in range(40)}
+    tokens = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokens.pre_tokenizer = Whitespace()
+    tokens.save(str(folder / "tokenizer.json"))
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(" ".join(f"w{(i * j) % 40}" for j in range(5 + i)) for i in range(1, 30)))
+    options = BuildOptions(output=tmp_path / "out", set=("quantize.min_sqnr=0",))
+    result = qexport.build(folder, calib=text, target="tensorrt-rtx", options=options)
+    assert result.engine.profiles[0]["input_ids"][2] == [32, 16]

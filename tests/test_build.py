@@ -296,3 +296,28 @@ def test_minilm_for_tensorrt_rtx_is_small_and_close(tmp_path, minilm, samples):
     assert abs(result.quality.task.drop) < 2
     assert result.quantized > 20
     assert max(step.proof for step in result.steps if step.proof is not None) < 1e-5
+
+
+def test_a_build_that_quantizes_nothing_says_so(model, calib):
+    result = build(model, calib, set=("quantize.min_sqnr=200",))
+    assert any("nothing was quantized" in warning and "SQNR" in warning for warning in result.warnings)
+    assert not any("nothing was quantized" in warning for warning in build(model, calib).warnings)
+
+
+def test_a_recipe_that_the_target_cannot_use_says_so(model, calib):
+    result = build(model, calib, recipe="float16", target="ort-cpu")
+    assert any("target ort-cpu computes in float32" in warning for warning in result.warnings)
+
+
+def test_sigterm_ends_a_build_without_leaving_anything(tmp_path, model, calib):
+    code = (
+        "import os, signal, sys, qexport.cli, qexport.exporter.build as b;"
+        "b.save_onnx = lambda *_: os.kill(os.getpid(), signal.SIGTERM);"
+        f"sys.exit(qexport.cli.run(['build', {str(model)!r}, '--calib', {str(calib)!r}, '--no-cache',"
+        f" '--target', 'ort-cpu', '-o', {str(tmp_path / 'out')!r}]))"
+    )
+    before = set(tmp_path.iterdir())
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 143
+    assert "terminated; nothing was published" in done.stderr
+    assert set(tmp_path.iterdir()) == before

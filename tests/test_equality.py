@@ -24,7 +24,7 @@ class Scale(Pass):
 
     def call(self, model):
         value = model.graph.initializers["c"]
-        value.const_value = ir.tensor(value.const_value.numpy() * np.float32(self.factor), name="c")
+        value.const_value = ir.tensor(value.const_value.numpy() * value.dtype.numpy().type(self.factor), name="c")
         return Outcome(model, True)
 
 
@@ -114,3 +114,14 @@ def test_a_result_that_is_not_a_number_is_infinitely_far():
     assert distance(other, other) == 0.0
     assert distance(one, {"y": np.zeros(3)}) == float("inf")
     assert distance(one, {"y": np.array([1.0, 2.2])}) == pytest.approx(0.2 / np.sqrt(5))
+
+
+def test_a_model_in_half_precision_may_round_as_float16_does_but_no_more():
+    proto = onnx.parser.parse_model(TEXT.replace("float[n, 4]", "float16[n, 4]"))
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.float16([1, 2, 3, 4]), "c"))
+    feeds = [{"x": np.random.default_rng(0).standard_normal((3, 4)).astype(np.float16)}]
+    watcher = EqualityProof(feeds)
+    run(ir.from_proto(proto), [("scale", Scale(1.001))], [watcher])
+    assert 1e-4 < watcher.errors[0] < 2e-3
+    with pytest.raises(BuildFailed, match="allowed 5e-03"):
+        run(ir.from_proto(proto), [("scale", Scale(1.02))], [EqualityProof(feeds)])

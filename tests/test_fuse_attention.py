@@ -271,3 +271,10 @@ def test_it_is_found_in_a_branch():
         else_branch = other () => (float[B, 2, S, 4] c) {{ c = Neg(q4) }}>"""
     )
     check_fused(model)
+
+
+@pytest.mark.parametrize("target", ["tensorrt-rtx", "tensorrt"])
+def test_targets_that_find_attention_by_themselves_keep_the_small_operators(target: str) -> None:
+    model = build(HEADS + core())
+    assert not FuseAttention(target=target)(model).modified
+    assert FuseAttention(target="ort-cpu")(model).modified

@@ -6,6 +6,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from qexport.errors import UsageError
+from qexport.passes.half import Half
 from qexport.passes.placement import plan
 from qexport.passes.quantize import Quantize, quantized_nodes
 from qexport.passes.range import RANGE_KEY, SQNR_KEY, Range, integers_for
@@ -262,6 +263,14 @@ def test_a_product_in_a_branch_is_refused():
                     else_branch = e () => (float[n, 32] b) { b = Relu(x) }> }"""
     result = Quantize()(model_from(text, w=normal(32, 32)))
     assert [decision.reason for decision in result.decisions] == ["inside a control-flow branch"]
+
+
+@pytest.mark.parametrize("step", [Quantize(keep=("matmul",)), Half(keep=("matmul",))])
+def test_a_name_to_keep_that_no_node_has_is_a_usage_error_with_the_nearest(step):
+    model = mlp()
+    model.graph[0].name = "matmul_0"
+    with pytest.raises(UsageError, match="did you mean 'matmul_0'"):
+        step(model)
 
 
 def attention(heads=32):

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from qexport.exporter.families.builder import GraphBuilder, Weights, open_weights
+from qexport.exporter.families.builder import MAX_POSITIONS, GraphBuilder, Weights, open_weights
 from qexport.exporter.families.folder import Folder
 from qexport.exporter.families.pooling import read_pooling
 
@@ -67,7 +67,9 @@ def build(config: dict[str, object], folder: Folder) -> ir.Model:
     sentence = _normalize(g, pool(g, hidden, mask))
     g.output(hidden, "last_hidden_state", ir.DataType.FLOAT, ("batch", "sequence", shape.hidden_size))
     g.output(sentence, "sentence_embedding", ir.DataType.FLOAT, ("batch", shape.hidden_size))
-    return ir.Model(g.graph, ir_version=10, producer_name="qexport")
+    model = ir.Model(g.graph, ir_version=10, producer_name="qexport")
+    model.metadata_props[MAX_POSITIONS] = str(shape.max_position_embeddings)
+    return model
 
 
 def _embed(g: GraphBuilder, shape: BertConfig, weights: Weights, ids: ir.Value, types: ir.Value) -> ir.Value:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from qexport.errors import ModelInvalid
 
+MAX_POSITIONS = "qexport.max_positions"  # metadata of a model: the longest sequence it has positions for
 Weights = Callable[[str, tuple[int, ...]], NDArray[Any]]  # (tensor name, expected shape) -> array, read when asked for
 
 

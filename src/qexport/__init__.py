@@ -9,16 +9,18 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from qexport.exporter.build import build as build
+    from qexport.exporter.options import BuildOptions as BuildOptions
     from qexport.exporter.recipe import Recipe as Recipe
     from qexport.exporter.result import Result as Result
 
 _HOMES = {
+    "BuildOptions": "qexport.exporter.options",
     "build": "qexport.exporter.build",
     "Recipe": "qexport.exporter.recipe",
     "Result": "qexport.exporter.result",
 }
 
-__all__ = ["Recipe", "Result", "__version__", "build"]
+__all__ = ["BuildOptions", "Recipe", "Result", "__version__", "build"]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,3 +28,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'qexport' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return __all__

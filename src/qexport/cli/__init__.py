@@ -6,7 +6,9 @@ import importlib
 import io
 import json
 import logging
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 
@@ -18,8 +20,12 @@ from qexport.errors import QexportError, ResourceExhausted, UsageError, printabl
 COMMANDS = ("build", "check", "inspect", "recipe", "doctor")
 """Each is a module of this package with a click command of the same name."""
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 ERROR_SCHEMA = "qexport.error/1"
+
+
+class _TerminatedError(BaseException):
+    """Raised by SIGTERM, so that what was staged is removed on the way out."""
 
 
 class LazyGroup(click.Group):
@@ -53,11 +59,15 @@ def run(arguments: list[str]) -> int:
     _survive_encodings()
     logging.getLogger("onnxscript").addHandler(logging.NullHandler())  # its notes are for its own developers
     flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    _end_by_exception(signal.SIGTERM)
     try:
         code: int | None = cli.main(arguments, prog_name="qexport", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; nothing was published", err=True)
         return INTERRUPTED
+    except _TerminatedError:
+        click.echo("terminated; nothing was published", err=True)
+        return TERMINATED
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
@@ -70,6 +80,16 @@ def run(arguments: list[str]) -> int:
     except Exception as error:  # noqa: BLE001 - the last line: whatever is left becomes one line and exit code 1
         return _report_crash(error, flags)
     return code or 0
+
+
+def _end_by_exception(number: signal.Signals) -> None:
+    """Let a signal unwind the stack; outside the main thread signals are somebody else's business."""
+
+    def end(*_: object) -> None:
+        raise _TerminatedError
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(number, end)
 
 
 def _as_ours(error: click.ClickException | QexportError) -> QexportError:
