@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import ClassVar
@@ -42,6 +43,8 @@ class Calibrate(Pass):
     method: str = "mse"
     """minmax, percentile, entropy, mse or output-mse."""
     samples: int = 512
+    attention: bool = False
+    """Whether products of two computed tensors are measured too; needed by quantize.attention."""
 
     def call(self, model: ir.Model) -> Outcome:
         """Leave a range on each value and an output SQNR on each node; no data is a ``UsageError``."""
@@ -50,7 +53,7 @@ class Calibrate(Pass):
         if self.method != OUTPUT_MSE and self.method not in METHODS:
             raise UsageError(f"unknown method {self.method!r}", hint=f"known: {', '.join([*METHODS, OUTPUT_MSE])}")
         target = find_target(self.target)
-        found = plan(model, target, attention=True)  # quantize decides; measuring is cheap
+        found = plan(model, target, attention=self.attention)
         values = {value.name or "": value for site in found.sites for value in site.values}
         taps = dict.fromkeys(values, WHOLE_ROWS) | _windows(found)
         journal = self.store.entry(model, taps, self.data.digests[: self.samples])
@@ -66,7 +69,9 @@ class Calibrate(Pass):
     def _ranges(self, found: Plan, statistics: Mapping[str, Statistics], target: Target) -> dict[str, Range]:
         seen = {name: known.histogram for name, known in statistics.items() if known.histogram.total}
         if self.method != OUTPUT_MSE:
-            return {name: METHODS[self.method](histogram, target.activation) for name, histogram in seen.items()}
+            with ThreadPoolExecutor() as pool:  # numpy lets go of the interpreter in its loops
+                found_spans = pool.map(lambda known: METHODS[self.method](known, target.activation), seen.values())
+                return dict(zip(seen, found_spans, strict=True))
         readers: dict[str, list[Site]] = {name: [] for name in seen}
         for site in found.sites:
             for value in site.values:
@@ -100,9 +105,14 @@ def _windows(found: Plan) -> dict[str, Window]:
 
 def _rate(found: Plan, statistics: Mapping[str, Statistics], spans: Mapping[str, Range], target: Target) -> None:
     """Leave on every node the SQNR of its output with weight and activation quantized."""
-    for site in found.sites:
-        name = next((value.name or "" for value in site.values), "")
-        if site.weight is None or name not in spans:
-            continue
-        for error in Layer(site, statistics[name].excerpts.stacked(), target).errors([spans[name]]):
-            site.node.meta[SQNR_KEY] = sqnr(error)
+    named = [(site, next((value.name or "" for value in site.values), "")) for site in found.sites]
+    rated = [(site, name) for site, name in named if site.weight is not None and name in spans]
+
+    def rate(entry: tuple[Site, str]) -> list[float]:
+        site, name = entry
+        return Layer(site, statistics[name].excerpts.stacked(), target).errors([spans[name]])
+
+    with ThreadPoolExecutor() as pool:
+        for (site, _), errors in zip(rated, pool.map(rate, rated), strict=True):
+            for error in errors:
+                site.node.meta[SQNR_KEY] = sqnr(error)

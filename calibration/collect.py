@@ -27,10 +27,12 @@ from qexport.errors import DataInvalid
 from qexport.runtime.session import SessionOptions
 
 JOURNAL_EVERY = 128  # samples
-MAX_WORKERS = 4  # samples in memory at a time, but one
+MAX_WORKERS = 4  # samples that run side by side
+GROUP_BYTES = 16 << 20  # values that wait to be counted together
 
 Work = tuple[int, bytes, Sample]  # position, digest, sample
 Values = dict[str, NDArray[Any]]  # tapped value by name, batch axis of 1 first
+Measured = tuple[int, bytes, Values]  # position, digest, values of one sample
 
 
 @dataclass(slots=True)
@@ -40,10 +42,11 @@ class Statistics:
     histogram: Histogram = field(default_factory=Histogram)
     excerpts: Excerpts = field(default_factory=Excerpts)
 
-    def add(self, digest: bytes, value: NDArray[np.float32]) -> None:
-        """Take in one sample's value."""
-        self.histogram.add(value)
-        self.excerpts.add(digest, value)
+    def add(self, digests: Sequence[bytes], values: Sequence[NDArray[np.float32]]) -> None:
+        """Take in the values of some samples; together, because a histogram costs by the call."""
+        self.histogram.add(np.concatenate([value.ravel() for value in values]))
+        for digest, value in zip(digests, values, strict=True):
+            self.excerpts.add(digest, value)
 
     def merge(self, other: Statistics) -> None:
         """Take in what another shard has seen."""
@@ -83,10 +86,11 @@ def collect(
             statistics[name].merge(known)
         done |= kept[1]
     before = len(done)
-    for index, digest, values in _run(model, list(taps), _missing(samples, done, advance)):
-        observe(statistics, digest, values, f"sample {index}")
-        done.add(digest)
-        if journal and len(done) % JOURNAL_EVERY == 0:
+    for group in _grouped(_run(model, list(taps), _missing(samples, done, advance)), JOURNAL_EVERY // 8):
+        observe(statistics, group)
+        written = len(done) // JOURNAL_EVERY
+        done |= {digest for _, digest, _ in group}
+        if journal and len(done) // JOURNAL_EVERY > written:
             journal.write(statistics, frozenset(done))
     if journal and len(done) != before:
         journal.write(statistics, frozenset(done))
@@ -104,7 +108,21 @@ def _missing(samples: Iterable[Sample], done: set[bytes], advance: Callable[[], 
         advance()
 
 
-def _run(model: ir.Model, taps: Sequence[str], work: Iterator[Work]) -> Iterator[tuple[int, bytes, Values]]:
+def _grouped(items: Iterator[Measured], count: int) -> Iterator[list[Measured]]:
+    """Yield samples in groups of ``count``, or fewer where their values are large."""
+    group: list[Measured] = []
+    size = 0
+    for item in items:
+        group.append(item)
+        size += sum(value.nbytes for value in item[2].values())
+        if len(group) >= count or size >= GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _run(model: ir.Model, taps: Sequence[str], work: Iterator[Work]) -> Iterator[Measured]:
     """Yield the tapped values of each sample in order; a few samples run side by side, one thread each."""
     first = next(work, None)
     if first is None or not taps:
@@ -112,7 +130,7 @@ def _run(model: ir.Model, taps: Sequence[str], work: Iterator[Work]) -> Iterator
     session = open_model(model, SessionOptions(threads=1), taps)
     batch = static_batch(input_specs(model)) or 1  # a sample fills a batch of a fixed size by itself
 
-    def run(item: Work) -> tuple[int, bytes, Values]:
+    def run(item: Work) -> Measured:
         index, digest, sample = item
         return index, digest, session.run({name: np.stack([array] * batch) for name, array in sample.items()}, taps)
 
@@ -124,12 +142,13 @@ def _run(model: ir.Model, taps: Sequence[str], work: Iterator[Work]) -> Iterator
             running.extend(pool.submit(run, item) for item in islice(work, 1))
 
 
-def observe(
-    statistics: Mapping[str, Statistics], digest: bytes, values: Mapping[str, NDArray[np.float32]], where: str
-) -> None:
-    """Add one sample's values; NaN or infinity is ``DataInvalid`` naming the sample and the value."""
-    for name, value in values.items():
+def observe(statistics: Mapping[str, Statistics], group: Sequence[Measured]) -> None:
+    """Add the values of some samples; NaN or infinity is ``DataInvalid`` naming the sample and the value."""
+    digests = [digest for _, digest, _ in group]
+    for name, known in statistics.items():
+        values = [found[name].astype(np.float32, copy=False) for _, _, found in group]
         try:
-            statistics[name].add(digest, value.astype(np.float32, copy=False))
+            known.add(digests, values)
         except DataInvalid as error:
-            raise DataInvalid(f"{error.what} at {name!r}", where=where, hint=error.hint) from error
+            bad = next(item[0] for item, value in zip(group, values, strict=True) if not np.isfinite(value).all())
+            raise DataInvalid(f"{error.what} at {name!r}", where=f"sample {bad}", hint=error.hint) from error

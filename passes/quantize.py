@@ -77,7 +77,7 @@ class Quantize(Pass):
     keep: tuple[str, ...] = ()
     """Names of nodes that stay in float."""
     attention: bool = False
-    """Whether products of two computed tensors are quantized (leave fuse-attention out of the recipe then)."""
+    """Whether products of two computed tensors are quantized; needs calibrate.attention, and no fuse-attention."""
 
     def call(self, model: ir.Model) -> Outcome:
         """Insert the quantizers; a model that has some, or an opset without them, is left alone with a reason.

@@ -164,9 +164,9 @@ def test_a_killed_measurement_goes_on_where_it_was(tmp_path, monkeypatch):
     observed = []
     original = Statistics.add
 
-    def observe(self, digest, value):
-        observed.append(digest)
-        original(self, digest, value)
+    def observe(self, digests, values):
+        observed.extend(digests)
+        original(self, digests, values)
 
     monkeypatch.setattr(Statistics, "add", observe)
     resumed = calibrated(model, data, store=Store(tmp_path))
