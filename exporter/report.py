@@ -79,6 +79,14 @@ def _quality(result: Result) -> Iterator[str]:
     yield f"Float against result: {text(quality_line(quality))}."
     yield ""
     yield from table(("measure", "value:", "gate:"), _measures(quality, result.gates))
+    if len(quality.outputs) > 1:
+        rows = [
+            (code(name), f"{found.cosine_mean:.5f}", f"{found.cosine_worst:.5f}", f"{found.sqnr:.2f}")
+            for name, found in quality.outputs.items()
+        ]
+        yield "Every output; gates judge the worst of them:"
+        yield ""
+        yield from table(("output", "cosine, mean:", "cosine, worst:", "SQNR, dB:"), rows)
     if quality.task:
         yield f"Task: {text(task_line(quality.task))}."
         yield ""
