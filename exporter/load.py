@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.admit import Limits
-from qexport.exporter.families.folder import CONFIG, Folder, check_blob, demand_inside
+from qexport.exporter.families.folder import CONFIG, WEIGHTS, Folder, check_blob, demand_inside
 from qexport.exporter.onnx_file import read_onnx
 from qexport.exporter.result import SourceInfo
 from qexport.safe_io import digest_bytes, digest_file
@@ -21,6 +21,7 @@ from qexport.safe_io import digest_bytes, digest_file
 FAMILIES = {"bert": "qexport.exporter.families.bert:build"}
 """``model_type`` of config.json to the function ``(config, folder) -> Model`` that builds the graph."""
 
+ONNX_FILE = "model.onnx"  # as in an artefact of ours, or in a folder that another exporter wrote
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 """Files that travel with the model to the artefact, where the source has them."""
 
@@ -53,7 +54,7 @@ def load_model(path: str | Path) -> ir.Model:
 
 
 def load_source(path: str | Path, limits: Limits | None = None) -> Source:
-    """Load a model with its companions.
+    """Load a model with its companions; a folder with ``model.onnx`` and no safetensors means that file.
 
     Raises:
         UsageError: Nothing there, or neither an .onnx file nor a Hugging Face folder.
@@ -64,6 +65,8 @@ def load_source(path: str | Path, limits: Limits | None = None) -> Source:
     place = Path(path)
     if not place.exists():
         raise UsageError("no such file or folder", where=str(place), hint="give an .onnx file or a Hugging Face folder")
+    if (place / ONNX_FILE).is_file() and not (place / WEIGHTS).exists():
+        place /= ONNX_FILE
     folder = place if place.is_dir() else place.parent
     model, files = _load_folder(place) if place.is_dir() else _load_file(place, limits)
     companions = tuple(folder / name for name in COMPANIONS if (folder / name).is_file())

@@ -12,6 +12,7 @@ import onnxruntime
 from onnx import numpy_helper
 
 import qexport
+from qexport.exporter.load import load_source
 from qexport.exporter.onnx_file import load_onnx
 from qexport.exporter.options import BuildOptions
 
@@ -48,3 +49,13 @@ def test_a_model_whose_initializers_are_inputs_is_quantized_over_the_whole_road(
     assert [value.name for value in sessions[1].get_inputs()] == ["x"]
     before, after = (session.run(None, {"x": x})[0] for session in sessions)
     assert np.abs(after - before).max() < 0.05 * np.abs(before).max()
+
+
+def test_a_folder_with_a_model_file_and_no_safetensors_means_that_file(tmp_path: Path) -> None:
+    text = '<ir_version: 10, opset_import: ["" : 21]> g (float[n, 4] x) => (float[n, 4] y) { y = Relu(x) }'
+    (tmp_path / "model.onnx").write_bytes(onnx.parser.parse_model(text).SerializeToString())
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    source = load_source(tmp_path)
+    assert source.path == tmp_path / "model.onnx"
+    assert source.tokenizer == tmp_path / "tokenizer.json"
