@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qexport.calibration.collect import Statistics, collect
+from qexport.calibration.collect import Statistics, collect, workers
 from qexport.calibration.data import Dataset
 from qexport.calibration.excerpts import Window
 from qexport.calibration.layers import Layer, sqnr
@@ -69,7 +69,7 @@ class Calibrate(Pass):
     def _ranges(self, found: Plan, statistics: Mapping[str, Statistics], target: Target) -> dict[str, Range]:
         seen = {name: known.histogram for name, known in statistics.items() if known.histogram.total}
         if self.method != OUTPUT_MSE:
-            with ThreadPoolExecutor() as pool:  # numpy lets go of the interpreter in its loops
+            with ThreadPoolExecutor(workers()) as pool:  # numpy lets go of the interpreter in its loops
                 found_spans = pool.map(lambda known: METHODS[self.method](known, target.activation), seen.values())
                 return dict(zip(seen, found_spans, strict=True))
         readers: dict[str, list[Site]] = {name: [] for name in seen}
@@ -112,7 +112,7 @@ def _rate(found: Plan, statistics: Mapping[str, Statistics], spans: Mapping[str,
         site, name = entry
         return Layer(site, statistics[name].excerpts.stacked(), target).errors([spans[name]])
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(workers()) as pool:
         for (site, _), errors in zip(rated, pool.map(rate, rated), strict=True):
             for error in errors:
                 site.node.meta[SQNR_KEY] = sqnr(error)

@@ -28,7 +28,7 @@ from qexport.runtime.session import SessionOptions
 
 JOURNAL_EVERY = 128  # samples
 MAX_WORKERS = 4  # samples that run side by side
-GROUP_BYTES = 16 << 20  # values that wait to be counted together
+GROUP_BYTES = 4 << 20  # values that wait to be counted together
 
 Work = tuple[int, bytes, Sample]  # position, digest, sample
 Values = dict[str, NDArray[Any]]  # tapped value by name, batch axis of 1 first
@@ -134,12 +134,16 @@ def _run(model: ir.Model, taps: Sequence[str], work: Iterator[Work]) -> Iterator
         index, digest, sample = item
         return index, digest, session.run({name: np.stack([array] * batch) for name, array in sample.items()}, taps)
 
-    workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
-    with ThreadPoolExecutor(workers) as pool:
-        running = deque(pool.submit(run, item) for item in chain([first], islice(work, workers)))
+    with ThreadPoolExecutor(workers()) as pool:
+        running = deque(pool.submit(run, item) for item in chain([first], islice(work, workers())))
         while running:
             yield running.popleft().result()
             running.extend(pool.submit(run, item) for item in islice(work, 1))
+
+
+def workers() -> int:
+    """Threads that calibration uses: as many as there are processors for this process, within reason."""
+    return min(MAX_WORKERS, len(os.sched_getaffinity(0)))
 
 
 def observe(statistics: Mapping[str, Statistics], group: Sequence[Measured]) -> None:

@@ -73,4 +73,4 @@ def _operator(node: ir.Node, weight: Floats) -> Session:
     y.name, y.type = "y", ir.TensorType(ir.DataType.FLOAT)
     graph = ir.Graph([x], [y], nodes=[bare], initializers=[w], opset_imports={"": 20}, name="layer")
     model = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
-    return Session(model, SessionOptions())
+    return Session(model, SessionOptions(threads=1))
