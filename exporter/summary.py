@@ -101,7 +101,7 @@ def _facts(result: Result) -> Iterator[tuple[str, str]]:
     if result.gates:
         yield "gates", "passed: " + ", ".join(f"{name} {value:g}" for name, value in result.gates.items())
     yield "latency", latency_line(result.latency) if result.latency else "not measured"
-    if result.latency and result.latency.note and not _told(result.latency.note, result.warnings):
+    if result.latency and result.latency.note and not result.latency.foreign and not _told(result.latency.note, result.warnings):
         yield "note", result.latency.note
     if result.engine:
         yield "engine", engine_line(result.engine)
