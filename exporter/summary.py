@@ -101,8 +101,9 @@ def _facts(result: Result) -> Iterator[tuple[str, str]]:
     if result.gates:
         yield "gates", "passed: " + ", ".join(f"{name} {value:g}" for name, value in result.gates.items())
     yield "latency", latency_line(result.latency) if result.latency else "not measured"
-    if result.latency and result.latency.note and not result.latency.foreign and not _told(result.latency.note, result.warnings):
-        yield "note", result.latency.note
+    latency = result.latency
+    if latency and latency.note and not latency.foreign and not _told(latency.note, result.warnings):
+        yield "note", latency.note
     if result.engine:
         yield "engine", engine_line(result.engine)
     yield "files", f"{result.directory}: {', '.join(result.files)}; how good it is and why: report.md"
