@@ -45,7 +45,8 @@ def ours(model: Path, recipe: str, target: str, folder: Path, calibration: Path)
     from qexport.exporter.options import BuildOptions
 
     watch = Watch()
-    options = BuildOptions(target=target, output=folder, progress=watch)
+    without = ("export.engine=false",) if target == "tensorrt" else ()  # its builder needs a GPU
+    options = BuildOptions(target=target, output=folder, progress=watch, set=without)
     result = qexport.build(model, recipe=recipe, calib=calibration, options=options)
     engine = result.engine
     return {
@@ -173,6 +174,7 @@ METHODS: dict[str, Callable[..., dict[str, Any]]] = {
     "ort-u8s8-minmax-linears": partial(static, FLOAT, by_length, {"linears": True, "unsigned": True}),
     "ort-dynamic": partial(dynamic, FLOAT),
     "resnet20-qexport-tensorrt-rtx": partial(resnet, "tensorrt-rtx"),
+    "resnet20-qexport-tensorrt": partial(resnet, "tensorrt"),
     "resnet20-qexport-ort-cpu": partial(resnet, "ort-cpu"),
     "resnet20-ort-s8-minmax": partial(static, RESNET / "resnet20.onnx", images, {}),
     "resnet20-ort-s8-entropy": partial(static, RESNET / "resnet20.onnx", images, {"method": "Entropy"}),

@@ -9,6 +9,7 @@ import numpy as np
 
 ROWS = {
     "resnet20-qexport-tensorrt-rtx": "**qexport int8, tensorrt-rtx**",
+    "resnet20-qexport-tensorrt": "**qexport int8, tensorrt** (skip inputs too)",
     "resnet20-qexport-ort-cpu": "**qexport int8, ort-cpu**",
     "resnet20-ort-s8-minmax": "onnxruntime s8 MinMax",
     "resnet20-ort-s8-entropy": "onnxruntime s8 Entropy",

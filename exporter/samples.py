@@ -16,7 +16,7 @@ from qexport.calibration.batching import batches
 from qexport.calibration.data import Dataset, InputSpec, Sample, input_specs, open_dataset
 from qexport.calibration.evaluation import open_evaluation
 from qexport.calibration.spec import MASK, static_batch
-from qexport.errors import UsageError
+from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.families.builder import MAX_POSITIONS
 from qexport.exporter.layout import Feeds, fill
 from qexport.exporter.load import Source
@@ -110,8 +110,19 @@ def open_samples(source: Source, recipe: Recipe, calib: str | Path | None, evalu
 
 
 def longest(model: ir.Model, recipe: Recipe) -> int:
-    """Tokens at most: what the recipe says, and no more than the model has positions for."""
-    return min(recipe.data.max_length, int(model.metadata_props.get(MAX_POSITIONS, recipe.data.max_length)))
+    """Tokens at most: what the recipe says, and no more than the model has positions for.
+
+    Raises:
+        ModelInvalid: The model's metadata holds something else than a number of positions.
+    """
+    told = model.metadata_props.get(MAX_POSITIONS, str(recipe.data.max_length))
+    if not (told.isascii() and told.isdigit() and 0 < len(told) < 10 and int(told) > 0):
+        raise ModelInvalid(
+            f"{MAX_POSITIONS} is {told!r}, expected a number above 0",
+            where="metadata of the model",
+            hint="remove the entry, or export the model again",
+        )
+    return min(recipe.data.max_length, int(told))
 
 
 def calibration_passes(recipe: Recipe) -> list[int]:

@@ -7,10 +7,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from qexport.errors import UsageError
+from qexport.errors import ModelInvalid, UsageError
+from qexport.exporter.families.builder import MAX_POSITIONS
 from qexport.exporter.load import load_source
 from qexport.exporter.recipe import Recipe, load_recipe, override
-from qexport.exporter.samples import calibration_passes, open_samples
+from qexport.exporter.samples import calibration_passes, longest, open_samples
 
 ARRAYS = "g (float[n, 4] x) => (float[n, 4] y) { y = Relu(x) }"
 TOKENS = """g (int64[{n}, s] input_ids, int64[{n}, s] attention_mask) => (int64[{n}, s] y) {{
@@ -114,3 +115,19 @@ def test_made_up_inputs_come_with_and_without_a_masked_end(tmp_path):
     opened = open_samples(source(tmp_path, TOKENS.format(n="n")), load_recipe("float32"), None, None)
     assert opened.made_up
     assert [feeds["attention_mask"].sum() for feeds in opened.proof] == [16, 12]
+
+
+@pytest.mark.parametrize("told", ["", "many", "0", "-3", "1e3", "9" * 30, "٣"])
+def test_metadata_that_is_no_number_of_positions_is_refused(tmp_path, told):
+    model = source(tmp_path).model
+    model.metadata_props[MAX_POSITIONS] = told
+    with pytest.raises(ModelInvalid, match="expected a number above 0"):
+        longest(model, int8())
+
+
+def test_the_model_and_the_recipe_both_limit_the_tokens(tmp_path):
+    model = source(tmp_path).model
+    assert longest(model, int8("data.max_length=128")) == 128
+    model.metadata_props[MAX_POSITIONS] = "64"
+    assert longest(model, int8("data.max_length=128")) == 64
+    assert longest(model, int8("data.max_length=32")) == 32
