@@ -86,7 +86,7 @@ def collect(
             statistics[name].merge(known)
         done |= kept[1]
     before = len(done)
-    for group in _grouped(_run(model, list(taps), _missing(samples, done, advance)), JOURNAL_EVERY // 8):
+    for group in _grouped(stream(model, list(taps), _missing(samples, done, advance)), JOURNAL_EVERY // 8):
         observe(statistics, group)
         written = len(done) // JOURNAL_EVERY
         done |= {digest for _, digest, _ in group}
@@ -122,8 +122,8 @@ def _grouped(items: Iterator[Measured], count: int) -> Iterator[list[Measured]]:
         yield group
 
 
-def _run(model: ir.Model, taps: Sequence[str], work: Iterator[Work]) -> Iterator[Measured]:
-    """Yield the tapped values of each sample in order; a few samples run side by side, one thread each."""
+def stream(model: ir.Model, taps: Sequence[str], work: Iterator[Work]) -> Iterator[Measured]:
+    """Yield the tapped values of each sample, in order; a few samples run side by side, one thread each."""
     first = next(work, None)
     if first is None or not taps:
         return
@@ -139,6 +139,11 @@ def _run(model: ir.Model, taps: Sequence[str], work: Iterator[Work]) -> Iterator
         while running:
             yield running.popleft().result()
             running.extend(pool.submit(run, item) for item in islice(work, 1))
+
+
+def numbered(samples: Iterable[Sample], advance: Callable[[], None] = lambda: None) -> Iterator[Work]:
+    """Yield each distinct sample with its position and digest, as :func:`stream` wants them."""
+    return _missing(samples, set(), advance)
 
 
 def workers() -> int:

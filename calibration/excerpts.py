@@ -19,10 +19,12 @@ class Excerpts:
 
     Attributes:
         window: Size of the pieces along the axes behind ``[N, C]``; empty takes rows of the last axis.
+        rows: How many rows are taken of each sample, at most four.
         kept: Sample digest to its piece.
     """
 
     window: Window = ()
+    rows: int = ROWS
     kept: dict[bytes, NDArray[np.float32]] = field(default_factory=dict)
 
     def wants(self, digest: bytes) -> bool:
@@ -32,7 +34,7 @@ class Excerpts:
     def add(self, digest: bytes, value: NDArray[np.float32]) -> None:
         """Consider one sample's ``value`` (batch axis first); an empty one has nothing to take."""
         if value.size and self.wants(digest):
-            self.kept[digest] = excerpt(digest, value, self.window)
+            self.kept[digest] = excerpt(digest, value, self.window, self.rows)
             self._trim()
 
     def merge(self, other: Excerpts) -> None:
@@ -53,12 +55,12 @@ class Excerpts:
             del self.kept[digest]
 
 
-def excerpt(digest: bytes, value: NDArray[np.float32], window: Window) -> NDArray[np.float32]:
+def excerpt(digest: bytes, value: NDArray[np.float32], window: Window, count: int = ROWS) -> NDArray[np.float32]:
     """Rows of ``[..., K]``, or a window of the first image of ``[N, C, ...]``, whole axes where they are smaller."""
     draws = [int.from_bytes(digest[i : i + 8], "big") for i in range(0, 32, 8)]  # a digest is random enough
     if not window:
         rows = value.reshape(-1, value.shape[-1])
-        return rows[[draw % len(rows) for draw in draws[:ROWS]]]
+        return rows[[draw % len(rows) for draw in draws[:count]]]
     cut: list[Any] = [slice(0, 1), slice(None)]
     for draw, side, size in zip(draws, value.shape[2:], window, strict=False):
         start = draw % (max(side - size, 0) + 1)

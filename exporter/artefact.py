@@ -16,6 +16,7 @@ from qexport.exporter.recipe import Recipe
 from qexport.exporter.report import report_markdown
 from qexport.exporter.result import DecisionInfo, EngineInfo, FileInfo, Latency, Quality, Result, StepInfo
 from qexport.exporter.samples import Samples
+from qexport.exporter.steps import PASSES
 from qexport.exporter.surroundings import peak_memory
 from qexport.safe_io import Stage, finite
 
@@ -26,7 +27,6 @@ MODEL = "model.onnx"
 MANIFEST, RESULT, REPORT = "manifest.json", "result.json", "report.md"
 RESULT_SCHEMA: Literal["qexport.result/1"] = "qexport.result/1"
 MANIFEST_SCHEMA = "qexport.manifest/1"
-INEXACT = ("quantize", "half")
 TOOLS = (
     "onnx",
     "onnx-ir",
@@ -77,7 +77,7 @@ def summarize(recipe: Recipe, product: Product, samples: Samples, seconds: float
         )
         for step, proof in zip(product.steps, product.proofs, strict=True)
     )
-    decisions = [d for step in steps if step.name == "quantize" for d in step.decisions]
+    decisions = [d for step in steps if PASSES[step.name].quantizes for d in step.decisions]
     return Facts(
         recipe=recipe,
         steps=steps,
@@ -154,10 +154,10 @@ def _files(stage: Stage) -> dict[str, FileInfo]:
 
 def _idle(facts: Facts) -> list[str]:
     """What the recipe asked for and did not get."""
-    made = [step.name for step in facts.steps if step.modified and step.name in INEXACT]
-    asked = [step for step in facts.steps if step.name in INEXACT]
+    asked = [step for step in facts.steps if not PASSES[step.name].exact]
+    made = [step.name for step in asked if step.modified]
     refusals = [f"{d.op} {d.node}: {d.reason}" if d.node else d.reason for step in asked for d in step.decisions]
-    if any(step.name == "quantize" for step in asked) and facts.quantized == 0:
+    if any(PASSES[step.name].quantizes for step in asked) and facts.quantized == 0:
         return [f"nothing was quantized ({'; '.join(refusals[:3]) or 'there is nothing to quantize'})"]
     if asked and not made:
         return [f"the recipe made nothing smaller ({'; '.join(refusals[:3])})"]

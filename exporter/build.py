@@ -27,6 +27,7 @@ from qexport.exporter.quality import compare, layer_quality
 from qexport.exporter.recipe import Recipe, instantiate, load_recipe, override
 from qexport.exporter.result import EngineInfo, Latency, Quality, Result
 from qexport.exporter.samples import Samples, calibration_passes, longest, open_samples
+from qexport.exporter.steps import find_pass
 from qexport.passes.pipeline import Step, run
 from qexport.passes.quantize import quantized_nodes
 from qexport.passes.target import Target, find_target
@@ -196,7 +197,7 @@ def _profile(model: ir.Model, recipe: Recipe, samples: Samples) -> Profile:
 
 def _refuse_quantized(source: Source, recipe: Recipe) -> None:
     """A model that is quantized already is not quantized again."""
-    if not any(step.pass_ == "quantize" and step.enabled for step in recipe.step):
+    if not any(find_pass(step.pass_, recipe.name).quantizes and step.enabled for step in recipe.step):
         return
     found = quantized_nodes(source.model)
     if found:

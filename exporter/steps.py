@@ -29,6 +29,7 @@ _HOMES = {
     "fuse-attention": "qexport.passes.fuse_attention:FuseAttention",
     "fold-batch-norm": "qexport.passes.fold_batch_norm:FoldBatchNorm",
     "widen-bias": "qexport.passes.widen_bias:WidenBias",
+    "observe": "qexport.calibration.observe:Observe",
     "calibrate": "qexport.calibration.calibrate:Calibrate",
     "quantize": "qexport.passes.quantize:Quantize",
     "half": "qexport.passes.half:Half",

@@ -70,6 +70,7 @@ class Quantize(Pass):
     """Quantize weights and activations to 8 bits where the target gains from it."""
 
     exact: ClassVar[bool] = False
+    quantizes: ClassVar[bool] = True
 
     target: str = "tensorrt-rtx"
     min_sqnr: float = 22.0

@@ -32,6 +32,8 @@ class Target:
         min_channels: Smallest number of input channels of a convolution worth quantizing.
         residual_add: Which inputs of a residual Add behind a convolution are quantized: ``skip``, where the other one
             fuses into the convolution; ``both``, where the Add itself has integer kernels; ``none``.
+        formats: What else it reads: ``int4`` (blocked DequantizeLinear), ``nbits`` (onnxruntime's MatMulNBits), ``fp8``
+            (float8e4m3fn Q/DQ), ``bfloat16``, ``dynamic`` (ranges per call), ``qlinear`` (integer-only operators).
     """
 
     name: str
@@ -45,18 +47,59 @@ class Target:
     min_dim: int = 16
     min_channels: int = 16
     residual_add: Literal["none", "skip", "both"] = "skip"
+    formats: frozenset[str] = frozenset()
+
+    def demand(self, wanted: str, where: str = "") -> None:
+        """Raise ``UsageError`` naming the targets that do, when this one does not read the format ``wanted``."""
+        if wanted not in self.formats:
+            others = [row.name for row in TARGETS.values() if wanted in row.formats]
+            hint = f"targets that read it: {', '.join(others)}" if others else f"known: {', '.join(sorted(FORMATS))}"
+            raise UsageError(f"target {self.name} does not read {wanted}", where=where or None, hint=hint)
 
 
 _CPU = ("CPUExecutionProvider",)
+_ENGINE_FORMATS = frozenset({"int4", "fp8", "bfloat16"})
+_CPU_FORMATS = frozenset({"int4", "nbits", "fp8", "dynamic", "qlinear"})
+FORMATS = _ENGINE_FORMATS | _CPU_FORMATS
 
 TARGETS = {
     target.name: target
     for target in (
         # int8 arithmetic is not promised by TensorRT-RTX, so nothing is quantized for the sake of fusion alone
-        Target("tensorrt-rtx", "tensorrt_rtx", _CPU, "int8", 23, "float16", "dequantize", residual_add="none"),
-        Target("tensorrt", "tensorrt", _CPU, "int8", 20, "float16", "dequantize"),
-        Target("ort-cpu", None, _CPU, "uint8", 23, "float32", "gather", residual_add="both", attention=True),
-        Target("ort-cuda", None, ("CUDAExecutionProvider", *_CPU), "int8", 21, "float16", "dequantize"),
+        Target(
+            "tensorrt-rtx",
+            "tensorrt_rtx",
+            _CPU,
+            "int8",
+            23,
+            "float16",
+            "dequantize",
+            residual_add="none",
+            formats=_ENGINE_FORMATS,
+        ),
+        Target("tensorrt", "tensorrt", _CPU, "int8", 20, "float16", "dequantize", formats=_ENGINE_FORMATS - {"int4"}),
+        Target(
+            "ort-cpu",
+            None,
+            _CPU,
+            "uint8",
+            23,
+            "float32",
+            "gather",
+            residual_add="both",
+            attention=True,
+            formats=_CPU_FORMATS,
+        ),
+        Target(
+            "ort-cuda",
+            None,
+            ("CUDAExecutionProvider", *_CPU),
+            "int8",
+            21,
+            "float16",
+            "dequantize",
+            formats=_ENGINE_FORMATS | {"nbits"},
+        ),
     )
 }
 

@@ -1,0 +1,109 @@
+"""Look at activations channel by channel: leave an ``Activation`` on what products and convolutions read.
+
+Minima and maxima do not depend on order, and the rows that are kept are chosen by the digests of their samples, so the
+result is the same for any order of the samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qexport.calibration.collect import numbered, stream
+from qexport.calibration.data import Dataset
+from qexport.calibration.excerpts import Excerpts
+from qexport.errors import DataInvalid, UsageError
+from qexport.passes.activation import ACTIVATION_KEY, Activation, activation_of
+from qexport.passes.base import Outcome, Pass
+from qexport.passes.placement import Site, plan
+from qexport.passes.target import find_target
+
+ROWS = 4  # positions kept of each of the samples that excerpts are kept of
+IMAGE_AXIS = 1
+
+
+@dataclass(frozen=True)
+class Observe(Pass):
+    """Note the smallest and largest value of every channel that a product or convolution reads, and some samples."""
+
+    exact: ClassVar[bool] = True
+
+    data: Dataset | None = field(default=None, metadata={"bound": True})
+    advance: Callable[[], None] = field(default=lambda: None, metadata={"bound": True})
+    target: str = "tensorrt-rtx"
+    samples: int = 512
+
+    def call(self, model: ir.Model) -> Outcome:
+        """Leave an ``Activation`` on each value that the target's sites read; no data is a ``UsageError``."""
+        if self.data is None:
+            raise UsageError("looking at activations needs data", hint="give real samples with --calib")
+        roots = [site for site in plan(model, find_target(self.target)).roots if site.weight is not None]
+        found = observe(model, roots, islice(self.data, self.samples), self.advance)
+        modified = False
+        for value, activation in found.items():
+            modified |= not _same(activation_of(value), activation)
+            value.meta[ACTIVATION_KEY] = activation
+        return Outcome(model, modified)
+
+
+@dataclass(slots=True)
+class _Channels:
+    """Running extremes of one value's channels."""
+
+    axis: int
+    low: NDArray[np.float32] | None = None
+    high: NDArray[np.float32] | None = None
+    excerpts: Excerpts = field(default_factory=lambda: Excerpts(rows=ROWS))
+
+    def add(self, digest: bytes, value: NDArray[Any]) -> None:
+        rows = np.moveaxis(value.astype(np.float32, copy=False), self.axis, -1)
+        rows = rows.reshape(-1, rows.shape[-1])
+        if not rows.size:
+            return
+        low, high = rows.min(axis=0), rows.max(axis=0)
+        if not (np.isfinite(low).all() and np.isfinite(high).all()):
+            raise DataInvalid("activation is NaN or infinite", hint="look for overflow in the model or in the sample")
+        self.low = low if self.low is None else np.minimum(self.low, low)
+        self.high = high if self.high is None else np.maximum(self.high, high)
+        self.excerpts.add(digest, rows)
+
+    def summary(self) -> Activation | None:
+        if self.low is None or self.high is None:
+            return None
+        return Activation(self.axis, self.low, self.high, np.concatenate(self.excerpts.stacked()))
+
+
+def observe(
+    model: ir.Model, sites: Iterable[Site], samples: Iterable[dict[str, Any]], advance: Callable[[], None]
+) -> dict[ir.Value, Activation]:
+    """Return what was seen of every value that ``sites`` read; what no sample reached is left out.
+
+    Raises:
+        DataInvalid: NaN or infinity, naming the sample and the value.
+    """
+    values = {value.name or "": (value, _axis(site)) for site in sites for value in site.values}
+    known = {name: _Channels(axis) for name, (_, axis) in values.items()}
+    for index, digest, found in stream(model, list(values), numbered(samples, advance)):
+        for name, channels in known.items():
+            try:
+                channels.add(digest, found[name])
+            except DataInvalid as error:
+                raise DataInvalid(f"{error.what} at {name!r}", where=f"sample {index}", hint=error.hint) from error
+    seen = {values[name][0]: channels.summary() for name, channels in known.items()}
+    return {value: activation for value, activation in seen.items() if activation is not None}
+
+
+def _axis(site: Site) -> int:
+    return IMAGE_AXIS if site.node.op_type in ("Conv", "ConvTranspose") else -1
+
+
+def _same(one: Activation | None, other: Activation) -> bool:
+    return one is not None and all(
+        np.array_equal(getattr(one, name), getattr(other, name)) for name in ("low", "high", "rows")
+    )

@@ -1,0 +1,39 @@
+"""What calibration saw of an activation, channel by channel; left by ``observe`` for passes that move scales about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+ACTIVATION_KEY = "qexport.activation"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Activation:
+    """Per-channel statistics of a value, over all samples and all positions that are not padding.
+
+    Attributes:
+        axis: Axis of the channels in the value: the last one of what a matrix product reads, 1 of an image.
+        low: Smallest value of each channel, ``[K]``.
+        high: Largest value of each channel, ``[K]``.
+        rows: Some of the values themselves, ``[n, K]``: single positions of some samples.
+    """
+
+    axis: int
+    low: NDArray[np.float32]
+    high: NDArray[np.float32]
+    rows: NDArray[np.float32]
+
+    @property
+    def reach(self) -> NDArray[np.float32]:
+        """Largest magnitude of each channel, ``[K]``."""
+        return np.maximum(np.abs(self.low), np.abs(self.high))
+
+
+def activation_of(value: ir.Value | None) -> Activation | None:
+    """What ``observe`` left on ``value``, if it did."""
+    found = None if value is None else value.meta.get(ACTIVATION_KEY)
+    return found if isinstance(found, Activation) else None
