@@ -15,54 +15,28 @@ Equations: Jacob et al. 2018, eq. 1; symmetric ranges of Wu et al. 2020, section
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from qexport.errors import UsageError
 from qexport.passes.base import Decision, Outcome, Pass
-from qexport.passes.match import Names, check_names, constant, sweep
+from qexport.passes.match import check_names, constant
 from qexport.passes.placement import Site, plan, residual_sites
-from qexport.passes.range import HALF_QUANTIZERS, SQNR_KEY, beyond_half, integers_for, range_of
+from qexport.passes.qdq import Editor, float_type, needs_half
+from qexport.passes.quantized import quantized_nodes
+from qexport.passes.range import HALF_QUANTIZERS, SQNR_KEY, beyond_half, range_of
 from qexport.passes.target import Target, find_target
-from qexport.passes.weights import misfit, quantize_weight
+from qexport.passes.weights import misfit
+
+__all__ = ["KEPT", "NOT_CALIBRATED", "Quantize", "float_type", "needs_half", "quantized_nodes"]
 
 MIN_TABLE = 1 << 16  # elements; below it an int8 table saves nothing worth a node
 AXIS_OPSET = 13  # the first whose DequantizeLinear takes a scale for each channel
 NOT_CALIBRATED = "not calibrated: no sample reached it"
 KEPT = "kept in float by name"
-
-QUANTIZED_OPS = frozenset(
-    {
-        "QuantizeLinear",
-        "DequantizeLinear",
-        "DynamicQuantizeLinear",
-        "MatMulInteger",
-        "ConvInteger",
-        "MatMulInteger16",
-        "MatMulIntegerToFloat",
-        "DynamicQuantizeMatMul",
-        "DynamicQuantizeLSTM",
-        "MatMulNBits",
-        "MatMulBnb4",
-        "MatMulFpQ4",
-        "GatherBlockQuantized",
-        "QAttention",
-        "QGemm",
-        "QMoE",
-        "QEmbedLayerNormalization",
-        "QuantizeBFP",
-        "DequantizeBFP",
-        "QuantizeWithOrder",
-        "DequantizeWithOrder",
-    }
-)
-"""Operators of the standard and of onnxruntime that only quantized models have."""
-QUANTIZED_PREFIXES = ("QLinear", "QOrdered", "TRT_FP8", "TRT_INT4", "TRT_MXFP8", "TRT_FP4")
 
 
 @dataclass(frozen=True)
@@ -96,19 +70,12 @@ class Quantize(Pass):
         if any(d.reason == NOT_CALIBRATED for d in refused) and not any(map(_calibrated, found.roots)):
             raise UsageError("no tensor has a calibrated range", hint="put a calibrate step before quantize")
         skips, refused_skips = rules.split(residual_sites(model.graph, chosen, target))
-        editor = _Editor(model.graph, target)
+        editor = Editor(model.graph, target)
         done = [editor.quantize(site) for site in chosen + skips]
         tables, refused_tables = rules.split_tables(model.graph)
         done += [editor.quantize_table(node) for node in tables]
         editor.finish()
         return Outcome(model, bool(done), (*done, *found.refused, *refused, *refused_skips, *refused_tables))
-
-
-def quantized_nodes(model: ir.Model) -> list[ir.Node]:
-    """The nodes, subgraphs and functions included, that only a quantized model has."""
-    bodies: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
-    nodes = (node for body in bodies for node in body.all_nodes())
-    return [node for node in nodes if node.op_type in QUANTIZED_OPS or node.op_type.startswith(QUANTIZED_PREFIXES)]
 
 
 def _refusal(model: ir.Model) -> str | None:
@@ -208,133 +175,3 @@ class _Rules:
 
     def _half(self, dtype: ir.DataType) -> bool:
         return needs_half(self.target, dtype)
-
-
-def needs_half(target: Target, dtype: ir.DataType) -> bool:
-    """Whether the scales of a tensor of ``dtype`` must be float16 numbers."""
-    return target.rest == "float16" or dtype == ir.DataType.FLOAT16
-
-
-def float_type(site: Site) -> ir.DataType:
-    """The type that a site computes in."""
-    known = [value.dtype for value in site.values if value.dtype is not None]
-    return known[0] if known else ir.DataType.FLOAT if site.weight is None else site.kernel.dtype
-
-
-class _Editor:
-    """Edits one graph; keeps the pairs and weights it has made, so that consumers share them."""
-
-    def __init__(self, graph: ir.Graph, target: Target) -> None:
-        self.graph = graph
-        self.target = target
-        self._names = Names(graph)
-        self._pairs: dict[ir.Value, ir.Value] = {}
-        self._stored: dict[tuple[ir.Value, int], tuple[ir.Value, NDArray[np.generic]]] = {}
-        self._weights: dict[tuple[ir.Value, int], ir.Value] = {}
-        self._columns: dict[ir.Value, ir.Value] = {}
-
-    def quantize(self, site: Site) -> Decision:
-        dtype = float_type(site)
-        for index in site.inputs:
-            value = site.node.inputs[index]
-            if value is not None:
-                site.node.replace_input_with(index, self._pair(value, dtype))
-        if site.weight is not None:
-            weight = site.node.inputs[site.weight]
-            if weight is not None:
-                site.node.replace_input_with(site.weight, self._weight(weight, site.kernel, site.axis))
-        return Decision(site.node.name or "", site.node.op_type, "quantized", site.kind)
-
-    def quantize_table(self, node: ir.Node) -> Decision:
-        table, indices = node.inputs[:2]
-        tensor = constant(table)
-        if table is None or tensor is None:
-            raise ValueError(f"node {node.name!r} has no constant table")
-        if self.target.table == "dequantize":
-            node.replace_input_with(0, self._weight(table, tensor, 0))
-        else:
-            self._gather_rows(node, indices, table, tensor)
-        return Decision(node.name or "", node.op_type, "quantized", "embedding table, one scale a row")
-
-    def finish(self) -> None:
-        """Drop the float weights that nothing reads any more."""
-        sweep([value for value, _ in self._stored])
-
-    def _pair(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        if value not in self._pairs:
-            span = range_of(value)
-            if span is None:
-                raise ValueError(f"value {value.name!r} has no range")
-            numbers = integers_for(span, self.target.activation, half=needs_half(self.target, dtype))
-            scale = self._initializer(f"{value.name}/scale", np.array(numbers.scale, dtype.numpy()))
-            zero = self._initializer(f"{value.name}/zero_point", np.array(numbers.zero_point, numbers.dtype))
-            q = self._node("QuantizeLinear", [value, scale, zero], f"{value.name}")
-            dq = self._node("DequantizeLinear", [q.outputs[0], scale, zero], f"{value.name}")
-            self._describe(q, f"{value.name}/quantized", ir.DataType[numbers.dtype.upper()], value.shape)
-            self._describe(dq, f"{value.name}/dequantized", dtype, value.shape)
-            self._insert_after(value, [q, dq])
-            self._pairs[value] = dq.outputs[0]
-        return self._pairs[value]
-
-    def _weight(self, value: ir.Value, tensor: ir.TensorProtocol, axis: int) -> ir.Value:
-        if (value, axis) not in self._weights:
-            integers, scale = self._store(value, tensor, axis)
-            inputs = [
-                integers,
-                self._initializer(f"{value.name}/scale", scale),
-                self._initializer(f"{value.name}/zero_point", np.zeros(scale.shape, np.int8)),
-            ]
-            dq = self._node("DequantizeLinear", inputs, f"{value.name}", axis=axis)
-            self._describe(dq, f"{value.name}/dequantized", tensor.dtype, integers.shape)
-            self.graph.insert_before(self.graph[0], dq)
-            self._weights[value, axis] = dq.outputs[0]
-        return self._weights[value, axis]
-
-    def _store(self, value: ir.Value, tensor: ir.TensorProtocol, axis: int) -> tuple[ir.Value, NDArray[np.generic]]:
-        """The integers of a weight as an initializer, made once, and their scales."""
-        if (value, axis) not in self._stored:
-            half = needs_half(self.target, tensor.dtype)
-            integers, scale = quantize_weight(tensor.numpy(), axis, half=half)
-            held = self._initializer(f"{value.name}/int8", integers)
-            self._stored[value, axis] = held, scale.astype(tensor.dtype.numpy())
-        return self._stored[value, axis]
-
-    def _gather_rows(self, node: ir.Node, indices: ir.Value | None, table: ir.Value, tensor: ir.TensorProtocol) -> None:
-        """Gather int8 rows and their scales, then multiply: no pass over the whole table at run time."""
-        integers, scale = self._store(table, tensor, 0)
-        if table not in self._columns:
-            self._columns[table] = self._initializer(f"{table.name}/scale", scale[:, None])
-        name = node.name or f"{table.name}"
-        rows = self._node("Gather", [integers, indices], name)
-        scales = self._node("Gather", [self._columns[table], indices], f"{name}/scale")
-        cast = self._node("Cast", [rows.outputs[0]], name, to=tensor.dtype)
-        product = self._node("Mul", [cast.outputs[0], scales.outputs[0]], name)
-        nodes = [rows, scales, cast, product]
-        for made in nodes:
-            self._describe(made, f"{made.name}:0", None, None)
-        ir.convenience.replace_nodes_and_values(self.graph, node, [node], nodes, node.outputs, product.outputs)
-        for key, note in node.outputs[0].meta.items():
-            product.outputs[0].meta[key] = note
-
-    def _node(self, op: str, inputs: Sequence[ir.Value | None], scope: str, **attributes: int) -> ir.Node:
-        return ir.node(op, inputs, attributes or None, name=self._names.fresh(f"{scope}/{op}"))
-
-    def _initializer(self, name: str, array: NDArray[np.generic]) -> ir.Value:
-        name = self._names.fresh(name)
-        value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape))
-        value.type = ir.TensorType(ir.DataType.from_numpy(array.dtype))
-        self.graph.register_initializer(value)
-        return value
-
-    def _describe(self, node: ir.Node, name: str, dtype: ir.DataType | None, shape: ir.Shape | None) -> None:
-        value = node.outputs[0]
-        value.name = self._names.fresh(name)
-        value.type = None if dtype is None else ir.TensorType(dtype)
-        value.shape = None if shape is None else shape.copy()
-
-    def _insert_after(self, value: ir.Value, nodes: list[ir.Node]) -> None:
-        producer = value.producer()
-        if producer is None:
-            self.graph.insert_before(self.graph[0], nodes)
-        else:
-            self.graph.insert_after(producer, nodes)
