@@ -28,6 +28,7 @@ _HOMES = {
     "fuse-gelu": "qexport.passes.fuse_gelu:FuseGelu",
     "fuse-attention": "qexport.passes.fuse_attention:FuseAttention",
     "fold-batch-norm": "qexport.passes.fold_batch_norm:FoldBatchNorm",
+    "equalize": "qexport.passes.equalize:Equalize",
     "widen-bias": "qexport.passes.widen_bias:WidenBias",
     "observe": "qexport.calibration.observe:Observe",
     "calibrate": "qexport.calibration.calibrate:Calibrate",
