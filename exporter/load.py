@@ -13,16 +13,27 @@ from pydantic import ValidationError
 
 from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.admit import Limits
+from qexport.exporter.families.builder import COPY
 from qexport.exporter.families.folder import CONFIG, WEIGHTS, Folder, check_blob, demand_inside
 from qexport.exporter.onnx_file import read_onnx
 from qexport.exporter.result import SourceInfo
 from qexport.safe_io import digest_bytes, digest_file
 
-FAMILIES = {"bert": "qexport.exporter.families.bert:build"}
+FAMILIES = {
+    "bert": "qexport.exporter.families.bert:build",
+    "llama": "qexport.exporter.families.llama:build",
+}
 """``model_type`` of config.json to the function ``(config, folder) -> Model`` that builds the graph."""
 
 ONNX_FILE = "model.onnx"  # as in an artefact of ours, or in a folder that another exporter wrote
-COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 """Files that travel with the model to the artefact, where the source has them."""
 
 
@@ -117,5 +128,5 @@ def _family(config: Any, where: Path) -> Callable[[dict[str, object], Folder], i
 
 
 def _parameters(model: ir.Model) -> int:
-    weights = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
-    return sum(weight.size for weight in weights if weight is not None)
+    values = (value for graph in model.graphs() for value in graph.initializers.values() if COPY not in value.meta)
+    return sum(value.const_value.size for value in values if value.const_value is not None)

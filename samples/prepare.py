@@ -1,7 +1,8 @@
-"""Cut the committed samples from the original files: ``python samples/prepare.py stsb|resnet20 FOLDER``.
+"""Cut the committed samples from the original files: ``python samples/prepare.py stsb|resnet20|decoder FOLDER``.
 
 ``stsb`` wants the folder with ``stsb-en-{train,dev,test}.csv`` and ``LICENSE`` of PhilipMay/stsb-multi-mt;
-``resnet20`` the one with ``resnet20.onnx``, ``LICENSE.resnet``, ``train-512.npz`` and ``test-1000.npz``, see README.md.
+``resnet20`` the one with ``resnet20.onnx``, ``LICENSE.resnet``, ``train-512.npz`` and ``test-1000.npz``; ``decoder``
+the one with the folders ``pair-target-hf``, ``stories260k-hf`` and ``text``. See README.md.
 Running it again gives the same bytes, so the slices can be checked against their sources.
 """
 
@@ -17,6 +18,15 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 CALIBRATION_SENTENCES = 512
+TEXT_CHARACTERS = 64_000
+DECODERS = {"pair-target-hf": "target", "stories260k-hf": "stories260k"}
+DECODER_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
 
 
 def read_rows(path: Path) -> list[list[str]]:
@@ -72,9 +82,35 @@ def prepare_resnet20(source: Path) -> None:
         np.savez_compressed(HERE / "resnet20/test.npz", images=test["images"], labels=test["labels"])
 
 
+def prepare_decoder(source: Path) -> None:
+    """Both decoders as they are; the head of TinyStories' train split to calibrate, the tail of validation to judge."""
+    for name, target in DECODERS.items():
+        folder = HERE / "decoder" / target
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in ("model.safetensors", *(f"{part}.json" for part in DECODER_FILES)):
+            shutil.copyfile(source / name / file, folder / file)
+    train, validation = (
+        (source / "text" / name).read_text(encoding="utf-8").split("\n\n")
+        for name in ("tinystories.txt", "tinystories_val.txt")
+    )
+    write_text(HERE / "decoder/calibration.txt", paragraphs(train, TEXT_CHARACTERS))
+    write_text(HERE / "decoder/heldout.txt", paragraphs(validation[::-1], TEXT_CHARACTERS)[::-1])
+
+
+def paragraphs(candidates: Sequence[str], characters: int) -> list[str]:
+    """The first paragraphs that have at most so many characters together, blank lines between them included."""
+    sizes = np.cumsum([len(paragraph) + 2 for paragraph in candidates])
+    return list(candidates[: int(np.searchsorted(sizes, characters, side="right"))])
+
+
+def write_text(path: Path, lines: Sequence[str]) -> None:
+    """Paragraphs with a blank line between them, Unix line ends."""
+    path.write_text("\n\n".join(lines).strip() + "\n", encoding="utf-8", newline="\n")
+
+
 def main(arguments: Sequence[str]) -> None:
     """``arguments``: what to prepare, and the folder with the original files."""
-    makers = {"stsb": prepare_stsb, "resnet20": prepare_resnet20}
+    makers = {"stsb": prepare_stsb, "resnet20": prepare_resnet20, "decoder": prepare_decoder}
     if len(arguments) != 2 or arguments[0] not in makers:
         raise SystemExit(__doc__)
     makers[arguments[0]](Path(arguments[1]))

@@ -292,7 +292,7 @@ def test_a_checkpoint_with_a_head_and_old_names_is_the_same_encoder(tmp_path, fo
 
 def test_several_encoders_in_one_file_are_refused(tmp_path):
     tensors = {f"{side}.{name}": array for name, array in weights().items() for side in ("query", "document")}
-    with pytest.raises(ModelInvalid, match=r"several encoders in one file: 'document\.', 'query\.'"):
+    with pytest.raises(ModelInvalid, match=r"several models in one file: 'document\.', 'query\.'"):
         load_model(write(tmp_path / "bert", tensors=tensors))
 
 

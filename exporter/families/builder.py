@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from qexport.errors import ModelInvalid
 
 MAX_POSITIONS = "qexport.max_positions"  # metadata of a model: the longest sequence it has positions for
+COPY = "qexport.copy_of"  # meta of an initializer: the weight that it repeats
 Weights = Callable[[str, tuple[int, ...]], NDArray[Any]]  # (tensor name, expected shape) -> array, read when asked for
 
 
@@ -23,11 +24,11 @@ _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNor
 def open_weights(path: Path, anchor: str) -> Weights:
     """Return a reader of single tensors of one file, as float32.
 
-    Names are those of the bare encoder: what stands before ``anchor`` in the file (``bert.`` in a checkpoint with a
-    head) is left away everywhere, and LayerNorm's old ``gamma`` and ``beta`` are ``weight`` and ``bias``.
+    Names are as ``anchor`` has them: what stands before it in the file (``bert.`` in a checkpoint with a head) is left
+    away everywhere, and LayerNorm's old ``gamma`` and ``beta`` are ``weight`` and ``bias``.
 
     Raises:
-        ModelInvalid: Not safetensors, or several encoders; when read: missing, of another shape, or no float type.
+        ModelInvalid: Not safetensors, or several models; when read: missing, of another shape, or no float type.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -64,7 +65,7 @@ def _prefix(stored: list[str], anchor: str, where: str) -> str:
         return ""
     if len(found) > 1:
         shown = ", ".join(map(repr, found))
-        raise ModelInvalid(f"several encoders in one file: {shown}", where=where, hint="save the one to export alone")
+        raise ModelInvalid(f"several models in one file: {shown}", where=where, hint="save the one to export alone")
     return found[0]
 
 
@@ -118,10 +119,14 @@ class GraphBuilder:
         self.graph.append(node)
         return node.outputs[0]
 
-    def linear(self, scope: str, x: ir.Value, weights: Weights, shape: tuple[int, int]) -> ir.Value:
+    def linear(
+        self, scope: str, x: ir.Value, weights: Weights, shape: tuple[int, int], *, bias: bool = True
+    ) -> ir.Value:
         """``x W^T + b`` with the torch layout ``[out, in]`` of ``scope.weight`` stored as ``[in, out]``."""
         kernel = np.ascontiguousarray(weights(f"{scope}.weight", shape).T)
         product = self.op(scope, "MatMul", x, self.weight(f"{scope}.weight", kernel))
+        if not bias:
+            return product
         return self.op(scope, "Add", product, self.weight(f"{scope}.bias", weights(f"{scope}.bias", shape[:1])))
 
     def layer_norm(self, scope: str, x: ir.Value, weights: Weights, width: int, epsilon: float) -> ir.Value:
@@ -129,3 +134,10 @@ class GraphBuilder:
         names = [f"{scope}.weight", f"{scope}.bias"]
         gamma, beta = (self.weight(name, weights(name, (width,))) for name in names)
         return self.op(scope, "LayerNormalization", x, gamma, beta, axis=-1, epsilon=epsilon)
+
+    def rms_norm(self, scope: str, x: ir.Value, weights: Weights, width: int, epsilon: float) -> ir.Value:
+        """``x / sqrt(mean(x x) + epsilon) * weight`` over the last axis, of size ``width``, in small operators."""
+        gamma = self.weight(f"{scope}.weight", weights(f"{scope}.weight", (width,)))
+        mean = self.op(scope, "ReduceMean", self.op(scope, "Mul", x, x), self.constant("axis_last", [-1]), keepdims=1)
+        root = self.op(scope, "Sqrt", self.op(scope, "Add", mean, self.constant(f"epsilon_{epsilon:g}", epsilon)))
+        return self.op(scope, "Mul", self.op(scope, "Div", x, root), gamma)
