@@ -87,7 +87,7 @@ def prepare_decoder(source: Path) -> None:
     for name, target in DECODERS.items():
         folder = HERE / "decoder" / target
         folder.mkdir(parents=True, exist_ok=True)
-        for file in ("model.safetensors", *(f"{part}.json" for part in DECODER_FILES)):
+        for file in DECODER_FILES:
             shutil.copyfile(source / name / file, folder / file)
     train, validation = (
         (source / "text" / name).read_text(encoding="utf-8").split("\n\n")
