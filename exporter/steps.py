@@ -31,8 +31,11 @@ _HOMES = {
     "equalize": "qexport.passes.equalize:Equalize",
     "widen-bias": "qexport.passes.widen_bias:WidenBias",
     "observe": "qexport.calibration.observe:Observe",
+    "extremes": "qexport.calibration.extremes:Extremes",
     "calibrate": "qexport.calibration.calibrate:Calibrate",
     "quantize": "qexport.passes.quantize:Quantize",
+    "dynamic": "qexport.passes.dynamic:Dynamic",
+    "stabilize": "qexport.passes.stabilize:Stabilize",
     "half": "qexport.passes.half:Half",
 }
 
