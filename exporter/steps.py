@@ -34,6 +34,7 @@ _HOMES = {
     "extremes": "qexport.calibration.extremes:Extremes",
     "calibrate": "qexport.calibration.calibrate:Calibrate",
     "quantize": "qexport.passes.quantize:Quantize",
+    "weight-only": "qexport.passes.weight_only:WeightOnly",
     "dynamic": "qexport.passes.dynamic:Dynamic",
     "stabilize": "qexport.passes.stabilize:Stabilize",
     "half": "qexport.passes.half:Half",

@@ -19,6 +19,7 @@ from qexport.passes.placement import Site
 from qexport.passes.range import LARGEST_SCALE, SMALLEST_FLOAT32, SMALLEST_SCALE, half_precision
 
 CODES_KEY = "qexport.codes"
+SMALLEST_GROUP = 16  # no kernel has a smaller one
 SHRINKS = np.linspace(1.0, 0.5, 21)  # what the clip search multiplies a group's range with
 MAX_COARSE = 0.25  # share of groups whose scale float16 may raise
 
