@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qexport.calibration.histogram import Histogram
+from qexport.passes.formats import FORMATS, Kind
 from qexport.passes.range import Range, integers_for
 
-Kind = Literal["int8", "uint8"]
 Method = Callable[[Histogram, Kind], Range]
 
 PERCENTILE = 99.999
-LEVELS = 128  # magnitudes an int8 quantizer tells apart
+LEVELS = 128  # about as many magnitudes as 8 bits tell apart
 BINS = 2048
 
 
@@ -26,17 +25,17 @@ def minmax(histogram: Histogram, kind: Kind) -> Range:
 
 
 def percentile(histogram: Histogram, kind: Kind) -> Range:
-    """Clip the same share of values as lies beyond the 99.999th percentile (of magnitudes for int8)."""
+    """Clip the share of values beyond the 99.999th percentile, of magnitudes where there is no zero point."""
     values, counts = histogram.table()
     share = PERCENTILE / 100
-    if kind == "int8":
+    if not FORMATS[kind].affine:
         reach = _quantile(np.abs(values), counts, share)
         return Range(max(histogram.low, -reach), min(histogram.high, reach))
     return Range(min(0.0, -_quantile(-values, counts, share)), max(0.0, _quantile(values, counts, share)))
 
 
 def entropy(histogram: Histogram, kind: Kind) -> Range:
-    """The clip with the least Kullback-Leibler divergence from float to integer (Migacz 2017, "8-bit inference")."""
+    """The clip with the least Kullback-Leibler divergence from float to 8 bits (Migacz 2017, "8-bit inference")."""
     values, counts = histogram.table()
     top = max(-histogram.low, histogram.high)
     if top == 0.0:
@@ -44,15 +43,20 @@ def entropy(histogram: Histogram, kind: Kind) -> Range:
     mass, _ = np.histogram(np.abs(values), bins=BINS, range=(0.0, top), weights=counts)
     mass[0] = mass[1]  # exact zeros are represented exactly at any clip and must not decide it
     mass = mass.astype(np.float64)
+    edges = FORMATS[kind].edges
     tails = np.concatenate([np.cumsum(mass[::-1])[::-1], [0.0]])
-    scores = {bins: _divergence(mass[:bins], tails[bins]) for bins in range(LEVELS, BINS + 1, LEVELS // 8)}
+    scores = {bins: _divergence(mass[:bins], tails[bins], edges) for bins in range(LEVELS, BINS + 1, LEVELS // 8)}
     reach = min(scores, key=lambda bins: scores[bins]) * top / BINS
     return Range(max(histogram.low, -reach), min(histogram.high, reach))
 
 
 def mse(histogram: Histogram, kind: Kind) -> Range:
-    """The clip with the least squared error through the quantizer itself, rounding and clipping together."""
+    """The clip with the least squared error through the quantizer itself, rounding and clipping together.
+
+    Floating numbers are also tried at ranges beyond the extremes, where they may fall better on their grid.
+    """
     values, counts = histogram.table()
+    stretches = FORMATS[kind].stretches
 
     def clipped(share: float) -> Range:
         return Range(histogram.low * share, histogram.high * share)
@@ -60,12 +64,12 @@ def mse(histogram: Histogram, kind: Kind) -> Range:
     def least(shares: NDArray[np.float64]) -> float:
         return float(min(shares, key=lambda share: squared_error(values, counts, clipped(share), kind)))
 
-    coarse = least(np.linspace(1.0, 0.2, 17))
-    return clipped(least(np.linspace(min(1.0, coarse + 0.04), coarse - 0.04, 9)))
+    coarse = least(np.concatenate([np.linspace(1.0, 0.2, 17), stretches[1:]]))
+    return clipped(least(np.linspace(min(stretches[-1], coarse + 0.04), coarse - 0.04, 9)))
 
 
 def squared_error(values: NDArray[np.float64], counts: NDArray[np.int64], span: Range, kind: Kind) -> float:
-    """Sum over all values of the squared difference between ``x`` and its dequantized integer."""
+    """Sum over all values of the squared difference between ``x`` and its dequantized number."""
     return float(counts @ np.square(integers_for(span, kind).apply(values) - values))
 
 
@@ -78,11 +82,11 @@ def _quantile(values: NDArray[np.float64], counts: NDArray[np.int64], share: flo
     return float(values[order][int(np.argmax(reached))])
 
 
-def _divergence(kept: NDArray[np.float64], tail: float) -> float:
-    """KL(P || Q): P is the clipped histogram with the tail in its last bin, Q the same through ``LEVELS`` levels."""
+def _divergence(kept: NDArray[np.float64], tail: float, shares: NDArray[np.float64]) -> float:
+    """KL(P || Q): P is the clipped histogram with the tail in its last bin, Q the same through the levels."""
     reference = kept.copy()
     reference[-1] += tail
-    edges = np.linspace(0, kept.size, LEVELS + 1).astype(int)
+    edges = np.unique((shares * kept.size).astype(int))  # a level narrower than a bin is exact
     sums = np.add.reduceat(kept, edges[:-1])
     filled = np.add.reduceat((kept > 0).astype(float), edges[:-1])
     level = np.repeat(np.divide(sums, filled, out=np.zeros_like(sums), where=filled > 0), np.diff(edges))

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.passes.base import Decision
+from qexport.passes.formats import FORMATS, Kind
 from qexport.passes.match import Names, constant, sweep
 from qexport.passes.placement import Site
 from qexport.passes.range import integers_for, range_of
@@ -35,13 +36,13 @@ class Editor:
         self.target = target
         self._names = Names(graph)
         self._pairs: dict[ir.Value, ir.Value] = {}
-        self._stored: dict[tuple[ir.Value, int], tuple[ir.Value, NDArray[np.generic]]] = {}
-        self._weights: dict[tuple[ir.Value, int], ir.Value] = {}
+        self._stored: dict[tuple[ir.Value, int, Kind], tuple[ir.Value, NDArray[np.generic]]] = {}
+        self._weights: dict[tuple[ir.Value, int, Kind], ir.Value] = {}
         self._columns: dict[ir.Value, ir.Value] = {}
 
     def quantize(self, site: Site) -> Decision:
         """Put pairs on the activations of a calibrated site, and its weight as integers."""
-        dtype = float_type(site)
+        dtype, kind = float_type(site), FORMATS[self.target.activation].weight
         for index in site.inputs:
             value = site.node.inputs[index]
             if value is not None:
@@ -49,7 +50,7 @@ class Editor:
         if site.weight is not None:
             weight = site.node.inputs[site.weight]
             if weight is not None:
-                site.node.replace_input_with(site.weight, self._weight(weight, site.kernel, site.axis))
+                site.node.replace_input_with(site.weight, self._weight(weight, site.kernel, site.axis, kind))
         return Decision(site.node.name or "", site.node.op_type, "quantized", site.kind)
 
     def quantize_table(self, node: ir.Node) -> Decision:
@@ -59,14 +60,14 @@ class Editor:
         if table is None or tensor is None:
             raise ValueError(f"node {node.name!r} has no constant table")
         if self.target.table == "dequantize":
-            node.replace_input_with(0, self._weight(table, tensor, 0))
+            node.replace_input_with(0, self._weight(table, tensor, 0, "int8"))
         else:
             self._gather_rows(node, indices, table, tensor)
         return Decision(node.name or "", node.op_type, "quantized", "embedding table, one scale a row")
 
     def finish(self) -> None:
         """Drop the float weights that nothing reads any more."""
-        sweep([value for value, _ in self._stored])
+        sweep([value for value, _, _ in self._stored])
 
     def _pair(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         if value not in self._pairs:
@@ -75,41 +76,43 @@ class Editor:
                 raise ValueError(f"value {value.name!r} has no range")
             numbers = integers_for(span, self.target.activation, half=needs_half(self.target, dtype))
             scale = self._initializer(f"{value.name}/scale", np.array(numbers.scale, dtype.numpy()))
-            zero = self._initializer(f"{value.name}/zero_point", np.array(numbers.zero_point, numbers.dtype))
+            zero = self._initializer(f"{value.name}/zero_point", numbers.zero)
             q = self._node("QuantizeLinear", [value, scale, zero], f"{value.name}")
             dq = self._node("DequantizeLinear", [q.outputs[0], scale, zero], f"{value.name}")
-            self._describe(q, f"{value.name}/quantized", ir.DataType[numbers.dtype.upper()], value.shape)
+            self._describe(q, f"{value.name}/quantized", ir.DataType.from_numpy(numbers.zero.dtype), value.shape)
             self._describe(dq, f"{value.name}/dequantized", dtype, value.shape)
             self._insert_after(value, [q, dq])
             self._pairs[value] = dq.outputs[0]
         return self._pairs[value]
 
-    def _weight(self, value: ir.Value, tensor: ir.TensorProtocol, axis: int) -> ir.Value:
-        if (value, axis) not in self._weights:
-            integers, scale = self._store(value, tensor, axis)
+    def _weight(self, value: ir.Value, tensor: ir.TensorProtocol, axis: int, kind: Kind) -> ir.Value:
+        if (value, axis, kind) not in self._weights:
+            held, scale = self._store(value, tensor, axis, kind)
             inputs = [
-                integers,
+                held,
                 self._initializer(f"{value.name}/scale", scale),
-                self._initializer(f"{value.name}/zero_point", np.zeros(scale.shape, np.int8)),
+                self._initializer(f"{value.name}/zero_point", np.zeros(scale.shape, FORMATS[kind].stored)),
             ]
             dq = self._node("DequantizeLinear", inputs, f"{value.name}", axis=axis)
-            self._describe(dq, f"{value.name}/dequantized", tensor.dtype, integers.shape)
+            self._describe(dq, f"{value.name}/dequantized", tensor.dtype, held.shape)
             self.graph.insert_before(self.graph[0], dq)
-            self._weights[value, axis] = dq.outputs[0]
-        return self._weights[value, axis]
+            self._weights[value, axis, kind] = dq.outputs[0]
+        return self._weights[value, axis, kind]
 
-    def _store(self, value: ir.Value, tensor: ir.TensorProtocol, axis: int) -> tuple[ir.Value, NDArray[np.generic]]:
-        """The integers of a weight as an initializer, made once, and their scales."""
-        if (value, axis) not in self._stored:
+    def _store(
+        self, value: ir.Value, tensor: ir.TensorProtocol, axis: int, kind: Kind
+    ) -> tuple[ir.Value, NDArray[np.generic]]:
+        """The numbers of a weight as an initializer, made once, and their scales."""
+        if (value, axis, kind) not in self._stored:
             half = needs_half(self.target, tensor.dtype)
-            integers, scale = quantize_weight(tensor.numpy(), axis, half=half)
-            held = self._initializer(f"{value.name}/int8", integers)
-            self._stored[value, axis] = held, scale.astype(tensor.dtype.numpy())
-        return self._stored[value, axis]
+            numbers, scale = quantize_weight(tensor.numpy(), axis, half=half, kind=kind)
+            held = self._initializer(f"{value.name}/{kind}", numbers)
+            self._stored[value, axis, kind] = held, scale.astype(tensor.dtype.numpy())
+        return self._stored[value, axis, kind]
 
     def _gather_rows(self, node: ir.Node, indices: ir.Value | None, table: ir.Value, tensor: ir.TensorProtocol) -> None:
         """Gather int8 rows and their scales, then multiply: no pass over the whole table at run time."""
-        integers, scale = self._store(table, tensor, 0)
+        integers, scale = self._store(table, tensor, 0, "int8")
         if table not in self._columns:
             self._columns[table] = self._initializer(f"{table.name}/scale", scale[:, None])
         name = node.name or f"{table.name}"

@@ -1,11 +1,11 @@
-"""Insert Q/DQ pairs from calibrated ranges and store weights as integers.
+"""Insert Q/DQ pairs from calibrated ranges and store weights in 8 bits.
 
 1. Activation: ``x -> op`` becomes ``x -> QuantizeLinear -> DequantizeLinear -> op``, for the quantized consumers of x
    only; they share one pair.
-2. Weight: ``W -> op`` becomes ``int8 W -> DequantizeLinear -> op``, symmetric per output channel; the float weight is
-   dropped when nothing else reads it.
-3. Embedding table: rows are stored as int8 with one scale each (``target.table`` says how they are read back), where
-   nothing else needs the float rows.
+2. Weight: ``W -> op`` becomes ``int8 W -> DequantizeLinear -> op`` (or fp8), symmetric per output channel; the float
+   weight is dropped when nothing else reads it.
+3. Embedding table: rows are stored as int8, whatever the format, with one scale each (``target.table`` says how they
+   are read back), where nothing else needs the float rows.
 4. Biases stay float.
 
 Scales have the type of what they scale, and are float16 numbers wherever half precision may come to read them.
@@ -17,12 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
 from qexport.errors import UsageError
 from qexport.passes.base import Decision, Outcome, Pass
+from qexport.passes.formats import FORMATS
 from qexport.passes.match import check_names, constant
 from qexport.passes.placement import Site, plan, residual_sites
 from qexport.passes.qdq import Editor, float_type, needs_half
@@ -34,7 +35,6 @@ from qexport.passes.weights import misfit
 __all__ = ["KEPT", "NOT_CALIBRATED", "Quantize", "float_type", "needs_half", "quantized_nodes"]
 
 MIN_TABLE = 1 << 16  # elements; below it an int8 table saves nothing worth a node
-AXIS_OPSET = 13  # the first whose DequantizeLinear takes a scale for each channel
 NOT_CALIBRATED = "not calibrated: no sample reached it"
 KEPT = "kept in float by name"
 
@@ -53,17 +53,20 @@ class Quantize(Pass):
     """Names of nodes that stay in float."""
     attention: bool = False
     """Whether products of two computed tensors are quantized; needs calibrate.attention, and no fuse-attention."""
+    format: Literal["fp8"] | None = None
+    """8-bit numbers of the products: unset, the integers that the target takes; fp8 is float8e4m3fn."""
 
     def call(self, model: ir.Model) -> Outcome:
         """Insert the quantizers; a model that has some, or an opset without them, is left alone with a reason.
 
-        Nothing calibrated at all, or a name in ``keep`` that no node has, is a ``UsageError``.
+        Nothing calibrated at all, or a name in ``keep`` that no node has, is a ``UsageError``,
+        and so is a format that the target does not read.
         """
-        refusal = _refusal(model)
+        target, opset = find_target(self.target).using(self.format, "quantize.format"), model.opset_imports.get("", 1)
+        refusal = _refusal(model, FORMATS[target.activation].opset)
         if refusal is not None:
             return Outcome(model, False, (Decision("", "graph", "skipped", refusal),))
         check_names(self.keep, model)
-        target, opset = find_target(self.target), model.opset_imports.get("", 1)
         found = plan(model, target, attention=self.attention)
         rules = _Rules(target, opset, self.keep, self.min_sqnr)
         chosen, refused = rules.split(found.roots)
@@ -78,11 +81,11 @@ class Quantize(Pass):
         return Outcome(model, bool(done), (*done, *found.refused, *refused, *refused_skips, *refused_tables))
 
 
-def _refusal(model: ir.Model) -> str | None:
+def _refusal(model: ir.Model, need: int) -> str | None:
     if quantized_nodes(model):
         return "already quantized"
     opset = model.opset_imports.get("", 1)
-    return f"needs opset {AXIS_OPSET}, model has {opset}" if opset < AXIS_OPSET else None
+    return f"needs opset {need}, model has {opset}" if opset < need else None
 
 
 def _calibrated(site: Site) -> bool:
@@ -150,7 +153,10 @@ class _Rules:
             reason = beyond_half(span, self.target.activation) if half and span is not None else None
             if reason is not None:
                 return reason
-        return None if site.weight is None else misfit(site.kernel.numpy(), site.axis, half=half)
+        if site.weight is None:
+            return None
+        kind = FORMATS[self.target.activation].weight
+        return misfit(site.kernel.numpy(), site.axis, half=half, kind=kind)
 
     def _is_table(self, node: ir.Node) -> bool:
         tensor = constant(node.inputs[0])

@@ -1,20 +1,20 @@
-"""The range of a tensor and the integers that stand for it."""
+"""The range of a tensor and the 8-bit numbers that stand for it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+
+from qexport.passes.formats import FORMATS, Kind
 
 RANGE_KEY = "qexport.range"
 SQNR_KEY = "qexport.sqnr"
 SMALLEST_SCALE = 2.0**-14  # the smallest normal float16; a denormal scale is read as zero by some engines
 LARGEST_SCALE = 65504.0  # the largest float16
 SMALLEST_FLOAT32 = 2.0**-126  # the smallest normal float32
-MAX_COARSENING = 4.0  # how much larger than wanted a float16 scale may be: two of eight bits
 HALF_QUANTIZERS = 19  # first opset whose Q/DQ take float16
 
 
@@ -32,22 +32,23 @@ class Range:
 
 @dataclass(frozen=True, slots=True)
 class Integers:
-    """Scale and zero point of a quantizer: ``q = clip(round(x / scale) + zero_point)``."""
+    """Scale and zero point of a quantizer: ``q = clip(round(x / scale) + zero_point)``, rounding as its kind does."""
 
     scale: float
     zero_point: int
-    dtype: Literal["int8", "uint8"]
+    kind: Kind
 
     @property
-    def limits(self) -> tuple[int, int]:
-        """Where QuantizeLinear saturates; an int8 range ends at -127 and 127, and clipped values may reach -128."""
-        return (-128, 127) if self.dtype == "int8" else (0, 255)
+    def zero(self) -> NDArray[np.generic]:
+        """The zero point as QuantizeLinear takes it; its type is that of the result."""
+        return np.array(self.zero_point, FORMATS[self.kind].stored)
 
     def apply(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
         """Quantize and dequantize; the division is in float32, as in a runtime, so that ties fall the same way."""
-        low, high = self.limits
+        numbers = FORMATS[self.kind]
+        low, high = numbers.limits
         with np.errstate(over="ignore"):  # what overflows saturates below
-            steps: NDArray[np.float64] = np.rint(np.asarray(x, np.float32) / np.float32(self.scale)).astype(np.float64)
+            steps = numbers.nearest(np.asarray(x, np.float32) / np.float32(self.scale)).astype(np.float64)
         return np.asarray((np.clip(steps + self.zero_point, low, high) - self.zero_point) * self.scale)
 
 
@@ -62,30 +63,31 @@ def half_precision(scale: NDArray[np.floating] | float) -> NDArray[np.float32]:
     return np.asarray(raised, np.float32)
 
 
-def integers_for(span: Range, dtype: Literal["int8", "uint8"], *, half: bool | None = None) -> Integers:
-    """Scale and zero point for ``span``: absmax for int8, affine for uint8.
+def integers_for(span: Range, kind: Kind, *, half: bool | None = None) -> Integers:
+    """Scale and zero point for ``span``: absmax for int8 and fp8, affine for uint8.
 
-    ``half`` asks for a scale that float16 holds; by default int8 gets one, since the targets that take it compute in
-    half precision, and uint8 does not.
+    ``half`` asks for a scale that float16 holds; by default all but uint8 get one, since the targets that take them
+    compute in half precision.
     """
-    wanted = _wanted(span, dtype)
-    if dtype == "int8" if half is None else half:
+    wanted, affine = _wanted(span, kind), FORMATS[kind].affine
+    if not affine if half is None else half:
         scale = float(half_precision(wanted))
     else:
         scale = float(np.float32(max(wanted or SMALLEST_SCALE, SMALLEST_FLOAT32)))
-    return Integers(scale, 0 if dtype == "int8" else int(np.clip(np.rint(-span.low / scale), 0, 255)), dtype)
+    return Integers(scale, int(np.clip(np.rint(-span.low / scale), 0, 255)) if affine else 0, kind)
 
 
-def beyond_half(span: Range, dtype: Literal["int8", "uint8"]) -> str | None:
+def beyond_half(span: Range, kind: Kind) -> str | None:
     """Why no float16 scale stands for ``span``, if none does."""
-    wanted = _wanted(span, dtype)
+    wanted = _wanted(span, kind)
     if wanted > LARGEST_SCALE:
         return "its range is too large for a float16 scale"
-    return "its range is too small for a float16 scale" if wanted * MAX_COARSENING < SMALLEST_SCALE else None
+    return "its range is too small for a float16 scale" if wanted * FORMATS[kind].slack < SMALLEST_SCALE else None
 
 
-def _wanted(span: Range, dtype: Literal["int8", "uint8"]) -> float:
-    return max(-span.low, span.high) / 127 if dtype == "int8" else (span.high - span.low) / 255
+def _wanted(span: Range, kind: Kind) -> float:
+    numbers = FORMATS[kind]
+    return (span.high - span.low if numbers.affine else max(-span.low, span.high)) / numbers.reach
 
 
 def range_of(value: ir.Value) -> Range | None:

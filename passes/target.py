@@ -6,10 +6,11 @@ the same parser and NVIDIA's documentation; the CPU row was measured on an AVX-5
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from qexport.errors import UsageError
+from qexport.passes.formats import Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,7 @@ class Target:
         name: What a person types.
         engine: Python module that builds engines, or ``None`` where the ONNX file is the artefact.
         providers: onnxruntime execution providers that run the file.
-        activation: ``int8`` means symmetric with zero point 0, ``uint8`` means affine.
+        activation: ``int8`` and ``fp8`` mean symmetric with zero point 0, ``uint8`` means affine.
         opset: Highest opset the backend reads.
         rest: Type of everything that is not quantized.
         table: How an int8 embedding table is read: ``dequantize`` puts DequantizeLinear before Gather,
@@ -33,13 +34,13 @@ class Target:
         residual_add: Which inputs of a residual Add behind a convolution are quantized: ``skip``, where the other one
             fuses into the convolution; ``both``, where the Add itself has integer kernels; ``none``.
         formats: What else it reads: ``int4`` (blocked DequantizeLinear), ``nbits`` (onnxruntime's MatMulNBits), ``fp8``
-            (float8e4m3fn Q/DQ), ``bfloat16``, ``dynamic`` (ranges per call), ``qlinear`` (integer-only operators).
+            (float8e4m3fn Q/DQ), ``nf4`` (MatMulBnb4), ``bfloat16``, ``dynamic`` (ranges per call), ``qlinear`` (integer-only operators).
     """
 
     name: str
     engine: str | None
     providers: tuple[str, ...]
-    activation: Literal["int8", "uint8"]
+    activation: Kind
     opset: int
     rest: Literal["float16", "float32"]
     table: Literal["dequantize", "gather", "float"]
@@ -56,10 +57,18 @@ class Target:
             hint = f"targets that read it: {', '.join(others)}" if others else f"known: {', '.join(sorted(FORMATS))}"
             raise UsageError(f"target {self.name} does not read {wanted}", where=where or None, hint=hint)
 
+    def using(self, numbers: Literal["fp8"] | None, where: str = "") -> Target:
+        """The target with activations in other 8-bit numbers, or as it is; ``UsageError`` if it does not read them."""
+        if numbers is None:
+            return self
+        self.demand(numbers, where)
+        return replace(self, activation=numbers)
+
 
 _CPU = ("CPUExecutionProvider",)
 _ENGINE_FORMATS = frozenset({"int4", "fp8", "bfloat16"})
-_CPU_FORMATS = frozenset({"int4", "nbits", "fp8", "dynamic", "qlinear"})
+# fp8 is not among them: onnxruntime 1.31 merges its Q/DQ into MatMulIntegerToFloat, and then refuses the type
+_CPU_FORMATS = frozenset({"int4", "nbits", "dynamic", "qlinear"})
 FORMATS = _ENGINE_FORMATS | _CPU_FORMATS
 
 TARGETS = {

@@ -1,35 +1,40 @@
-"""Weights as integers: the scales of their channels, and when these are too coarse or too large for float16."""
+"""Weights as 8-bit numbers: the scales of their channels, and when these are too coarse or too large for float16."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qexport.passes.formats import FORMATS, Format, Kind
 from qexport.passes.range import LARGEST_SCALE, SMALLEST_FLOAT32, SMALLEST_SCALE, half_precision
 
-MIN_CHANNEL_SQNR = 20.0  # dB; an int8 channel with a scale of its own has about 40
+MIN_CHANNEL_SQNR = 20.0  # dB; a channel with a scale of its own has about 40 in int8, 32 in fp8
 MAX_COARSE = 0.25  # share of channels
 ZERO_IN_HALF = 2.0**-25  # what float16 rounds to zero
 
 
 def quantize_weight(
-    weight: NDArray[np.generic], axis: int, *, half: bool = False
-) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Symmetric absmax int8 along ``axis``: integers in [-127, 127] of the same shape, scales ``[channels]``.
+    weight: NDArray[np.generic], axis: int, *, half: bool = False, kind: Kind = "int8"
+) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """Symmetric numbers along ``axis``: of the same shape, at most 127 or 448 from zero, and scales ``[channels]``.
 
+    Scales are absmax; where the format has stretches, each channel takes the one with the least squared error.
     With ``half``, the scales are normal float16 numbers; :func:`misfit` says whether that is good enough.
     """
+    numbers = FORMATS[kind]
     w = np.asarray(weight, np.float32)
-    others = _others(w, axis)
-    wanted = _wanted(w, axis)
-    scale = (
-        half_precision(wanted) if half else np.where(wanted == 0, SMALLEST_SCALE, np.maximum(wanted, SMALLEST_FLOAT32))
-    )
-    wide = np.expand_dims(scale, others)
-    return np.clip(np.rint(w / wide), -127, 127).astype(np.int8), np.asarray(scale, np.float32)
+    wanted = _wanted(w, axis, numbers)
+    scale = _scale(wanted, half)
+    if len(numbers.stretches) > 1:
+        scales = [_scale(wanted * np.float32(stretch), half) for stretch in numbers.stretches]
+        noise = [_noise(w, numbers.encode(_steps(w, tried, axis)), tried, axis) for tried in scales]
+        scale = np.take_along_axis(np.stack(scales), np.argmin(noise, axis=0)[None], axis=0)[0]
+    return numbers.encode(_steps(w, scale, axis)), scale
 
 
-def misfit(weight: NDArray[np.generic], axis: int, *, half: bool) -> str | None:
+def misfit(weight: NDArray[np.generic], axis: int, *, half: bool, kind: Kind = "int8") -> str | None:
     """Why ``weight`` cannot be stored with one scale for each channel of ``axis``, if it cannot.
 
     With ``half``, a channel keeps ``MIN_CHANNEL_SQNR`` if its scale need not be raised to what float16 allows. A few
@@ -37,19 +42,19 @@ def misfit(weight: NDArray[np.generic], axis: int, *, half: bool) -> str | None:
     ``MAX_COARSE`` of them hold something. A channel that is zero in float16 as well has nothing to lose.
     """
     w = np.asarray(weight, np.float32)
-    wanted = _wanted(w, axis)
+    numbers = FORMATS[kind]
+    wanted = _wanted(w, axis, numbers)
     if not np.isfinite(wanted).all():
         return "weights are not finite"
     if half and wanted.max(initial=0.0) > LARGEST_SCALE:
         return "weights too large for float16 scales"
-    raised = half & (wanted < SMALLEST_SCALE) & (wanted * 127 > ZERO_IN_HALF)
+    raised = half & (wanted < SMALLEST_SCALE) & (wanted * np.float32(numbers.reach) > ZERO_IN_HALF)
     if not raised.any():
         return None
     small = np.compress(raised, w, axis)
-    integers, scale = quantize_weight(small, axis, half=True)
-    others = _others(small, axis)
-    noise = np.square(integers * np.expand_dims(scale.astype(np.float64), others) - small).sum(axis=others)
-    power = np.square(small.astype(np.float64)).sum(axis=others)
+    stored, scale = quantize_weight(small, axis, half=True, kind=kind)
+    noise = _noise(small, stored, scale, axis)
+    power = np.square(small.astype(np.float64)).sum(axis=_others(small, axis))
     coarse = noise > power * 10 ** (-MIN_CHANNEL_SQNR / 10)
     return "weights too small for float16 scales" if coarse.sum() > MAX_COARSE * wanted.size else None
 
@@ -58,6 +63,23 @@ def _others(w: NDArray[np.float32], axis: int) -> tuple[int, ...]:
     return tuple(i for i in range(w.ndim) if i != axis)
 
 
-def _wanted(w: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
-    """The largest magnitude of each channel, over 127."""
-    return np.asarray(np.abs(w).max(axis=_others(w, axis), initial=0.0) / 127, np.float32)
+def _wanted(w: NDArray[np.float32], axis: int, numbers: Format) -> NDArray[np.float32]:
+    """The largest magnitude of each channel, over the largest number."""
+    return np.asarray(np.abs(w).max(axis=_others(w, axis), initial=0.0) / np.float32(numbers.reach), np.float32)
+
+
+def _scale(wanted: NDArray[np.float32], half: bool) -> NDArray[np.float32]:
+    if half:
+        return half_precision(wanted)
+    return np.asarray(np.where(wanted == 0, SMALLEST_SCALE, np.maximum(wanted, SMALLEST_FLOAT32)), np.float32)
+
+
+def _steps(w: NDArray[np.float32], scale: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
+    return np.asarray(w / np.expand_dims(scale, _others(w, axis)), np.float32)
+
+
+def _noise(w: NDArray[np.float32], stored: NDArray[Any], scale: NDArray[np.float32], axis: int) -> NDArray[np.float64]:
+    """Sum of the squared errors of each channel."""
+    others = _others(w, axis)
+    back = stored.astype(np.float64) * np.expand_dims(scale.astype(np.float64), others)
+    return np.asarray(np.square(back - w).sum(axis=others))
