@@ -35,6 +35,7 @@ _HOMES = {
     "calibrate": "qexport.calibration.calibrate:Calibrate",
     "quantize": "qexport.passes.quantize:Quantize",
     "weight-only": "qexport.passes.weight_only:WeightOnly",
+    "nf4": "qexport.passes.nf4:NF4",
     "dynamic": "qexport.passes.dynamic:Dynamic",
     "stabilize": "qexport.passes.stabilize:Stabilize",
     "half": "qexport.passes.half:Half",

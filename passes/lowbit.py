@@ -10,9 +10,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.passes.base import Decision
-from qexport.passes.match import Names, check_names, constant, dims, producer, sweep
+from qexport.passes.match import Names, check_names, constant, dims, producer, replace, sweep
 from qexport.passes.placement import ATTENTION, CHANNEL_AXIS, FLOATS, Site
 
+AXIS_OPSET, BLOCK_OPSET = 13, 21  # first opsets whose DequantizeLinear takes channels, and blocks and int4
+SCALED = "a Gemm whose alpha or beta is not 1"
 PRODUCTS = ("MatMul", "Gemm")
 CONTRIB, CONTRIB_OPS = "com.microsoft", ("MatMulNBits", "MatMulBnb4")
 
@@ -110,6 +112,15 @@ class Editor:
             output.shape = None if like.shape is None else like.shape.copy()
         return node
 
+    def replace_product(self, site: Site, op: str, constants: Sequence[ir.Value], **sizes: int) -> None:
+        """Put ``op`` for the product of ``site``, with ``constants`` for its weight; the bias of a Gemm is added."""
+        (x, weight, *bias), output = site.node.inputs, site.node.outputs[0]
+        name = str(site.node.name or (weight and weight.name))
+        nodes = [self.node(op, [x, *constants], name, output, **sizes)]
+        if bias and bias[0] is not None:
+            nodes.append(self.node("Add", [nodes[0].outputs[0], bias[0]], name, output))
+        replace([site.node], output, nodes)
+
     def first(self, nodes: Sequence[ir.Node]) -> None:
         """Put nodes that read constants only before all others."""
         self.graph.insert_before(self.graph[0], nodes)
@@ -122,6 +133,11 @@ class Editor:
 def decision(node: ir.Node, action: str, reason: str) -> Decision:
     """The decision about ``node``."""
     return Decision(node.name or "", node.op_type, action, reason)
+
+
+def is_scaled(node: ir.Node) -> bool:
+    """Whether a Gemm has an alpha or a beta."""
+    return any(node.attributes.get_float(name, 1.0) != 1 for name in ("alpha", "beta"))
 
 
 def _makes_output(node: ir.Node) -> bool:

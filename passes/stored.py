@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace as changed
+from dataclasses import replace
 from typing import Protocol
 
 import ml_dtypes
@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from qexport.passes.groups import Codes, Grid
 from qexport.passes.lowbit import Editor
-from qexport.passes.match import replace
 from qexport.passes.placement import Site
 from qexport.passes.target import Target
 
@@ -50,7 +49,7 @@ class Dequantize:
 
     def _node(self, weight: ir.Value, codes: Codes, site: Site) -> ir.Value:
         k, dtype = codes.values.shape[0], site.kernel.dtype.numpy()
-        grid = changed(codes.grid, group=self._block(codes.grid, k))
+        grid = replace(codes.grid, group=self._block(codes.grid, k))
         kind = np.dtype(np.int8 if grid.bits == 8 else ml_dtypes.int4)
         repeats = codes.grid.rows(k) // grid.rows(k)
         arrays = [("codes", codes.values.astype(kind)), ("scale", np.repeat(codes.scale, repeats, 0).astype(dtype))]
@@ -87,7 +86,7 @@ class NBits:
 
     def write(self, site: Site, codes: Codes) -> None:
         """Let ``site`` read its weight as ``codes``."""
-        (x, weight, *bias), output = site.node.inputs, site.node.outputs[0]
+        weight = site.node.inputs[1]
         assert weight is not None
         k, n = codes.values.shape
         block = kernel_block(codes.grid, k)
@@ -97,11 +96,7 @@ class NBits:
             stored = [self.editor.constant(f"{weight.name}/{name}", array) for name, array in arrays.items()]
             self._stored[weight, site.axis] = stored
         sizes = {"K": k, "N": n, "bits": _width(codes.grid), "block_size": block, "accuracy_level": self.accuracy_level}
-        name, inputs = str(site.node.name or weight.name), [x, *self._stored[weight, site.axis]]
-        nodes = [self.editor.node("MatMulNBits", inputs, name, output, **sizes)]
-        if bias and bias[0] is not None:
-            nodes.append(self.editor.node("Add", [nodes[0].outputs[0], bias[0]], name, output))
-        replace([site.node], output, nodes)
+        self.editor.replace_product(site, "MatMulNBits", self._stored[weight, site.axis], **sizes)
 
 
 def kernel_block(grid: Grid, k: int) -> int:

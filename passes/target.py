@@ -34,7 +34,8 @@ class Target:
         residual_add: Which inputs of a residual Add behind a convolution are quantized: ``skip``, where the other one
             fuses into the convolution; ``both``, where the Add itself has integer kernels; ``none``.
         formats: What else it reads: ``int4`` (blocked DequantizeLinear), ``nbits`` (onnxruntime's MatMulNBits), ``fp8``
-            (float8e4m3fn Q/DQ), ``nf4`` (MatMulBnb4), ``bfloat16``, ``dynamic`` (ranges per call), ``qlinear`` (integer-only operators).
+            (float8e4m3fn Q/DQ), ``bfloat16``, ``dynamic`` (ranges per call), ``qlinear`` (integer-only operators),
+            ``nf4`` (MatMulBnb4).
     """
 
     name: str
@@ -68,7 +69,7 @@ class Target:
 _CPU = ("CPUExecutionProvider",)
 _ENGINE_FORMATS = frozenset({"int4", "fp8", "bfloat16"})
 # fp8 is not among them: onnxruntime 1.31 merges its Q/DQ into MatMulIntegerToFloat, and then refuses the type
-_CPU_FORMATS = frozenset({"int4", "nbits", "dynamic", "qlinear"})
+_CPU_FORMATS = frozenset({"int4", "nbits", "nf4", "dynamic", "qlinear"})
 FORMATS = _ENGINE_FORMATS | _CPU_FORMATS
 
 TARGETS = {

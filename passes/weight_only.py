@@ -19,13 +19,12 @@ import onnx_ir as ir
 from qexport.errors import UsageError
 from qexport.passes.base import Decision, Outcome, Pass
 from qexport.passes.groups import SMALLEST_GROUP, Grid, as_matrix, check_group, codes_of, misfit_groups, quantize_groups
-from qexport.passes.lowbit import Choice, Editor, decision
+from qexport.passes.lowbit import AXIS_OPSET, BLOCK_OPSET, SCALED, Choice, Editor, decision, is_scaled
 from qexport.passes.placement import Site
 from qexport.passes.qdq import needs_half
 from qexport.passes.stored import Dequantize, NBits, Writer, kernel_block
 from qexport.passes.target import Target, find_target
 
-AXIS_OPSET, BLOCK_OPSET = 13, 21  # first opsets whose DequantizeLinear takes channels, and blocks and int4
 Format = Literal["dequantize", "nbits"]
 
 
@@ -88,8 +87,8 @@ class WeightOnly(Pass):
         needed = _opset(self._grid(site)) if form == "dequantize" else 1
         if opset < needed:
             return f"needs opset {needed}, model has {opset}"
-        if form == "nbits" and not all(site.node.attributes.get_float(name, 1.0) == 1 for name in ("alpha", "beta")):
-            return "a Gemm whose alpha or beta is not 1"
+        if form == "nbits" and is_scaled(site.node):
+            return SCALED
         if codes_of(site.node.inputs[1]) is not None:
             return None
         return misfit_groups(as_matrix(site), self._grid(site), half=needs_half(target, site.kernel.dtype))
