@@ -158,8 +158,9 @@ def misfit_groups(weight: Matrix, grid: Grid, *, half: bool) -> str | None:
 def check_group(grid: Grid, k: int, node: str) -> None:
     """Raise ``UsageError`` naming the node, its inputs and groups that fit, where ``grid.group`` does not divide k."""
     if grid.group and k % grid.group:
-        near = [size for size in range(2, k) if k % size == 0]
-        near = sorted(sorted(near, key=lambda size: abs(size - grid.group))[:3])
+        fitting = [size for size in range(SMALLEST_GROUP, k) if k % size == 0]
+        regular = [size for size in fitting if size % SMALLEST_GROUP == 0]  # what all kernels take
+        near = sorted(sorted(regular or fitting, key=lambda size: abs(size - grid.group))[:3])
         fit = f"group = {', '.join(map(str, near))}" if near else "no group divides it"
         raise UsageError(
             f"group {grid.group} does not divide the {k} inputs of node {node!r}",
