@@ -14,14 +14,14 @@ import qexport
 from qexport.exporter.load import Source
 from qexport.exporter.recipe import Recipe
 from qexport.exporter.report import report_markdown
-from qexport.exporter.result import DecisionInfo, EngineInfo, FileInfo, Latency, Quality, Result, StepInfo
+from qexport.exporter.result import BackedOff, DecisionInfo, EngineInfo, FileInfo, Latency, Quality, Result, StepInfo
 from qexport.exporter.samples import Samples
 from qexport.exporter.steps import PASSES
 from qexport.exporter.surroundings import peak_memory
 from qexport.safe_io import Stage, finite
 
 if TYPE_CHECKING:
-    from qexport.exporter.build import Product
+    from qexport.exporter.product import Product
 
 MODEL = "model.onnx"
 MANIFEST, RESULT, REPORT = "manifest.json", "result.json", "report.md"
@@ -55,11 +55,13 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """How good, how fast and how large the result is."""
+    """How good, how fast and how large the result is, and what had to stay in float for it."""
 
     quality: Quality | None
     latency: Latency | None
     engine: EngineInfo | None
+    backed_off: tuple[BackedOff, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 def summarize(recipe: Recipe, product: Product, samples: Samples, seconds: float) -> Facts:
@@ -110,8 +112,9 @@ def write_artefact(stage: Stage, output: Path, source: Source, facts: Facts, evi
         quality=quality,
         latency=latency,
         engine=engine,
+        backed_off=evidence.backed_off,
         gates={k: v for k, v in facts.recipe.gates.model_dump().items() if v is not None},
-        warnings=(*_idle(facts), *facts.warnings, *_late_warnings(quality, latency)),
+        warnings=(*_idle(facts), *facts.warnings, *evidence.remarks, *_late_warnings(quality, latency)),
         seconds=facts.seconds,
         peak_rss_bytes=peak_memory(),
     )

@@ -4,53 +4,31 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
 
-from qexport.calibration.spec import input_specs, static_batch
-from qexport.calibration.store import Store
 from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.admit import Limits, admit_file
 from qexport.exporter.artefact import MODEL, Evidence, summarize, write_artefact
 from qexport.exporter.engine import PLAN, EngineOptions
 from qexport.exporter.engine_child import build_in_child
-from qexport.exporter.equality import EqualityProof
-from qexport.exporter.gates import check_gates, check_judge
-from qexport.exporter.latency import measure
+from qexport.exporter.gates import check_judge
 from qexport.exporter.load import Source, load_source
 from qexport.exporter.onnx_file import save_onnx
 from qexport.exporter.options import Advance, BuildOptions, Progress
+from qexport.exporter.precision.backoff import settle
+from qexport.exporter.precision.bench import BuildBench
+from qexport.exporter.product import run_recipe
 from qexport.exporter.profiles import Profile, check_profile, derive_profile
-from qexport.exporter.quality import compare, layer_quality
-from qexport.exporter.recipe import Recipe, instantiate, load_recipe, override
-from qexport.exporter.result import EngineInfo, Latency, Quality, Result
-from qexport.exporter.samples import Samples, calibration_passes, longest, open_samples
+from qexport.exporter.recipe import Recipe, load_recipe, override
+from qexport.exporter.result import EngineInfo, Result
+from qexport.exporter.samples import Samples, longest, open_samples
 from qexport.exporter.steps import find_pass
-from qexport.passes.pipeline import Step, run
 from qexport.passes.quantize import quantized_nodes
 from qexport.passes.target import Target, find_target
 from qexport.safe_io import Stage, publish
-
-
-@dataclass(frozen=True, slots=True)
-class Product:
-    """What the recipe made of a model.
-
-    Attributes:
-        model: The result.
-        steps: One record per pass.
-        proofs: Per pass, the worst relative error against the step before, where it had to be equal.
-        plain: The model before the first pass that changes numbers.
-        warnings: What could not be proven.
-    """
-
-    model: ir.Model
-    steps: tuple[Step, ...]
-    proofs: tuple[float | None, ...]
-    plain: ir.Model
-    warnings: tuple[str, ...] = ()
 
 
 def build(
@@ -87,20 +65,20 @@ def build(
     with publish(output, inputs=[path for path in (model, calib, eval) if path is not None]) as stage:
         with stages.stage("load"):
             source = load_source(model, Limits(allow_nonfinite=asked.allow_nonfinite))
-            _refuse_quantized(source, chosen)
-            _refuse_newer(source, row)
+            refuse_quantized(source, chosen)
+            refuse_newer(source, row)
             samples = open_samples(source, chosen, calib, eval)
             check_judge(samples, chosen.gates)
         product = run_recipe(source, chosen, samples, asked)
-        quality = verify(source, product, samples, row, stages)
-        check_gates(quality, chosen.gates)
-        latency = time_both(source, product, samples, row, stages)
+        bench = BuildBench(source, product, samples, row, stages)
+        found = settle(product, bench, chosen.gates, never_worse=chosen.export.never_worse)
         with stages.stage("write"):
-            save_onnx(product.model, stage, MODEL)
+            save_onnx(found.product.model, stage, MODEL)
             admit_file(stage.path / MODEL, Limits(allow_nonfinite=asked.allow_nonfinite))
-        engine = build_plan(product.model, chosen, samples, stage, stages)
-        facts = summarize(chosen, product, samples, time.perf_counter() - started)
-        return write_artefact(stage, output, source, facts, Evidence(quality, latency, engine))
+        engine = build_plan(found.product.model, chosen, samples, stage, stages)
+        facts = summarize(chosen, found.product, samples, time.perf_counter() - started)
+        evidence = Evidence(found.quality, found.latency, engine, found.backed_off, found.remarks)
+        return write_artefact(stage, output, source, facts, evidence)
 
 
 def choose_recipe(recipe: str | Path | Recipe, asked: BuildOptions) -> Recipe:
@@ -124,39 +102,6 @@ def choose_recipe(recipe: str | Path | Recipe, asked: BuildOptions) -> Recipe:
             hint=f"set {target.opset} or lower, or leave it out",
         )
     return chosen
-
-
-def run_recipe(source: Source, recipe: Recipe, samples: Samples, asked: BuildOptions) -> Product:
-    """Run the passes over a clone, each exact one followed by its proof of equality."""
-    proof = EqualityProof(samples.proof, samples.made_up)
-    size = 0 if samples.calibration is None else len(samples.calibration)
-    total = sum(min(size, asked_for) for asked_for in calibration_passes(recipe)) or None
-    with asked.progress.stage("recipe", total) as advance:
-        steps = instantiate(recipe, {"data": samples.calibration, "advance": advance, "store": Store(asked.cache)})
-        model, records = run(source.model, steps, [proof])
-    plain = proof.before_inexact or model
-    return Product(model, tuple(records), tuple(proof.errors), plain, tuple(proof.warnings))
-
-
-def verify(source: Source, product: Product, samples: Samples, target: Target, stages: Progress) -> Quality | None:
-    """Judge the result against the model as it came: outputs, task, layers; ``None`` without data."""
-    judge = samples.judge
-    if judge is None:
-        return None
-    with stages.stage("verify", len(judge.data)) as advance:
-        quality = compare(source.model, product.model, judge, target, advance)
-        changed = [d.node for step in product.steps for d in step.decisions if d.action == "quantized"]
-        layers = layer_quality(product.plain, product.model, changed, judge.data, target)
-    return quality.model_copy(update={"layers": layers})
-
-
-def time_both(source: Source, product: Product, samples: Samples, target: Target, stages: Progress) -> Latency | None:
-    """Measure the model as it came and the result in turn; ``None`` without data."""
-    if samples.judge is None:
-        return None
-    with stages.stage("latency"):
-        batch = samples.judge.typical_batch(static_batch(input_specs(source.model)))
-        return measure(source.model, product.model, batch, target)
 
 
 def build_plan(model: ir.Model, recipe: Recipe, samples: Samples, stage: Stage, stages: Progress) -> EngineInfo | None:
@@ -195,7 +140,7 @@ def _profile(model: ir.Model, recipe: Recipe, samples: Samples) -> Profile:
     return derive_profile(model.graph.inputs, shapes, limit=limit, max_batch=recipe.export.max_batch)
 
 
-def _refuse_quantized(source: Source, recipe: Recipe) -> None:
+def refuse_quantized(source: Source, recipe: Recipe) -> None:
     """A model that is quantized already is not quantized again."""
     if not any(find_pass(step.pass_, recipe.name).quantizes and step.enabled for step in recipe.step):
         return
@@ -208,7 +153,7 @@ def _refuse_quantized(source: Source, recipe: Recipe) -> None:
         )
 
 
-def _refuse_newer(source: Source, target: Target) -> None:
+def refuse_newer(source: Source, target: Target) -> None:
     """A model is never lowered to an older operator set."""
     opset = source.model.opset_imports.get("", source.model.opset_imports.get("ai.onnx", 0))
     if opset > target.opset:

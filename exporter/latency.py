@@ -23,7 +23,7 @@ WARM_UP = 2
 
 def measure(reference: ir.Model, result: ir.Model, feeds: Mapping[str, NDArray[Any]], target: Target) -> Latency:
     """Time one batch through both models in onnxruntime, one thread each; ``speedup`` above 1 means faster."""
-    providers = tuple(name for name in target.providers if name in available_providers())
+    providers = measured_on(target)
     foreign = target.engine is not None or providers[:1] != target.providers[:1]
     options = SessionOptions(threads=1, providers=providers)
     sessions = open_model(reference, options), open_model(result, options)
@@ -43,6 +43,11 @@ def measure(reference: ir.Model, result: ir.Model, feeds: Mapping[str, NDArray[A
         foreign=foreign,
         note=_note(high, target, foreign=foreign),
     )
+
+
+def measured_on(target: Target) -> tuple[str, ...]:
+    """The target's execution providers that are here."""
+    return tuple(name for name in target.providers if name in available_providers())
 
 
 def _pairs(sessions: tuple[Session, Session], feeds: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:

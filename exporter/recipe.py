@@ -65,6 +65,7 @@ class ExportSpec(_Section):
         profiles: Input name to smallest, best and largest shape; derived from the calibration data when not given.
         max_batch: Largest batch of the derived profile.
         compute_capabilities: Devices the engine is for, such as ``"8.6"``; portable when empty.
+        never_worse: Whether int8 that breaks a gate, or is measured slower than float, goes back to float.
     """
 
     target: str = "tensorrt-rtx"
@@ -73,6 +74,7 @@ class ExportSpec(_Section):
     profiles: dict[str, tuple[Shape, Shape, Shape]] | None = None
     max_batch: int = Field(default=32, ge=1)
     compute_capabilities: tuple[str, ...] = ()
+    never_worse: bool = True
 
 
 class GatesSpec(_Section):

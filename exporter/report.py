@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from qexport.errors import printable
 from qexport.exporter.result import DecisionInfo, LayerQuality, Quality, Result
 from qexport.exporter.summary import (
+    LOSS,
     counts,
     engine_line,
     human_bytes,
@@ -23,7 +24,7 @@ EXAMPLES = 4
 
 def report_markdown(result: Result) -> str:
     """Return the report as GitHub-flavoured Markdown; names from the model are escaped."""
-    parts = (_head, _sizes, _quality, _layers, _latency, _engine, _decisions, _steps, _provenance)
+    parts = (_head, _sizes, _quality, _layers, _latency, _backed_off, _engine, _decisions, _steps, _provenance)
     return "\n".join(line for part in parts for line in part(result)) + "\n"
 
 
@@ -103,7 +104,11 @@ def _measures(quality: Quality, gates: dict[str, float]) -> Iterator[tuple[str, 
     if quality.task:
         yield f"{text(quality.task.name)}, float", f"{quality.task.reference:.2f}", ""
         yield f"{text(quality.task.name)}, result", f"{quality.task.result:.2f}", ""
-        yield f"{text(quality.task.name)}, drop", f"{quality.task.drop:+.2f}", gate("max_drop", "<=")
+        yield (
+            f"{text(quality.task.name)}, {LOSS[quality.task.better]}",
+            f"{quality.task.drop:+.2f}",
+            gate("max_drop", "<="),
+        )
 
 
 def _layers(result: Result) -> Iterator[str]:
@@ -139,6 +144,18 @@ def _latency(result: Result) -> Iterator[str]:
         ("shapes", shapes),
     ]
     yield from table(("measure", "value:"), rows)
+
+
+def _backed_off(result: Result) -> Iterator[str]:
+    if not result.backed_off:
+        return
+    yield f"## Backed off: {len(result.backed_off)} regions of int8 went back to float"
+    yield ""
+    rows = (
+        (", ".join(code(node) for node in entry.nodes), text(entry.reason), text(entry.detail))
+        for entry in result.backed_off
+    )
+    yield from table(("region", "reason", "numbers"), rows)
 
 
 def _engine(result: Result) -> Iterator[str]:

@@ -49,9 +49,13 @@ class StepInfo(_Record):
 
 
 class TaskScore(_Record):
-    """A task metric in points (x100), before and after; ``unchanged`` is the share of equal predictions (top-1)."""
+    """A task metric before and after, in points (x100) where ``better`` is ``higher``; a positive ``drop`` is a loss.
+
+    ``unchanged`` is the share of equal predictions (top-1).
+    """
 
     name: str
+    better: Literal["higher", "lower"] = "higher"
     reference: float
     result: float
     drop: float
@@ -142,6 +146,20 @@ class Latency(_Record):
     note: str = ""
 
 
+class BackedOff(_Record):
+    """A region that went back to float because int8 was worse there.
+
+    ``reason`` is the same for the same cause, ``detail`` has this region's numbers; the times are those of its
+    operators in the runtime's profile, where speed was the cause.
+    """
+
+    nodes: tuple[str, ...]
+    reason: str
+    detail: str
+    float_ms: float | None = None
+    quantized_ms: float | None = None
+
+
 class EngineInfo(_Record):
     """An engine that was built.
 
@@ -179,6 +197,7 @@ class Result(_Record):
     quality: Quality | None
     latency: Latency | None
     engine: EngineInfo | None
+    backed_off: tuple[BackedOff, ...] = ()
     gates: dict[str, float]
     warnings: tuple[str, ...]
     seconds: float

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 
 from qexport.errors import printable
-from qexport.exporter.result import EngineInfo, Latency, Quality, Result, TaskScore
+from qexport.exporter.result import BackedOff, EngineInfo, Latency, Quality, Result, TaskScore
 
 MAX_LINES = 15
 _UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -58,10 +58,15 @@ def _worst(quality: Quality) -> str:
     return f"; output {name!r}: mean {found.cosine_mean:.4f}, worst {found.cosine_worst:.4f}"
 
 
+LOSS = {"higher": "drop", "lower": "rise"}
+"""What a loss is called, by the way a metric is better."""
+
+
 def task_line(task: TaskScore) -> str:
     """Write the task metric before and after."""
     unchanged = "" if task.unchanged is None else f", {task.unchanged:.1%} of predictions unchanged"
-    return f"{task.name} {task.reference:.2f} -> {task.result:.2f} (drop {task.drop:+.2f}{unchanged})"
+    change = f"{LOSS[task.better]} {task.drop:+.2f}"
+    return f"{task.name} {task.reference:.2f} -> {task.result:.2f} ({change}{unchanged})"
 
 
 def latency_line(latency: Latency) -> str:
@@ -76,6 +81,15 @@ def latency_line(latency: Latency) -> str:
         f"{latency.reference_ms:.3g} ms -> {latency.result_ms:.3g} ms, {latency.speedup:.2f}x: {verdict} "
         f"({latency.runtime}, {latency.threads} threads, {shapes})"
     )
+
+
+def backed_off_line(entries: Sequence[BackedOff]) -> str:
+    """Write how many regions went back to float, and why the first of them did."""
+    first = entries[0]
+    more = len(first.nodes) - 1
+    which = f"{first.nodes[0]} and {more} more" if more else first.nodes[0]
+    what = f"{len(entries)} {'region' if len(entries) == 1 else 'regions'} of int8 to float"
+    return f"{what}, such as {which}: {first.detail}"
 
 
 def engine_line(engine: EngineInfo) -> str:
@@ -95,6 +109,8 @@ def _facts(result: Result) -> Iterator[tuple[str, str]]:
     yield "quantized", f"{result.quantized} nodes"
     if result.skipped:
         yield "skipped", f"{sum(result.skipped.values())} nodes: {counts(result.skipped)}"
+    if result.backed_off:
+        yield "backed off", backed_off_line(result.backed_off)
     yield "quality", quality_line(result.quality) if result.quality else "not measured: no data was given"
     if result.quality and result.quality.task:
         yield "task", task_line(result.quality.task)

@@ -47,6 +47,7 @@ class SessionOptions:
         disabled: Its optimizers that stay off.
         literal: Whether Q/DQ nodes run as they are written, instead of being merged into integer kernels; weights
             are dequantized once, at load.
+        profile: Where the times of all operators go, a path without its ending; ``runtime.profile`` reads them.
     """
 
     threads: int = 0
@@ -54,6 +55,7 @@ class SessionOptions:
     optimize: bool = True
     disabled: tuple[str, ...] = SLOW_FUSIONS
     literal: bool = False
+    profile: str | None = None
 
 
 class Session:
@@ -73,6 +75,8 @@ class Session:
         settings.log_severity_level = 4
         if chosen.literal:
             settings.add_session_config_entry("session.disable_quant_qdq", "1")
+        if chosen.profile is not None:
+            settings.enable_profiling, settings.profile_file_prefix = True, chosen.profile
         if not chosen.optimize:
             settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         # onnxruntime reads these arrays for as long as the session lives
@@ -100,3 +104,7 @@ class Session:
             shapes = {name: array.shape for name, array in feeds.items()}
             raise BuildFailed(f"onnxruntime failed on inputs of shape {shapes}: {error}") from error
         return dict(zip(names, arrays, strict=True))
+
+    def end_profile(self) -> Path:
+        """Stop noting times; returns the file that holds them."""
+        return Path(self._session.end_profiling())

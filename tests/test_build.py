@@ -53,7 +53,9 @@ def labelled(tmp_path):
 
 
 def build(model, calib=None, *, target="ort-cpu", recipe="int8", evaluation=None, **options):
-    options = BuildOptions(output=options.pop("output", model.parent / "out"), **options)
+    """Build without taking int8 back: which of it pays on a tiny model is left to chance."""
+    settings = ("export.never_worse=false", *options.pop("set", ()))
+    options = BuildOptions(output=options.pop("output", model.parent / "out"), set=settings, **options)
     return qexport.build(model, recipe=recipe, calib=calib, eval=evaluation, target=target, options=options)
 
 

@@ -1,0 +1,87 @@
+"""The bench of a build: makes the product again with less int8, judges it, times it, and says what costs what."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from qexport.calibration.spec import input_specs, static_batch
+from qexport.exporter.latency import measure, measured_on
+from qexport.exporter.layout import Feeds
+from qexport.exporter.load import Source
+from qexport.exporter.options import Progress
+from qexport.exporter.precision.costs import Cost, region_costs
+from qexport.exporter.precision.regions import Region
+from qexport.exporter.product import Product, requantize
+from qexport.exporter.quality import compare, layer_quality
+from qexport.exporter.result import Latency, Quality
+from qexport.exporter.samples import Samples
+from qexport.passes.target import Target
+from qexport.runtime.session import SessionOptions
+
+EXCERPT = 32  # samples by which regions are ordered
+
+
+@dataclass(frozen=True, slots=True)
+class BuildBench:
+    """What a build measures with.
+
+    Attributes:
+        source: The model as it came.
+        first: The product of the whole recipe, which later ones start from.
+        samples: The data.
+        target: Where the result runs.
+        stages: Who hears about it.
+    """
+
+    source: Source
+    first: Product
+    samples: Samples
+    target: Target
+    stages: Progress
+
+    def again(self, keep: Collection[str]) -> Product:
+        """Run the recipe again from where it began to quantize, with the nodes called ``keep`` in float."""
+        with self.stages.stage("back off"):
+            return requantize(self.first, self.samples, keep)
+
+    def judge(self, product: Product) -> Quality | None:
+        """Judge the product against the model as it came: outputs, task, layers; ``None`` without data."""
+        judge = self.samples.judge
+        if judge is None:
+            return None
+        with self.stages.stage("verify", len(judge.data)) as advance:
+            quality = compare(self.source.model, product.model, judge, self.target, advance)
+            changed = [d.node for step in product.steps for d in step.decisions if d.action == "quantized"]
+            layers = layer_quality(product.plain, product.model, changed, judge.data, self.target)
+        return quality.model_copy(update={"layers": layers})
+
+    def time(self, product: Product) -> Latency | None:
+        """Measure the model as it came and the product in turn; ``None`` without data."""
+        if self.samples.judge is None:
+            return None
+        with self.stages.stage("latency"):
+            return measure(self.source.model, product.model, self._batch(), self.target)
+
+    def errors(self, regions: Sequence[Region]) -> list[float]:
+        """The relative output error of each region quantized alone, on a few samples."""
+        from qexport.exporter.precision.excerpt import take_excerpt
+        from qexport.exporter.precision.layers import measure_groups, open_probe
+
+        assert self.samples.judge is not None
+        with self.stages.stage("sensitivity", EXCERPT) as advance:
+            excerpt = take_excerpt(self.samples.judge, EXCERPT, static_batch(input_specs(self.source.model)))
+            probe = open_probe(self.first, excerpt, self.target)
+            scores = measure_groups(probe, [region.nodes for region in regions], advance)
+        return [score.error for score in scores]
+
+    def costs(self, product: Product, regions: Sequence[Region]) -> list[Cost]:
+        """What each region takes in float and in the product, by the runtime's profile."""
+        assert product.snapshot is not None
+        with self.stages.stage("profile"):
+            options = SessionOptions(threads=1, providers=measured_on(self.target))
+            return region_costs(product.snapshot.model, product.model, regions, self._batch(), options)
+
+    def _batch(self) -> Feeds:
+        assert self.samples.judge is not None
+        return self.samples.judge.typical_batch(static_batch(input_specs(self.source.model)))

@@ -1,0 +1,60 @@
+"""A few samples to look at layers with: spread over the data, with the labels that are theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qexport.calibration.batching import batches
+from qexport.calibration.data import Sample
+from qexport.calibration.tasks import Spearman, Task, Top1
+from qexport.exporter.layout import Feeds
+from qexport.exporter.quality import Judge
+
+BATCH = 8  # samples that run together: what layers read is held for as many
+
+
+@dataclass(frozen=True, slots=True)
+class Excerpt:
+    """Some samples of a judge's data.
+
+    Attributes:
+        samples: The samples.
+        task: The task of their labels, if there is one that can be judged on a part.
+        static: The batch size that the model fixes, if it does.
+    """
+
+    samples: tuple[Sample, ...]
+    task: Task | None
+    static: int | None = None
+
+    def batches(self) -> Iterator[tuple[list[int], Feeds]]:
+        """Samples of alike lengths together, padded, with their positions."""
+        return batches(self.samples, self.static or BATCH)
+
+
+def take_excerpt(judge: Judge, count: int, static: int | None = None) -> Excerpt:
+    """Return about ``count`` samples, evenly spread; pairs stay together."""
+    task = judge.task
+    if isinstance(task, Spearman):
+        pairs = len(task.scores)
+        chosen = _spread(pairs, count // 2)
+        wanted, part = np.concatenate([chosen, chosen + pairs]), Spearman(task.scores[chosen])
+        usable = bool(np.ptp(part.scores) > 0)
+        return Excerpt(_read(judge, wanted), part if usable else None, static)
+    wanted = _spread(len(judge.data), count)
+    return Excerpt(_read(judge, wanted), Top1(task.labels[wanted]) if isinstance(task, Top1) else None, static)
+
+
+def _spread(size: int, count: int) -> NDArray[np.intp]:
+    return np.unique(np.linspace(0, size - 1, min(size, max(count, 1))).round().astype(np.intp))
+
+
+def _read(judge: Judge, wanted: NDArray[np.intp]) -> tuple[Sample, ...]:
+    """The samples at the wanted positions, in that order, in one pass."""
+    places = set(wanted.tolist())
+    found = {i: sample for i, sample in enumerate(judge.data) if i in places}
+    return tuple(found[i] for i in wanted.tolist())
