@@ -6,19 +6,21 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from qexport.calibration.collect import Statistics, collect, workers
 from qexport.calibration.data import Dataset
 from qexport.calibration.excerpts import Window
-from qexport.calibration.layers import Layer, sqnr
+from qexport.calibration.layers import KERNEL_KEY, Layer, sqnr
 from qexport.calibration.methods import METHODS
 from qexport.calibration.store import Store
 from qexport.errors import UsageError
 from qexport.passes.base import Outcome, Pass
+from qexport.passes.formats import FORMATS
 from qexport.passes.placement import Plan, Site, plan
 from qexport.passes.range import RANGE_KEY, SQNR_KEY, Range
 from qexport.passes.target import Target, find_target
@@ -27,7 +29,8 @@ OUTPUT_MSE = "output-mse"
 CONVOLUTIONS = ("Conv", "ConvTranspose")
 PATCH = 12  # side of the windows that images are rated on
 WHOLE_ROWS: Window = ()
-SHRINKS = np.linspace(0.5, 1.0, 11)  # candidate clips of output-mse, as shares of the extremes
+COARSE = np.linspace(0.3, 1.0, 15)  # candidate clips of output-mse, as shares of the extremes
+FINE = np.linspace(-0.04, 0.04, 9)  # what is tried around the best of them
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,19 @@ class Calibrate(Pass):
     samples: int = 512
     attention: bool = False
     """Whether products of two computed tensors are measured too; needed by quantize.attention."""
+    format: Literal["fp8"] | None = None
+    """8-bit numbers that ranges are searched for: unset, the integers that the target takes; as in quantize.format."""
 
     def call(self, model: ir.Model) -> Outcome:
-        """Leave a range on each value and an output SQNR on each node; no data is a ``UsageError``."""
+        """Leave a range on each value, and on each node the SQNR of its output and its weight before any rounding.
+
+        No data is a ``UsageError``.
+        """
         if self.data is None:
             raise UsageError("quantization needs calibration data", hint="give real samples with --calib")
         if self.method != OUTPUT_MSE and self.method not in METHODS:
             raise UsageError(f"unknown method {self.method!r}", hint=f"known: {', '.join([*METHODS, OUTPUT_MSE])}")
-        target = find_target(self.target)
+        target = find_target(self.target).using(self.format, "calibrate.format")
         found = plan(model, target, attention=self.attention)
         values = {value.name or "": value for site in found.sites for value in site.values}
         taps = dict.fromkeys(values, WHOLE_ROWS) | _windows(found)
@@ -63,6 +71,9 @@ class Calibrate(Pass):
         for name, span in spans.items():
             modified |= values[name].meta.get(RANGE_KEY) != span
             values[name].meta[RANGE_KEY] = span
+        for site in found.roots:
+            if site.weight is not None:
+                site.node.meta[KERNEL_KEY] = site.kernel
         _rate(found, statistics, spans, target)
         return Outcome(model, modified)
 
@@ -76,16 +87,35 @@ class Calibrate(Pass):
         for site in found.sites:
             for value in site.values:
                 readers.get(value.name or "", []).append(site)
-        return {name: _least_output_error(statistics[name], readers[name], target) for name in seen}
+        with ThreadPoolExecutor(workers()) as pool:
+            spans = pool.map(lambda name: _least_output_error(statistics[name], readers[name], target), seen)
+            return dict(zip(seen, spans, strict=True))
 
 
 def _least_output_error(known: Statistics, readers: list[Site], target: Target) -> Range:
-    """The clip with the least squared error at the outputs of everything that reads the value."""
+    """The clip with the least relative error at the outputs of everything that reads the value.
+
+    Ranges are shares of the extremes of all samples, while the rows that rate them are few and hardly ever hold those
+    extremes: what a range clips is judged by rows it was not derived from. Where no reader has a weight, as in a
+    product of two computed tensors, the value itself decides (``mse``).
+    """
     low, high = known.histogram.low, known.histogram.high
-    spans = [Range(low * share, high * share) for share in SHRINKS]
-    layers = [Layer(site, known.excerpts.stacked(), target) for site in readers if site.weight is not None]
-    errors = [found for found in (layer.errors(spans) for layer in layers) if found]
-    return spans[int(np.argmin(np.sum(errors, axis=0)))] if errors else spans[-1]
+    pieces = known.excerpts.stacked()
+    layers = [Layer(site, pieces, target) for site in readers if site.weight is not None]
+
+    def loss(shares: NDArray[np.float64]) -> NDArray[np.float64]:
+        spans = [Range(low * share, high * share) for share in shares]
+        rated = [found.mean(axis=1) for layer in layers if (found := layer.losses(spans)).size]
+        return np.sum(rated, axis=0) if rated else np.zeros(0)
+
+    stretches = FORMATS[target.activation].stretches
+    coarse = np.concatenate([COARSE, stretches[1:]])
+    rough = loss(coarse)
+    if not rough.size:
+        return METHODS["mse"](known.histogram, target.activation)
+    fine = np.minimum(coarse[int(rough.argmin())] + FINE, stretches[-1])
+    share = float(fine[int(loss(fine).argmin())])
+    return Range(low * share, high * share)
 
 
 def _windows(found: Plan) -> dict[str, Window]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,29 +10,26 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.errors import BuildFailed
+from qexport.passes.formats import FORMATS
 from qexport.passes.placement import Site
 from qexport.passes.range import Range, integers_for
 from qexport.passes.target import Target
 from qexport.passes.weights import quantize_weight
 from qexport.runtime.session import Session, SessionOptions
 
+KERNEL_KEY = "qexport.kernel"
+QUIET = 0.01  # share of the mean power that is added to every row's, so that rows of next to nothing do not decide
 Floats = NDArray[np.float32]
+Operator = Callable[[Floats], Floats]
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One site with excerpts of its input; ``error(span)`` is what a search minimises."""
+    """One site with excerpts of its input; ``errors`` rates it, ``losses`` is what a search minimises."""
 
     site: Site
     pieces: Sequence[Floats]
     target: Target
-
-    def outputs(self, weight: Floats, span: Range | None = None) -> list[Floats]:
-        """Outputs of the bare operator for each piece, its input quantized to ``span`` if given."""
-        session = _operator(self.site.node, weight)
-        numbers = None if span is None else integers_for(span, self.target.activation)
-        pieces = self.pieces if numbers is None else [numbers.apply(piece).astype(np.float32) for piece in self.pieces]
-        return [session.run({"x": piece})["y"] for piece in pieces]
 
     def errors(self, spans: Sequence[Range]) -> list[float]:
         """Squared output error over squared output for each range, weights quantized as well.
@@ -40,22 +37,48 @@ class Layer:
         Nothing where there is no excerpt, or none that the operator takes (a value that a product and a convolution
         read is cut for the convolution).
         """
-        try:
-            return self._errors(spans) if self.pieces else []
-        except BuildFailed:
-            return []
+        power, errors = self._rows(spans)
+        return [float(error.sum() / max(power.sum(), 1e-30)) for error in errors]
 
-    def _errors(self, spans: Sequence[Range]) -> list[float]:
+    def losses(self, spans: Sequence[Range]) -> NDArray[np.float64]:
+        """Squared output error of every row over the squared output of that row, ``[spans, rows]``.
+
+        A row is one position of a product, one window of a convolution. What reads the output mostly normalizes each
+        position by itself, so a small error of a small row is worth a large error of a large one: on sentence encoders
+        a few rows are a hundred times the others, and the sum of absolute errors would see nothing else.
+        """
+        power, errors = self._rows(spans)
+        return np.array([error / (power + QUIET * power.mean() + 1e-30) for error in errors])
+
+    def _rows(self, spans: Sequence[Range]) -> tuple[NDArray[np.float64], list[NDArray[np.float64]]]:
+        """Squared output of every row, and squared error for each range."""
+        try:
+            return self._measured(spans) if self.pieces else (np.zeros(0), [])
+        except (BuildFailed, ValueError):
+            return np.zeros(0), []
+
+    def _measured(self, spans: Sequence[Range]) -> tuple[NDArray[np.float64], list[NDArray[np.float64]]]:
         kernel = np.asarray(self.site.kernel.numpy(), np.float32)
-        integers, scale = quantize_weight(kernel, self.site.axis, half=self.target.rest == "float16")
+        kind, half = FORMATS[self.target.activation].weight, self.target.rest == "float16"
+        numbers, scale = quantize_weight(kernel, self.site.axis, half=half, kind=kind)
         others = tuple(i for i in range(kernel.ndim) if i != self.site.axis)
-        stored = integers.astype(np.float32) * np.expand_dims(scale, others)
-        truth = self.outputs(kernel)
-        power = max(sum(float(np.square(y).sum()) for y in truth), 1e-30)
-        return [
-            sum(float(np.square(y - z).sum()) for y, z in zip(truth, self.outputs(stored, span), strict=True)) / power
-            for span in spans
-        ]
+        exact = _operator(self.site, kernel)
+        rounded = _operator(self.site, numbers.astype(np.float32) * np.expand_dims(scale, others))
+        truth = [exact(piece) for piece in self.pieces]
+        power = np.concatenate([_squares(y) for y in truth])
+
+        def error(span: Range) -> NDArray[np.float64]:
+            quantizer = integers_for(span, self.target.activation)
+            found = (rounded(quantizer.apply(piece).astype(np.float32)) for piece in self.pieces)
+            return np.concatenate([_squares(y - z) for y, z in zip(truth, found, strict=True)])
+
+        return power, [error(span) for span in spans]
+
+
+def kernel_of(node: ir.Node) -> NDArray[np.generic] | None:
+    """The float weight of a node as it was when the node was calibrated, if it was."""
+    found = node.meta.get(KERNEL_KEY)
+    return found.numpy() if isinstance(found, ir.TensorProtocol) else None
 
 
 def sqnr(relative_error: float) -> float:
@@ -63,8 +86,21 @@ def sqnr(relative_error: float) -> float:
     return float(-10 * np.log10(max(relative_error, 1e-20)))
 
 
-def _operator(node: ir.Node, weight: Floats) -> Session:
-    """A session that computes ``y = op(x, weight)`` with the node's attributes, without bias."""
+def _squares(y: Floats) -> NDArray[np.float64]:
+    """Sum of squares of each row."""
+    return np.asarray(np.square(y, dtype=np.float64).reshape(len(y), -1).sum(axis=1))
+
+
+def _operator(site: Site, weight: Floats) -> Operator:
+    """The bare operator with the node's attributes and ``weight``, without bias."""
+    if site.node.op_type in ("MatMul", "Gemm"):
+        matrix = weight if site.axis == 1 else weight.T
+        return lambda x: np.asarray(x @ matrix, np.float32)
+    session = _session(site.node, weight)
+    return lambda x: np.asarray(session.run({"x": x})["y"], np.float32)
+
+
+def _session(node: ir.Node, weight: Floats) -> Session:
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT))
     w = ir.Value(name="w", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(weight.shape))
     w.const_value = ir.tensor(weight, name="w")

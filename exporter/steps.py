@@ -34,10 +34,13 @@ _HOMES = {
     "extremes": "qexport.calibration.extremes:Extremes",
     "calibrate": "qexport.calibration.calibrate:Calibrate",
     "quantize": "qexport.passes.quantize:Quantize",
+    "gptq": "qexport.calibration.gptq:Gptq",
     "weight-only": "qexport.passes.weight_only:WeightOnly",
     "nf4": "qexport.passes.nf4:NF4",
     "dynamic": "qexport.passes.dynamic:Dynamic",
+    "llm-int8": "qexport.passes.outliers:LlmInt8",
     "stabilize": "qexport.passes.stabilize:Stabilize",
+    "correct-bias": "qexport.calibration.correct:CorrectBias",
     "half": "qexport.passes.half:Half",
 }
 

@@ -113,7 +113,7 @@ def test_output_mse_clips_an_outlier_that_no_weight_reads():
     model = model_from(text, w=w)
     wide = ranges(calibrated(model, data, method="minmax"))["x"].high
     assert wide == 40
-    assert ranges(calibrated(model, data, method="output-mse"))["x"].high == pytest.approx(20)  # the smallest candidate
+    assert ranges(calibrated(model, data, method="output-mse"))["x"].high < 15  # near the smallest candidate
 
 
 def test_only_so_many_samples_are_used():
