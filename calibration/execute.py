@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qexport.calibration.emulate import SHORT, computes_in, emulated
 from qexport.runtime.session import Session, SessionOptions
 
 SHARED_FROM = 4096  # bytes; smaller tensors travel inside the model, where constant folding sees them
@@ -20,8 +21,13 @@ def open_model(model: ir.Model, options: SessionOptions | None = None, taps: Seq
     """Return a session over ``model``; ``taps`` names inner values to add to its outputs.
 
     The model is not changed. Weights are handed over by reference, so peak memory holds them once
-    (plus what onnxruntime packs for itself).
+    (plus what onnxruntime packs for itself). On a CPU, bfloat16 is emulated in float32, and so is float16 where
+    ``options`` ask for a literal run.
     """
+    asked = options or SessionOptions()
+    emulate = SHORT if asked.literal else (ir.DataType.BFLOAT16,)
+    if asked.providers[0] == "CPUExecutionProvider" and computes_in(model, emulate):
+        model = emulated(model)
     proto, weights = skeleton(model, taps)
     return Session(proto.SerializeToString(), options, weights)
 
@@ -33,7 +39,8 @@ def skeleton(model: ir.Model, taps: Sequence[str] = ()) -> tuple[onnx.ModelProto
     weights: dict[str, NDArray[Any]] = {}
     for name, value in work.graph.initializers.items():
         tensor = value.const_value
-        if tensor is None or tensor.nbytes < SHARED_FROM or tensor.dtype not in _SHAREABLE:
+        used = value.uses() or value.is_graph_output()
+        if tensor is None or tensor.nbytes < SHARED_FROM or tensor.dtype not in _SHAREABLE or not used:
             continue
         weights[name] = np.ascontiguousarray(tensor.numpy())
         value.const_value = ir.ExternalTensor(

@@ -371,6 +371,7 @@ def test_every_shipped_recipe_is_valid_and_resolves_to_itself(tmp_path: Path, na
 
 def test_only_the_recipe_that_calibrates_needs_data() -> None:
     assert {name: needs(load_recipe(name), "data") for name in list_recipes()} == {
+        "bfloat16": False,
         "float16": False,
         "float32": False,
         "int8": True,
