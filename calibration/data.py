@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from qexport.calibration.read_arrays import open_arrays, read_members
 from qexport.calibration.read_images import PIXELS, open_folder, open_pixels
 from qexport.calibration.read_text import READERS, open_text
+from qexport.calibration.read_windows import open_windows
 from qexport.calibration.spec import (
     MASK,
     DataSpec,
@@ -258,7 +259,11 @@ def _open_arrays(path: Path, inputs: tuple[InputSpec, ...], spec: DataSpec, _tok
     return open_arrays(path, members, inputs)
 
 
+def _open_text(path: Path, inputs: tuple[InputSpec, ...], spec: DataSpec, tokenizer: Path | None) -> Source:
+    return (open_windows if spec.windows else open_text)(path, inputs, spec, tokenizer)
+
+
 OPENERS: dict[str, Opener] = {
     **dict.fromkeys((".npz", ".npy", ".safetensors"), _open_arrays),
-    **dict.fromkeys(READERS, open_text),
+    **dict.fromkeys(READERS, _open_text),
 }

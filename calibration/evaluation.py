@@ -8,17 +8,18 @@ from pathlib import Path
 from qexport.calibration.data import FileDataset, open_source, survey
 from qexport.calibration.read_arrays import read_labels
 from qexport.calibration.read_text import PAIR, SCORE, TextSource, first_record, read_scores
+from qexport.calibration.read_windows import WindowSource
 from qexport.calibration.spec import DataSpec, InputSpec, Source
-from qexport.calibration.tasks import Spearman, Task, Top1
+from qexport.calibration.tasks import Metric, Perplexity, Spearman, Task, Top1
 from qexport.errors import DataInvalid
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Samples and, where they carry labels, the task that judges the outputs for them, in their order."""
+    """Samples and, where they carry labels, the task that judges the outputs for them."""
 
     dataset: FileDataset
-    task: Task | None
+    task: Metric | None
 
 
 def open_evaluation(
@@ -27,12 +28,19 @@ def open_evaluation(
     """Open evaluation data: every sample counts, equal ones too, and ``spec.max_samples`` does not.
 
     Pairs with a score become all first sentences, then all second ones, with ``Spearman``; arrays or pixels with
-    ``labels`` have ``Top1``; everything else has no task. Arguments and errors are those of ``open_dataset``.
+    ``labels`` have ``Top1``, windows of running text ``Perplexity``; everything else has no task. Arguments and errors
+    are those of ``open_dataset``.
     """
     path = Path(path)
     source = open_source(path, inputs, spec, tokenizer)
     dataset = survey(source, path.name, distinct=False)
-    return Evaluation(dataset, _pair_task(source) if isinstance(source, TextSource) else _class_task(source, dataset))
+    return Evaluation(dataset, _task(source, dataset))
+
+
+def _task(source: Source, dataset: FileDataset) -> Metric | None:
+    if isinstance(source, WindowSource):
+        return Perplexity()
+    return _pair_task(source) if isinstance(source, TextSource) else _class_task(source, dataset)
 
 
 def _pair_task(source: TextSource) -> Task | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.calibration.spec import MASK, DataSpec, InputSpec, Sample, describe_all
+from qexport.calibration.spec import IDS, MASK, DataSpec, InputSpec, Sample, describe_all
 from qexport.errors import DataInvalid, QexportError
 from qexport.safe_io import open_file, read_bytes
 
@@ -27,8 +27,8 @@ SCORE = "score"
 MAX_LINE = 1 << 20
 MAX_TOKENIZER_BYTES = 256 << 20
 
-_MAKERS: dict[str, Callable[[Encoding], list[int]]] = {
-    "input_ids": lambda encoding: encoding.ids,
+MAKERS: dict[str, Callable[[Encoding], list[int]]] = {
+    IDS: lambda encoding: encoding.ids,
     MASK: lambda encoding: encoding.attention_mask,
     "token_type_ids": lambda encoding: encoding.type_ids,
 }
@@ -55,7 +55,7 @@ class TextSource:
         encoding = self.tokenizer.encode(text)
         if not encoding.ids:
             raise DataInvalid("the text has no tokens", where=f"{self.files[0]}: line {line}")
-        return {entry.name: _padded(_MAKERS[entry.name](encoding), entry) for entry in self.inputs}
+        return {entry.name: padded(MAKERS[entry.name](encoding), entry) for entry in self.inputs}
 
 
 def open_text(path: Path, inputs: tuple[InputSpec, ...], spec: DataSpec, tokenizer: Path | None) -> TextSource:
@@ -64,10 +64,21 @@ def open_text(path: Path, inputs: tuple[InputSpec, ...], spec: DataSpec, tokeniz
     Raises:
         DataInvalid: There is no tokenizer, no column of text, or the model asks for something else.
     """
-    unknown = [entry.name for entry in inputs if entry.name not in _MAKERS or len(entry.shape) != 2]
-    if unknown or "input_ids" not in {entry.name for entry in inputs}:
+    chosen = choose_tokenizer(path, inputs, spec, tokenizer)
+    columns = text_columns(first_record(path), spec.text, path)
+    return TextSource((path,), columns, inputs, load_tokenizer(chosen, text_length(inputs, spec)))
+
+
+def choose_tokenizer(path: Path, inputs: tuple[InputSpec, ...], spec: DataSpec, tokenizer: Path | None) -> Path:
+    """Return the file that makes what the model asks for out of the text in ``path``.
+
+    Raises:
+        DataInvalid: There is no tokenizer, or the model asks for something that none makes.
+    """
+    unknown = [entry.name for entry in inputs if entry.name not in MAKERS or len(entry.shape) != 2]
+    if unknown or IDS not in {entry.name for entry in inputs}:
         raise DataInvalid(
-            f"text gives {', '.join(_MAKERS)} of two axes, the model asks for {describe_all(inputs)}",
+            f"text gives {', '.join(MAKERS)} of two axes, the model asks for {describe_all(inputs)}",
             where=str(path),
             hint="give the samples as npz arrays",
         )
@@ -76,13 +87,16 @@ def open_text(path: Path, inputs: tuple[InputSpec, ...], spec: DataSpec, tokeniz
         raise DataInvalid(
             "text needs a tokenizer", where=str(path), hint="set data.tokenizer to the model's tokenizer.json"
         )
-    fixed = [entry.shape[1] for entry in inputs if entry.shape[1] is not None]
-    columns = text_columns(first_record(path), spec.text, path)
-    return TextSource((path,), columns, inputs, load_tokenizer(chosen, min([spec.max_length, *fixed])))
+    return chosen
 
 
-def load_tokenizer(path: Path, max_length: int) -> Tokenizer:
-    """Read a ``tokenizer.json`` (or the one in a folder); it cuts after ``max_length`` tokens and never pads.
+def text_length(inputs: tuple[InputSpec, ...], spec: DataSpec) -> int:
+    """Most tokens of a sample: what the data section says, and no more than the model has room for."""
+    return min([spec.max_length, *(entry.shape[1] for entry in inputs if entry.shape[1] is not None)])
+
+
+def load_tokenizer(path: Path, max_length: int | None) -> Tokenizer:
+    """Read a ``tokenizer.json`` (or the one in a folder); it never pads, and cuts after ``max_length`` tokens if given.
 
     Raises:
         DataInvalid: The file is missing or is not a tokenizer.
@@ -93,7 +107,10 @@ def load_tokenizer(path: Path, max_length: int) -> Tokenizer:
     try:
         tokenizer: Tokenizer = Tokenizer.from_buffer(read_bytes(path, limit=MAX_TOKENIZER_BYTES))
         tokenizer.no_padding()
-        tokenizer.enable_truncation(max_length)
+        if max_length is None:
+            tokenizer.no_truncation()
+        else:
+            tokenizer.enable_truncation(max_length)
     except (QexportError, ValueError) as error:
         raise DataInvalid(
             f"cannot be read as a tokenizer: {error}", where=str(path), hint="expected a tokenizer.json"
@@ -225,6 +242,7 @@ def _score(record: Mapping[str, Any], where: str) -> float:
     return score
 
 
-def _padded(ids: list[int], entry: InputSpec) -> NDArray[Any]:
+def padded(ids: list[int], entry: InputSpec) -> NDArray[Any]:
+    """Return the array of one input, zeros behind the ids where the model fixes the length."""
     array = np.array(ids, entry.dtype)
     return array if entry.shape[1] is None else np.pad(array, (0, entry.shape[1] - len(ids)))

@@ -18,7 +18,7 @@ from qexport.errors import ModelInvalid
 
 Sample: TypeAlias = dict[str, NDArray[Any]]  # one sample: input name to array, no batch axis, padding trimmed
 
-MASK = "attention_mask"
+IDS, MASK, LOGITS = "input_ids", "attention_mask", "logits"  # names that tell what inputs and outputs are
 MAX_SAMPLE_BYTES = 256 << 20
 
 
@@ -83,6 +83,8 @@ class DataSpec(BaseModel):
         tokenizer: Path of a ``tokenizer.json``, or of the folder that holds one.
         max_length: Longest text in tokens; the rest is cut off.
         text: Column of a CSV or key of a JSONL that holds the text.
+        windows: Whether a plain text is tokenized as a whole and cut into windows of ``max_length`` tokens instead of
+            being read line by line; when not given, a build does so for models that score the next token.
         image: How pixels are prepared.
         max_samples: Take so many distinct calibration samples, from the front; evaluation always takes all.
     """
@@ -92,6 +94,7 @@ class DataSpec(BaseModel):
     tokenizer: str | None = None
     max_length: int = Field(default=128, ge=1)
     text: str | None = None
+    windows: bool | None = None
     image: ImageSpec | None = None
     max_samples: int | None = Field(default=None, ge=1)
 
@@ -124,6 +127,13 @@ def _input_spec(value: ir.Value) -> InputSpec:
         raise ModelInvalid("has no shape", where=where, hint="export the model with the rank of its inputs")
     shape = tuple(axis if isinstance(axis, int) else None for axis in value.shape)
     return InputSpec(value.name or "", value.dtype.numpy(), shape)
+
+
+def scores_tokens(model: ir.Model) -> bool:
+    """Whether ``model`` reads ``input_ids`` and has ``logits`` [batch, sequence, vocabulary], as decoders do."""
+    logits = next((value for value in model.graph.outputs if value.name == LOGITS), None)
+    scored = logits is not None and logits.shape is not None and len(logits.shape) == 3
+    return scored and any(value.name == IDS for value in model.graph.inputs)
 
 
 def static_batch(inputs: Iterable[InputSpec]) -> int | None:

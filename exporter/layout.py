@@ -14,6 +14,7 @@ from qexport.errors import ModelInvalid
 from qexport.runtime.session import Session
 
 BATCH = 32
+ELEMENTS = 1 << 22  # of all outputs together in one run, unless a single sample has more
 Feeds: TypeAlias = dict[str, NDArray[Any]]
 Vectors: TypeAlias = NDArray[np.float64]  # [samples of a batch, everything else flattened]
 
@@ -27,12 +28,14 @@ class Layout:
         samples: Most samples of a run.
         rows: Rows that every run must have, where the model fixes them; a short batch repeats its last sample.
         whole: Whether a run holds one sample and all of every output is its.
+        wanted: The output to judge by, where the task names one.
     """
 
     ranks: Mapping[str, int]
     samples: int = BATCH
     rows: int | None = None
     whole: bool = False
+    wanted: str | None = None
 
     @property
     def vectors(self) -> tuple[str, ...]:
@@ -41,7 +44,9 @@ class Layout:
 
     @property
     def main(self) -> str:
-        """The output to judge by: the first vector, else the first one."""
+        """The output to judge by: the one wanted if there is such a one, the first vector, else the first one."""
+        if self.wanted is not None and self.wanted in self.ranks:
+            return self.wanted
         return next(iter(self.vectors or self.ranks))
 
     def run(self, session: Session, feeds: Feeds, count: int) -> dict[str, Vectors]:
@@ -55,7 +60,7 @@ class Layout:
         }
 
 
-def find_layout(session: Session, sample: Sample, static: int | None) -> Layout:
+def find_layout(session: Session, sample: Sample, static: int | None, wanted: str | None = None) -> Layout:
     """Try a model on copies of one sample: an output is judged by rows if it has as many as there are copies.
 
     Where no output has, samples are to be run one by one. Outputs of integers count only where there are no others.
@@ -64,6 +69,7 @@ def find_layout(session: Session, sample: Sample, static: int | None) -> Layout:
         session: The model.
         sample: Any sample.
         static: The batch size, where the model fixes it.
+        wanted: The output that a task judges, where it names one.
 
     Raises:
         ModelInvalid: No output is a tensor of numbers.
@@ -76,8 +82,10 @@ def find_layout(session: Session, sample: Sample, static: int | None) -> Layout:
         raise ModelInvalid("no output is a tensor of numbers")
     rows = [n for n in names if all(t[n].shape[:1] == (size,) for t, size in zip(tried, sizes, strict=True))]
     if static == 1 or not rows:
-        return Layout({name: numbers[name].ndim for name in names}, samples=1, rows=static, whole=True)
-    return Layout({name: numbers[name].ndim for name in rows}, samples=static or BATCH, rows=static)
+        return Layout({name: numbers[name].ndim for name in names}, samples=1, rows=static, whole=True, wanted=wanted)
+    size = sum(numbers[name].size for name in rows) // sizes[0]
+    samples = static or min(BATCH, max(1, ELEMENTS // max(size, 1)))
+    return Layout({name: numbers[name].ndim for name in rows}, samples, rows=static, wanted=wanted)
 
 
 def fill(feeds: Feeds, rows: int | None) -> Feeds:

@@ -14,7 +14,7 @@ from qexport.calibration.batching import batches
 from qexport.calibration.data import Dataset, Sample, input_specs
 from qexport.calibration.execute import open_model
 from qexport.calibration.spec import static_batch
-from qexport.calibration.tasks import Task
+from qexport.calibration.tasks import Fold, Metric
 from qexport.errors import DataInvalid, GateFailed, QexportError
 from qexport.exporter.layout import Feeds, Layout, Vectors, fill, find_layout
 from qexport.exporter.result import LayerQuality, OutputQuality, Quality, TaskScore
@@ -32,12 +32,12 @@ class Judge:
 
     Attributes:
         data: The samples.
-        task: The metric its labels define, if any.
+        task: The metric that its labels, or running text, define; if any.
         held_out: Whether calibration has not seen them.
     """
 
     data: Dataset
-    task: Task | None
+    task: Metric | None
     held_out: bool
 
     def typical_batch(self, static: int | None = None) -> Feeds:
@@ -48,24 +48,22 @@ class Judge:
 
 @dataclass(slots=True)
 class _Tally:
-    """Running sums of one output over batches; the rows themselves are kept only for a task."""
+    """Running sums of one output over batches, and the folds of a task for both models."""
 
-    keep: bool
+    folds: tuple[Fold, Fold] | None
     cosines: dict[int, float] = field(default_factory=dict)
-    rows: tuple[dict[int, Vectors], dict[int, Vectors]] = field(default_factory=lambda: ({}, {}))
     signal: float = 0.0
     noise: float = 0.0
     max_error: float = 0.0
 
-    def add(self, indices: list[int], a: Vectors, b: Vectors) -> None:
+    def add(self, indices: list[int], feeds: Feeds, a: Vectors, b: Vectors) -> None:
         gap = a - b
         self.signal += float(np.square(a).sum())
         self.noise += float(np.square(gap).sum())
         self.max_error = max(self.max_error, float(np.abs(gap).max(initial=0.0)))
         self.cosines.update(zip(indices, cosine(a, b).tolist(), strict=True))
-        if self.keep:
-            for store, vectors in zip(self.rows, (a, b), strict=True):
-                store.update(zip(indices, vectors, strict=True))
+        for fold, vectors in zip(self.folds or (), (a, b), strict=False):
+            fold.add(indices, feeds, vectors)
 
     def summary(self) -> OutputQuality:
         cosines = np.array([self.cosines[i] for i in sorted(self.cosines)])
@@ -92,12 +90,12 @@ def compare(
         GateFailed: The result holds NaN or infinity where the float model does not.
     """
     left, right = open_model(reference), open_model(result, _as_built(target))
-    layout = find_layout(left, next(iter(judge.data)), static_batch(input_specs(reference)))
-    judged = {*layout.vectors, layout.main} if judge.task is not None else set()
-    tallies = {name: _Tally(keep=name in judged) for name in layout.ranks}
+    task, static = judge.task, static_batch(input_specs(reference))
+    layout = find_layout(left, next(iter(judge.data)), static, task.output if task is not None else None)
+    tallies = {name: _Tally(_folds(task, layout, name)) for name in layout.ranks}
     for indices, feeds in batches(judge.data, layout.samples):
         for name, (a, b) in _run_both(left, right, layout, indices, feeds).items():
-            tallies[name].add(indices, a, b)
+            tallies[name].add(indices, feeds, a, b)
         advance(len(indices))
     outputs = {name: tally.summary() for name, tally in tallies.items()}
     main = _main(layout, tallies, outputs)
@@ -107,9 +105,15 @@ def compare(
         samples=len(tallies[main].cosines),
         output=main,
         **outputs[main].model_dump(),
-        task=None if judge.task is None else _score(judge.task, main, tallies[main]),
+        task=None if task is None else _score(task, tallies[main]),
         outputs=outputs,
     )
+
+
+def _folds(task: Metric | None, layout: Layout, name: str) -> tuple[Fold, Fold] | None:
+    """A task judges the output it names, or else the vectors and the main output: any of them may be the worst."""
+    judged = {layout.main} if task is None or task.output is not None else {*layout.vectors, layout.main}
+    return None if task is None or name not in judged else (task.fold(), task.fold())
 
 
 def _as_built(target: Target) -> SessionOptions:
@@ -140,7 +144,8 @@ def _demand(finite: NDArray[np.bool_], indices: list[int], failure: type[Qexport
 def _main(layout: Layout, tallies: dict[str, _Tally], outputs: dict[str, OutputQuality]) -> str:
     """The layout's main output; where it did not change at all, the worst of those that did, if any."""
     first = tallies[layout.main]
-    changed = [name for name, tally in tallies.items() if tally.noise > 0 and tally.keep == first.keep]
+    alike = [name for name, tally in tallies.items() if (tally.folds is None) == (first.folds is None)]
+    changed = [name for name in alike if tallies[name].noise > 0]
     if first.noise > 0 or not changed:
         return layout.main
     return min(changed, key=lambda name: outputs[name].cosine_worst)
@@ -192,19 +197,11 @@ def decibel(signal: float, noise: float) -> float:
     return float(min(200.0, 10 * np.log10(max(signal, 1e-30) / max(noise, 1e-30))))
 
 
-def _score(task: Task, output: str, tally: _Tally) -> TaskScore:
-    reference, result = (_stack(rows, output) for rows in tally.rows)
-    before, after = task.score(reference), task.score(result)
-    choices = task.predictions(reference), task.predictions(result)
-    unchanged = None if choices[0] is None else float(np.mean(choices[0] == choices[1]))
-    return TaskScore(name=task.name, reference=before, result=after, drop=before - after, unchanged=unchanged)
-
-
-def _stack(rows: dict[int, Vectors], output: str) -> Vectors:
-    sizes = {len(row) for row in rows.values()}
-    if len(sizes) > 1:
-        raise DataInvalid(
-            f"the labels want one vector per sample, output {output!r} has from {min(sizes)} to {max(sizes)} numbers",
-            hint="judge without labels, or export the model with an output of two axes",
-        )
-    return np.stack([rows[i] for i in sorted(rows)])
+def _score(task: Metric, tally: _Tally) -> TaskScore:
+    assert tally.folds is not None
+    reference, result = tally.folds
+    before, after = reference.score(), result.score()
+    drop = before - after if task.better == "higher" else after - before
+    one, other = reference.predictions(), result.predictions()
+    unchanged = None if one is None else float(np.mean(one == other))
+    return TaskScore(name=task.name, better=task.better, reference=before, result=after, drop=drop, unchanged=unchanged)

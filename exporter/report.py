@@ -9,6 +9,7 @@ from qexport.errors import printable
 from qexport.exporter.result import DecisionInfo, LayerQuality, Quality, Result
 from qexport.exporter.summary import (
     LOSS,
+    LOSS,
     counts,
     engine_line,
     human_bytes,

@@ -13,9 +13,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.calibration.batching import batches
-from qexport.calibration.data import Dataset, InputSpec, Sample, input_specs, open_dataset
+from qexport.calibration.data import Dataset, DataSpec, FileDataset, InputSpec, Sample, input_specs, open_dataset
 from qexport.calibration.evaluation import open_evaluation
-from qexport.calibration.spec import MASK, static_batch
+from qexport.calibration.read_windows import SUFFIX as WINDOWED
+from qexport.calibration.read_windows import WindowSource
+from qexport.calibration.spec import MASK, scores_tokens, static_batch
+from qexport.calibration.tasks import Perplexity
 from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.families.builder import MAX_POSITIONS
 from qexport.exporter.layout import Feeds, fill
@@ -96,17 +99,30 @@ def open_samples(source: Source, recipe: Recipe, calib: str | Path | None, evalu
             f"recipe {recipe.name!r} needs calibration data",
             hint="give real samples with --calib FILE; none are made up",
         )
-    tokenizer, spec = source.tokenizer, recipe.data.model_copy(update={"max_length": longest(source.model, recipe)})
-    data = None if calib is None else open_dataset(calib, inputs, spec, tokenizer=tokenizer)
+    tokenizer = source.tokenizer
+    data = None
+    if calib is not None:
+        data = open_dataset(calib, inputs, data_spec(source.model, recipe, calib), tokenizer=tokenizer)
     judge: Judge | None
     if evaluation is not None:
-        judged = open_evaluation(evaluation, inputs, spec, tokenizer=tokenizer)
+        judged = open_evaluation(evaluation, inputs, data_spec(source.model, recipe, evaluation), tokenizer=tokenizer)
         judge = Judge(judged.dataset, judged.task, held_out=data is None or _apart(data, judged.dataset))
     else:
         judge = None if data is None else _held_out(data, recipe)
     known = judge.data if judge is not None else data
     proof = _generated(inputs) if known is None else _proof(known, inputs)
     return Samples(data, judge, tuple(proof), known is None, tuple(_warnings(data, judge)))
+
+
+def data_spec(model: ir.Model, recipe: Recipe, path: str | Path) -> DataSpec:
+    """How one file is read: the recipe's data section, with what follows from the model.
+
+    Plain text for a model that scores the next token becomes windows, unless the recipe says otherwise.
+    """
+    windows = recipe.data.windows
+    if windows is None:
+        windows = scores_tokens(model) and Path(path).suffix.lower() == WINDOWED
+    return recipe.data.model_copy(update={"max_length": longest(model, recipe), "windows": windows})
 
 
 def longest(model: ir.Model, recipe: Recipe) -> int:
@@ -139,12 +155,13 @@ def _apart(data: Dataset, judged: Dataset) -> bool:
     return set(data.digests).isdisjoint(judged.digests)
 
 
-def _held_out(data: Dataset, recipe: Recipe) -> Judge:
+def _held_out(data: FileDataset, recipe: Recipe) -> Judge:
     """Judge by samples that calibration leaves over, if there are enough; by its own samples otherwise."""
     used = max(calibration_passes(recipe), default=0)
+    task = Perplexity() if isinstance(data.source, WindowSource) else None  # running text has its labels in itself
     if len(data) - used >= MIN_HELD_OUT:
-        return Judge(Rest(data, used), None, held_out=True)
-    return Judge(data, None, held_out=used == 0)
+        return Judge(Rest(data, used), task, held_out=True)
+    return Judge(data, task, held_out=used == 0)
 
 
 def _proof(known: Dataset, inputs: tuple[InputSpec, ...]) -> Iterator[Feeds]:
