@@ -26,3 +26,14 @@ def minilm():
 def samples():
     """The folder of the committed samples."""
     return ROOT / "samples"
+
+
+@pytest.fixture(scope="session")
+def outlier_model():
+    """The module ``outlier_model.py`` beside this file: test files do not import one another by themselves."""
+    spec = importlib.util.spec_from_file_location("outlier_model", Path(__file__).with_name("outlier_model.py"))
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
