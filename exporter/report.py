@@ -9,7 +9,6 @@ from qexport.errors import printable
 from qexport.exporter.result import DecisionInfo, LayerQuality, Quality, Result
 from qexport.exporter.summary import (
     LOSS,
-    LOSS,
     counts,
     engine_line,
     human_bytes,
@@ -102,14 +101,10 @@ def _measures(quality: Quality, gates: dict[str, float]) -> Iterator[tuple[str, 
     yield "cosine, worst sample", f"{quality.cosine_worst:.5f}", gate("min_worst_cosine", ">=")
     yield "SQNR", f"{quality.sqnr:.2f} dB", ""
     yield "largest absolute error", f"{quality.max_error:.4g}", ""
-    if quality.task:
-        yield f"{text(quality.task.name)}, float", f"{quality.task.reference:.2f}", ""
-        yield f"{text(quality.task.name)}, result", f"{quality.task.result:.2f}", ""
-        yield (
-            f"{text(quality.task.name)}, {LOSS[quality.task.better]}",
-            f"{quality.task.drop:+.2f}",
-            gate("max_drop", "<="),
-        )
+    if task := quality.task:
+        yield f"{text(task.name)}, float", f"{task.reference:.2f}", ""
+        yield f"{text(task.name)}, result", f"{task.result:.2f}", ""
+        yield f"{text(task.name)}, {LOSS[task.better]}", f"{task.drop:+.2f}", gate("max_drop", "<=")
 
 
 def _layers(result: Result) -> Iterator[str]:

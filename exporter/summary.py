@@ -62,10 +62,6 @@ LOSS = {"higher": "drop", "lower": "rise"}
 """What a loss is called, by the way a metric is better."""
 
 
-LOSS = {"higher": "drop", "lower": "rise"}
-"""What a loss is called, by the way a metric is better."""
-
-
 def task_line(task: TaskScore) -> str:
     """Write the task metric before and after."""
     unchanged = "" if task.unchanged is None else f", {task.unchanged:.1%} of predictions unchanged"
