@@ -375,6 +375,8 @@ def test_only_the_recipe_that_calibrates_needs_data() -> None:
         "float16": False,
         "float32": False,
         "int8": True,
+        "int8-dynamic": False,
+        "llm-int8": True,
     }
 
 
