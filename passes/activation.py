@@ -8,7 +8,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qexport.passes.axes import Ids, only_along
+
 ACTIVATION_KEY = "qexport.activation"
+Channels = NDArray[np.floating]  # [channels]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,6 +34,17 @@ class Activation:
     def reach(self) -> NDArray[np.float32]:
         """Largest magnitude of each channel, ``[K]``."""
         return np.maximum(np.abs(self.low), np.abs(self.high))
+
+
+def transform(value: ir.Value, ids: Ids, scale: Channels, offset: Channels) -> None:
+    """Let the statistics of a value follow what was done to its channels: ``(x - offset[ids]) / scale[ids]``."""
+    known = activation_of(value)
+    along = None if known is None else only_along(ids, known.axis)
+    if known is None or along is None:
+        return
+    s = np.append(scale, 1.0)[along].astype(np.float32)
+    c = np.append(offset, 0.0)[along].astype(np.float32)
+    value.meta[ACTIVATION_KEY] = Activation(known.axis, (known.low - c) / s, (known.high - c) / s, (known.rows - c) / s)
 
 
 def activation_of(value: ir.Value | None) -> Activation | None:

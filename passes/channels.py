@@ -46,5 +46,5 @@ def find_fold(value: ir.Value, axis: int, count: int) -> Fold | str:
         except Blocked as blocked:
             reason = reason or str(blocked)
         else:
-            return Fold(tuple(flood.slots.values()), flood.ties())
+            return Fold(tuple(flood.slots.values()), flood.ties(), flood.known)
     return reason or "too many ways to fold it"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,10 +51,12 @@ class Fold:
     Attributes:
         slots: All constants that change.
         ties: For each channel the first channel that must have the same scale, ``[channels]``.
+        values: All values that are divided, with the channels of their elements.
     """
 
     slots: tuple[Slot, ...]
     ties: NDArray[np.int64]
+    values: Mapping[ir.Value, Ids]
 
     @property
     def readers(self) -> tuple[Slot, ...]:
@@ -62,10 +64,8 @@ class Fold:
         return tuple(slot for slot in self.slots if slot.weight)
 
     def largest(self, numbers: NDArray[np.floating]) -> NDArray[np.float64]:
-        """The largest number of each channel's ties, ``[channels]``."""
-        found = np.zeros(self.ties.size)
-        np.maximum.at(found, self.ties, numbers)
-        return found[self.ties]
+        """The largest of the numbers (none below zero) of each channel's ties, ``[channels]``."""
+        return largest_of_ties(self.ties, numbers)
 
     def weight_reach(self) -> NDArray[np.float64]:
         """Largest magnitude of the weights that read each channel, ties together, ``[channels]``."""
@@ -91,6 +91,13 @@ class Fold:
             new = (numbers.astype(np.float64) * factor).astype(numbers.dtype)
             node.replace_input_with(index, add_constant(node, f"{old.name}/scaled", new))
             sweep([old])
+
+
+def largest_of_ties(ties: NDArray[np.int64], numbers: NDArray[np.floating]) -> NDArray[np.float64]:
+    """The largest number among the channels that each channel is tied to, ``[channels]``."""
+    found = np.full(ties.size, -np.inf)
+    np.maximum.at(found, ties, numbers)
+    return found[ties]
 
 
 class Blocked(Exception):

@@ -1,0 +1,153 @@
+"""Move outlier channels of activations into the weights that read them, with no Mul left behind.
+
+``x W`` becomes ``(x / s) (s W)`` with ``s_j = max|x_j|^a / max|W_j|^(1 - a)``, and ``1 / s`` is folded into whatever
+makes x (see ``channels``): norms, products, convolutions, through layout operators, Relu, attention values and the
+linear branch of gated layers. Where that is impossible the value is left alone with a reason: a Gelu, for instance, is
+not homogeneous. Two options widen what is possible: ``split`` gives the products a copy of a norm that others read too, and
+``mul`` leaves one Mul.
+
+``a`` is fixed, or searched for each value. The search asks how a static symmetric int8 quantizer would do on samples
+that its range was not taken from, by the mean *and* the worst rows: smoothing brings every channel as near to the clip
+as the largest one, and a search on the mean alone buys it with ruined samples. Smoothing has to win clearly; else the
+value stays as it is.
+
+Source: Xiao et al. 2022, "SmoothQuant", equation 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qexport.errors import UsageError
+from qexport.passes.activation import Activation, activation_of, transform
+from qexport.passes.base import Decision, Outcome, Pass
+from qexport.passes.channels import Fold, find_fold
+from qexport.passes.flood import Slot
+from qexport.passes.match import check_names
+from qexport.passes.placement import Site, plan
+from qexport.passes.shift import by_value
+from qexport.passes.sources import NORMS, copy_norm, leave_mul
+from qexport.passes.target import find_target
+from qexport.passes.trial import Trial
+
+ALPHAS = np.linspace(0.2, 0.9, 15)
+PRODUCTS = ("MatMul", "Gemm")
+Scale = NDArray[np.float64]  # [channels]
+
+
+@dataclass(frozen=True)
+class Smooth(Pass):
+    """Fold outlier channels of activations into the weights behind them (SmoothQuant)."""
+
+    target: str = "tensorrt-rtx"
+    alpha: float | None = None
+    """Migration strength in [0, 1]; searched for each value when not given."""
+    headroom: float = 1.1
+    """How far beyond the values it saw the search lets the quantizer reach."""
+    floor: float = 0.01
+    """Channels smaller than this share of the largest one are scaled as if they had it."""
+    gain: float = 0.05
+    """How much smaller a search must find the error (as a share) before it smooths at all."""
+    split: bool = False
+    """Whether products get their own copy of a norm that others read too."""
+    mul: bool = False
+    """Whether a Mul may stay where the scale cannot be folded."""
+    keep: tuple[str, ...] = ()
+    """Names of nodes whose inputs are left alone."""
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise UsageError(f"alpha is {self.alpha:g}, expected a number from 0 to 1", where="smooth.alpha")
+        for name, least in (("headroom", 1.0), ("floor", 0.0), ("gain", 0.0)):
+            if not getattr(self, name) >= least:
+                raise UsageError(
+                    f"{name} is {getattr(self, name):g}, expected {least:g} or more", where=f"smooth.{name}"
+                )
+
+    def call(self, model: ir.Model) -> Outcome:
+        """Smooth what ``observe`` has looked at; what cannot be folded is left alone with a reason."""
+        check_names(self.keep, model)
+        decisions = []
+        for value, sites in by_value(plan(model, find_target(self.target)).roots).items():
+            readers = [site for site in sites if site.node.op_type in PRODUCTS]
+            if activation_of(value) is None or not readers or any(site.node.name in self.keep for site in sites):
+                continue
+            action, reason = self._smooth(value, readers)
+            node = readers[0].node
+            decisions.append(Decision(node.name or "", node.op_type, action, reason))
+        return Outcome(model, any(d.action == "folded" for d in decisions), tuple(decisions))
+
+    def _smooth(self, value: ir.Value, sites: Sequence[Site]) -> tuple[str, str]:
+        """What was done to ``value``, and how or why."""
+        known = activation_of(value)
+        assert known is not None
+        found = find_fold(value, known.axis, known.low.size)
+        if isinstance(found, Fold):
+            scale, reason = self._scale(known, found, sites)
+            if scale is None:
+                return "skipped", reason
+            found.apply(scale)
+            for scaled, ids in found.values.items():
+                transform(scaled, ids, scale, np.zeros_like(scale))
+            return "folded", reason
+        source = self._source(value)
+        if source is None:
+            return "skipped", found
+        alone = _readers(sites, known.low.size)
+        scale, reason = self._scale(known, alone, sites)
+        if scale is None:
+            return "skipped", reason
+        alone.apply(scale)
+        source(value, [site.node for site in sites], scale, known)
+        return "folded", f"{reason}; a {'Mul' if source is leave_mul else 'copy of its norm'} left: {found}"
+
+    def _source(self, value: ir.Value) -> Callable[[ir.Value, Sequence[ir.Node], Scale, Activation], None] | None:
+        """What can divide a value for its products alone, if the options allow for any."""
+        node = value.producer()
+        if self.split and node is not None and node.op_type in NORMS:
+            return copy_norm
+        return leave_mul if self.mul and node is not None else None
+
+    def _scale(self, known: Activation, fold: Fold, sites: Sequence[Site]) -> tuple[Scale | None, str]:
+        """The scale of each channel with what was chosen, or ``None`` with the reason to leave them."""
+        x, w = fold.largest(known.reach), fold.weight_reach()
+        x = np.maximum(x, self.floor * x.max(initial=0.0))
+        if self.alpha is not None:
+            return migrate(x, w, self.alpha), f"alpha {self.alpha:g}"
+        trial = Trial(known, [_matrix(site) for site in sites], self.headroom)
+        errors = {float(alpha): trial.error(migrate(x, w, alpha)) for alpha in ALPHAS}
+        best = min(errors, key=lambda alpha: errors[alpha])
+        if not errors[best] < (1 - self.gain) * trial.error(np.ones_like(x)):
+            return None, "smoothing would not lower its error"
+        return migrate(x, w, best), f"alpha {best:.2g}, searched"
+
+
+def migrate(x: Scale, w: Scale, alpha: float) -> Scale:
+    """``max|x|^alpha / max|W|^(1 - alpha)`` for each channel, with a geometric mean of 1; 1 where either is zero."""
+    alive = (x > 0) & (w > 0)
+    logs = np.zeros_like(x)
+    logs[alive] = alpha * np.log(x[alive]) - (1 - alpha) * np.log(w[alive])
+    logs[alive] -= logs[alive].mean() if alive.any() else 0.0
+    return np.asarray(np.exp(logs), np.float64)
+
+
+def _matrix(site: Site) -> NDArray[np.float32]:
+    """The kernel of a product as ``[inputs, outputs]``."""
+    kernel = np.asarray(site.kernel.numpy(), np.float32)
+    return kernel if site.axis == 1 else kernel.T
+
+
+def _readers(sites: Sequence[Site], count: int) -> Fold:
+    """A fold that scales the kernels of ``sites`` alone, for a division in a node of its own."""
+    ids = np.arange(count)
+    slots = []
+    for site in sites:
+        shape = site.kernel.numpy().shape
+        along = ids[:, None] if site.axis == 1 else ids
+        slots.append(Slot(site.node, 1, np.broadcast_to(along, shape), 1, weight=True))
+    return Fold(tuple(slots), ids, {})

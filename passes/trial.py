@@ -1,0 +1,54 @@
+"""How well a static int8 quantizer would do on what products read, if each channel had another scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qexport.passes.activation import Activation
+from qexport.passes.weights import quantize_weight
+
+TAIL = 0.02  # share of the rows that count as the worst
+CLIPS = (1.0, 0.85, 0.7, 0.55)  # shares of the range that the quantizer may choose from
+
+
+class Trial:
+    """One value and the kernels that read it.
+
+    Args:
+        known: What was seen of the value.
+        weights: Kernels, each ``[K, N]``.
+        headroom: How far beyond the rows it is taken from the range reaches.
+    """
+
+    def __init__(self, known: Activation, weights: Sequence[NDArray[np.float32]], headroom: float) -> None:
+        self._halves = known.rows[::2], known.rows[1::2]
+        self._weights = weights
+        self._headroom = headroom
+        self._truths = [[half @ w for w in weights] for half in self._halves]
+        self._power = [max(float(np.square(y).sum(axis=1).mean()), 1e-30) for y in map(np.hstack, self._truths)]
+
+    def error(self, scale: NDArray[np.float64]) -> float:
+        """Relative squared output error over rows that the range was not taken from: mean plus mean of the worst."""
+        s = scale.astype(np.float32)
+        stored = []
+        for w in self._weights:
+            integers, steps = quantize_weight(w * s[:, None], 1)
+            stored.append(integers.astype(np.float32) * steps)
+        total = 0.0
+        for one, other in ((0, 1), (1, 0)):
+            seen, unseen = self._halves[one] / s, self._halves[other] / s
+            reach = float(np.abs(seen).max(initial=1e-30)) * self._headroom
+            total += min(self._clipped(unseen, reach * clip, stored, other) for clip in CLIPS)
+        return total / 2
+
+    def _clipped(self, x: NDArray[np.float32], reach: float, stored: list[NDArray[np.float32]], half: int) -> float:
+        step = np.float32(reach / 127)
+        rounded = np.clip(np.rint(x / step), -128, 127) * step
+        noise = np.zeros(len(x))
+        for w, truth in zip(stored, self._truths[half], strict=True):
+            noise += np.square(rounded @ w - truth).sum(axis=1)
+        worst = np.sort(noise)[-max(1, int(TAIL * len(noise))) :]
+        return float((noise.mean() + worst.mean()) / self._power[half])
