@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from qexport.passes.base import Decision
 from qexport.passes.match import Names, check_names, constant, dims, producer, replace, sweep
 from qexport.passes.placement import ATTENTION, CHANNEL_AXIS, FLOATS, Site
+from qexport.passes.quantize import KEPT
 
 AXIS_OPSET, BLOCK_OPSET = 13, 21  # first opsets whose DequantizeLinear takes channels, and blocks and int4
 SCALED = "a Gemm whose alpha or beta is not 1"
@@ -69,7 +70,7 @@ class Choice:
         elif min(kernel.numpy().shape) < self.min_dim:
             yield f"K or N below {self.min_dim}"
         if node.name in self.keep:
-            yield "kept in float by name"
+            yield KEPT
         if node.attributes.get_int("transA", 0) or len(dims(x) or (0, 0)) < 2:
             yield "the activation is transposed or a vector"
         if not self.head and _makes_output(node):
