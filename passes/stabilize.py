@@ -1,6 +1,6 @@
 """Make masks fit for half precision: huge constants that hide positions from a Softmax become 16384 of the same sign.
 
-``exp(-16384 + s - max)`` is zero like ``exp(-1e9 + s - max)``, in float32 and in float16, for scores ``s`` within 8140
+``exp(-16384 + s - max)`` is zero like ``exp(-1e9 + s - max)``, in float32 and in float16, for scores ``s`` within 8100
 of zero; and three such masks and a score added up still lie within 65504, where float16 ends. (-65504 itself becomes
 infinite with any score below -15.) So a row with a position that is not hidden gets the same weights. A row whose every
 position is hidden means nothing; it stays finite, but becomes the Softmax of its bare scores where 1e9 swallowed them.
@@ -125,16 +125,23 @@ class _Flow:
 
 
 def _indicates(value: ir.Value | None) -> bool:
-    """Whether ``value`` says 0 or 1: made of integers, truth values or an input, by nothing that is learned."""
-    tensor, node = constant(value), None if value is None else value.producer()
+    """Whether ``value`` says 0 or 1: made of integers or truth values, or taken from 1, by nothing that is learned."""
     if value is None or value.dtype in _WHOLE:
         return value is not None
-    if tensor is not None:
-        return bool(np.isin(tensor.numpy(), (-1, 0, 1)).all())
+    if constant(value) is not None:
+        return _is_unit(value)
+    node = value.producer()
     if node is None:
-        return value.is_graph_input()
+        return False
+    if node.op_type == "Sub" and any(map(_is_unit, node.inputs)):
+        return any(v is not None and v.is_graph_input() for v in node.inputs) or all(map(_indicates, node.inputs))
     read = range(2) if node.op_type == "Mul" else _CARRIES.get(node.op_type, ())
     return bool(read) and all(_indicates(v) for index, v in enumerate(node.inputs) if index in read)
+
+
+def _is_unit(value: ir.Value | None) -> bool:
+    tensor = constant(value)
+    return tensor is not None and bool(np.isin(tensor.numpy(), (-1, 0, 1)).all())
 
 
 def _rewrite(masks: list[Use]) -> None:

@@ -107,13 +107,14 @@ def test_infinity_stays_infinite():
 
 @pytest.mark.parametrize("masked", [-1e9, np.finfo(np.float32).min])
 def test_masks_are_made_to_fit_and_still_hide(masked):
-    text = "g (float[n, 4] x, float[n, 4] m) => (float[n, 4] y) { h = Mul(m, c)  s = Add(x, h)  y = Softmax(s) }"
-    model = model_from(text, c=np.array(masked, np.float32))
+    text = """g (float[n, 4] x, float[n, 4] m) => (float[n, 4] y) {
+        i = Sub(one, m)  h = Mul(i, c)  s = Add(x, h)  y = Softmax(s) }"""
+    model = model_from(text, c=np.array(masked, np.float32), one=np.float32(1))
     result = Half()(model)
     assert ("softened", "a mask beyond half precision") in {(d.action, d.reason) for d in result.decisions}
     assert reasons(result) == []
     for scores in (normal(2, 4), np.full((2, 4), -300.0, np.float32)):
-        (y,) = half_run(model, x=scores, m=np.float32([[0, 0, 1, 1], [1, 1, 1, 1]]))
+        (y,) = half_run(model, x=scores, m=np.float32([[1, 1, 0, 0], [0, 0, 0, 0]]))
         assert np.isfinite(y).all()
         np.testing.assert_array_equal(y[0, 2:], 0)
 
