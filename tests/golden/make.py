@@ -1,4 +1,7 @@
-"""Write minilm-16.npz: ``python tests/golden/make.py MODEL_FOLDER`` with torch and transformers; see README.md."""
+"""Write the golden files, with torch and transformers: ``python tests/golden/make.py minilm|decoders FOLDER``.
+
+``minilm`` wants the model's folder, ``decoders`` wants samples/decoder; see README.md.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM
 
+HERE = Path(__file__).parent
 MAX_LENGTH = 128
+DECODERS = ("target", "stories260k")
+LENGTHS = (96, 61)  # tokens of the rows; the second is padded where they run together
+EVERY = 12  # logits of every twelfth position are kept
 WITH_HIDDEN = 4  # the first sentences keep their whole last_hidden_state
 SENTENCES = [
     "A man is playing a harp.",
@@ -32,7 +39,26 @@ SENTENCES = [
 ]
 
 
-def main(folder: Path, target: Path) -> None:
+def decoders(folder: Path) -> None:
+    """Run two pieces of held-out text, each alone and without padding, in float32 on the CPU with eager attention."""
+    text = (folder / "heldout.txt").read_text(encoding="utf-8")
+    arrays: dict[str, np.ndarray] = {}
+    for name in DECODERS:
+        tokens = Tokenizer.from_file(str(folder / name / "tokenizer.json")).encode(text).ids
+        model = AutoModelForCausalLM.from_pretrained(
+            folder / name, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        for row, length in enumerate(LENGTHS):
+            ids = tokens[row * 1000 :][:length]
+            with torch.inference_mode():
+                logits = model(torch.tensor([ids])).logits[0].numpy()
+            arrays[f"{name}_ids_{row}"] = np.array(ids, np.int64)
+            arrays[f"{name}_logits_{row}"] = logits[::EVERY]
+            arrays[f"{name}_best_{row}"] = logits.argmax(1)
+    np.savez_compressed(HERE / "decoders.npz", **arrays)
+
+
+def minilm(folder: Path) -> None:
     """Run every sentence alone, without padding, in float32 on the CPU with the eager attention."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_padding()
@@ -50,8 +76,8 @@ def main(folder: Path, target: Path) -> None:
         embeddings.append(torch.nn.functional.normalize(hidden.mean(0), dim=0).numpy())
         if row < WITH_HIDDEN:
             arrays[f"last_hidden_state_{row}"] = hidden.numpy()
-    np.savez_compressed(target, **arrays, sentence_embedding=np.stack(embeddings))
+    np.savez_compressed(HERE / "minilm-16.npz", **arrays, sentence_embedding=np.stack(embeddings))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(__file__).with_name("minilm-16.npz"))
+    {"minilm": minilm, "decoders": decoders}[sys.argv[1]](Path(sys.argv[2]))
