@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Protocol
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -50,7 +49,7 @@ class Dequantize:
     def _node(self, weight: ir.Value, codes: Codes, site: Site) -> ir.Value:
         k, dtype = codes.values.shape[0], site.kernel.dtype.numpy()
         grid = replace(codes.grid, group=self._block(codes.grid, k))
-        kind = np.dtype(np.int8 if grid.bits == 8 else ml_dtypes.int4)
+        kind = (ir.DataType.INT8 if grid.bits == 8 else ir.DataType.INT4).numpy()
         repeats = codes.grid.rows(k) // grid.rows(k)
         arrays = [("codes", codes.values.astype(kind)), ("scale", np.repeat(codes.scale, repeats, 0).astype(dtype))]
         if codes.zero is not None:
