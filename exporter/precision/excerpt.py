@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from qexport.calibration.batching import batches
 from qexport.calibration.data import Sample
-from qexport.calibration.tasks import Spearman, Task, Top1
+from qexport.calibration.tasks import Metric, Perplexity, Spearman, Top1
 from qexport.exporter.layout import Feeds
 from qexport.exporter.quality import Judge
 
@@ -28,8 +28,13 @@ class Excerpt:
     """
 
     samples: tuple[Sample, ...]
-    task: Task | None
+    task: Metric | None
     static: int | None = None
+
+    @property
+    def output(self) -> str | None:
+        """Name of the output that the task judges, where it says so."""
+        return None if self.task is None else self.task.output
 
     def batches(self) -> Iterator[tuple[list[int], Feeds]]:
         """Samples of alike lengths together, padded, with their positions."""
@@ -42,11 +47,12 @@ def take_excerpt(judge: Judge, count: int, static: int | None = None) -> Excerpt
     if isinstance(task, Spearman):
         pairs = len(task.scores)
         chosen = _spread(pairs, count // 2)
-        wanted, part = np.concatenate([chosen, chosen + pairs]), Spearman(task.scores[chosen])
-        usable = bool(np.ptp(part.scores) > 0)
-        return Excerpt(_read(judge, wanted), part if usable else None, static)
+        scores = task.scores[chosen]
+        ranked = Spearman(scores) if np.ptp(scores) > 0 else None
+        return Excerpt(_read(judge, np.concatenate([chosen, chosen + pairs])), ranked, static)
     wanted = _spread(len(judge.data), count)
-    return Excerpt(_read(judge, wanted), Top1(task.labels[wanted]) if isinstance(task, Top1) else None, static)
+    part: Metric | None = task if isinstance(task, Perplexity) else None
+    return Excerpt(_read(judge, wanted), Top1(task.labels[wanted]) if isinstance(task, Top1) else part, static)
 
 
 def _spread(size: int, count: int) -> NDArray[np.intp]:

@@ -55,9 +55,9 @@ def measure_groups(probe: Probe, groups: Groups, advance: Callable[[int], None] 
             return job[0], probe.rows(feeds, count, job[1])
 
         for number, found in side_by_side(run_one, _complete(probe, feeds, place)):
-            tallies[number].add(indices, truth, found)
+            tallies[number].add(indices, feeds, truth, found)
         for number in set(range(len(groups))) - present:  # nothing of these can be measured
-            tallies[number].add(indices, truth, truth)
+            tallies[number].add(indices, feeds, truth, truth)
         advance(len(indices))
     return [tally.score() for tally in tallies]
 

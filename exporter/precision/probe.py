@@ -58,14 +58,15 @@ class Port:
     local: Session
 
 
-class _Injecting(Session):
+class Preset(Session):
     """A session some of whose inputs are set."""
 
-    def __init__(self, inner: Session, errors: Mapping[str, Error]) -> None:
-        self._inner, self._errors = inner, errors
+    def __init__(self, inner: Session, preset: Mapping[str, NDArray[Any]]) -> None:
+        self._inner, self._preset = inner, preset
 
     def run(self, feeds: AnyFeeds, outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
-        return self._inner.run({**feeds, **self._errors}, outputs)
+        """Run once with the inputs that are set added to ``feeds``."""
+        return self._inner.run({**feeds, **self._preset}, outputs)
 
 
 class Probe:
@@ -95,7 +96,7 @@ class Probe:
         self._taps = taps - held
         self._session = open_model(work, SessionOptions(threads=1), sorted(self._taps))
         self._zeros = {port.probe: np.zeros((), port.dtype) for port in self.ports}
-        self.layout: Layout = find_layout(self._injecting({}), excerpt.samples[0], excerpt.static)
+        self.layout: Layout = find_layout(self._injecting({}), excerpt.samples[0], excerpt.static, excerpt.output)
 
     def batches(self) -> Iterator[tuple[list[int], Feeds]]:
         """Batches of the excerpt, as large as the model wants them."""
@@ -122,7 +123,7 @@ class Probe:
                 yield port, error.astype(port.dtype)
 
     def _injecting(self, errors: Mapping[str, Error]) -> Session:
-        return _Injecting(self._session, {**self._zeros, **errors})
+        return Preset(self._session, {**self._zeros, **errors})
 
 
 def side_by_side(work: Callable[[Job], Done], jobs: Iterable[Job]) -> Iterator[Done]:

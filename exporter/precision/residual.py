@@ -10,6 +10,7 @@ import onnx_ir as ir
 from qexport.passes.match import constant
 
 FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, None}
+SCORE_OPS = {"Add", "Sub", "Mul", "Div", "Where", "Cast", "Clip", "Max", "Min", "Tanh", "Reshape", "Identity"}
 Sets = Mapping[ir.Value, int]  # value to the set of values that it is made of, as bits
 
 
@@ -33,7 +34,7 @@ class Residual:
 def find_residuals(graph: ir.Graph) -> tuple[Residual, ...]:
     """Return the residual additions of ``graph`` in its order.
 
-    Adding an attention mask is none: no float tensor is behind both operands.
+    Adding a mask or a position bias to attention scores is none: nothing but a Softmax reads the sum.
     """
     sets, places = _ancestors(graph)
     found = []
@@ -66,7 +67,18 @@ def _pair(node: ir.Node, sets: Sets) -> tuple[ir.Value, ir.Value] | None:
     one, other = node.inputs
     if one is None or other is None or not sets.get(one, 0) & sets.get(other, 0):
         return None
+    if _only_for_softmax(node.outputs[0]):
+        return None
     return (one, other) if sets[one].bit_count() <= sets[other].bit_count() else (other, one)
+
+
+def _only_for_softmax(value: ir.Value) -> bool:
+    """Whether all that becomes of ``value`` is scaled and masked scores."""
+    users = value.consumers()
+    return bool(users) and all(
+        user.op_type == "Softmax" or (user.op_type in SCORE_OPS and all(map(_only_for_softmax, user.outputs)))
+        for user in users
+    )
 
 
 def _ancestors(graph: ir.Graph) -> tuple[dict[ir.Value, int], dict[ir.Value, int]]:

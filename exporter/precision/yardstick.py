@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from qexport.calibration.tasks import Task
-from qexport.exporter.layout import Vectors
+from qexport.calibration.tasks import Fold, Metric
+from qexport.exporter.layout import Feeds, Vectors
 from qexport.exporter.quality import cosine, decibel
 
 
@@ -20,7 +19,7 @@ class Score:
         error: Squared error over squared signal.
         cosine_mean: Mean cosine over the samples.
         cosine_worst: The smallest.
-        drop: Points of the task metric that are lost.
+        drop: How much of the task metric is lost.
     """
 
     error: float
@@ -36,36 +35,35 @@ class Score:
 
 @dataclass(slots=True)
 class Tally:
-    """Running sums over batches; rows are kept for a task only.
+    """Running sums over batches.
 
     Attributes:
-        task: The task to score by.
+        task: The metric to score by.
     """
 
-    task: Task | None = None
+    task: Metric | None = None
     signal: float = 0.0
     noise: float = 0.0
     _cosines: list[float] = field(default_factory=list)
-    _truth: dict[int, Vectors] = field(default_factory=dict)
-    _found: dict[int, Vectors] = field(default_factory=dict)
+    _folds: list[Fold] = field(default_factory=list)
 
-    def add(self, indices: list[int], truth: Vectors, found: Vectors) -> None:
+    def __post_init__(self) -> None:
+        if self.task is not None:
+            self._folds = [self.task.fold(), self.task.fold()]
+
+    def add(self, indices: list[int], feeds: Feeds, truth: Vectors, found: Vectors) -> None:
         """Take in one batch: rows of the float model and of what is measured."""
         self.signal += float(np.square(truth).sum())
         self.noise += float(np.square(found - truth).sum())
         self._cosines += cosine(truth, found).tolist()
-        if self.task is not None:
-            self._truth.update(zip(indices, truth, strict=True))
-            self._found.update(zip(indices, found, strict=True))
+        for fold, rows in zip(self._folds, (truth, found), strict=False):
+            fold.add(indices, feeds, rows)
 
     def score(self) -> Score:
         """The numbers of all batches."""
         error = self.noise / max(self.signal, 1e-30)
         drop = None
         if self.task is not None:
-            drop = _points(self.task, self._truth) - _points(self.task, self._found)
+            reference, result = (fold.score() for fold in self._folds)
+            drop = reference - result if self.task.better == "higher" else result - reference
         return Score(error, float(np.mean(self._cosines)), float(np.min(self._cosines)), drop)
-
-
-def _points(task: Task, rows: Mapping[int, Vectors]) -> float:
-    return task.score(np.stack([rows[i] for i in sorted(rows)]))
