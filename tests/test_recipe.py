@@ -374,8 +374,10 @@ def test_only_the_recipe_that_calibrates_needs_data() -> None:
         "bfloat16": False,
         "float16": False,
         "float32": False,
+        "fp8": True,
         "int8": True,
         "int8-dynamic": False,
+        "int8-qlinear": True,
         "llm-int8": True,
     }
 
