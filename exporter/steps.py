@@ -43,6 +43,7 @@ _HOMES = {
     "dynamic": "qexport.passes.dynamic:Dynamic",
     "llm-int8": "qexport.passes.outliers:LlmInt8",
     "stabilize": "qexport.passes.stabilize:Stabilize",
+    "adaround": "qexport.calibration.adaround:AdaRound",
     "correct-bias": "qexport.calibration.correct:CorrectBias",
     "half": "qexport.passes.half:Half",
 }

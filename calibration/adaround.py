@@ -1,0 +1,215 @@
+"""Choose for every weight whether it is rounded up or down, for the least error of the layer's output (AdaRound).
+
+1. 8 bits, one scale an output channel: the float weights move onto the grid that ``quantize`` will store, each to the
+   code that was chosen, so that nearest rounding takes exactly these. The largest weight of a channel stays what it is,
+   and with it the scale.
+2. Fewer bits, or groups: the codes are left as notes, and ``weight-only`` stores them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qexport.calibration.data import Dataset
+from qexport.calibration.gram import by_tap, grams
+from qexport.calibration.layers import KERNEL_KEY
+from qexport.calibration.rounding import Steps, learn
+from qexport.errors import UsageError
+from qexport.passes.base import Decision, Outcome, Pass
+from qexport.passes.groups import (
+    CODES_KEY,
+    Codes,
+    Grid,
+    as_matrix,
+    check_group,
+    codes_of,
+    misfit_groups,
+    quantize_groups,
+)
+from qexport.passes.lowbit import Choice
+from qexport.passes.match import add_constant, check_names, sweep
+from qexport.passes.placement import Site, plan
+from qexport.passes.qdq import needs_half
+from qexport.passes.target import Target, find_target
+from qexport.passes.weights import misfit, quantize_weight
+
+ON_GRID = "its weights lie on the grid already"
+UNSEEN = "not calibrated: no sample reached it"
+INT8 = 8
+OFF_GRID = 0.07  # steps; a float16 weight on a grid of 127 steps is up to 0.03 beside it
+Matrix = NDArray[np.float32]  # [K, N]
+
+
+@dataclass(frozen=True)
+class AdaRound(Pass):
+    """Learn which way weights are rounded, for the least error of each layer's output."""
+
+    exact: ClassVar[bool] = False
+
+    data: Dataset | None = field(default=None, metadata={"bound": True})
+    advance: Callable[[], None] = field(default=lambda: None, metadata={"bound": True})
+    target: str = "tensorrt-rtx"
+    samples: int = 512
+    bits: Literal[8, 4, 3] = 8
+    """8 without groups is for quantize, everything else for weight-only."""
+    group: int = 0
+    """Inputs that share a scale; 0 gives one scale to each output channel."""
+    iterations: int = 300
+    keep: tuple[str, ...] = ()
+    """Names of nodes that are left alone."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("iterations", 1), ("samples", 1), ("group", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    def call(self, model: ir.Model) -> Outcome:
+        """Round every layer with a constant weight; no data, or a group that does not fit, is a ``UsageError``."""
+        if self.data is None:
+            raise UsageError("learned rounding needs calibration data", hint="give real samples with --calib")
+        check_names(self.keep, model)
+        way = self._way()
+        opened, decisions = self._open(model, way)
+        taps, refused = by_tap(opened)
+        decisions += [_decision(site, "skipped", reason) for site, reason in refused.items()]
+        modified = False
+        for tap, gram in grams(model, taps, islice(self.data, self.samples), advance=self.advance):
+            sites = taps[tap]
+            if not gram.rows:
+                decisions += [_decision(site, "skipped", UNSEEN) for site in sites]
+                continue
+            steps = _together([opened[site] for site in sites])
+            codes = learn(steps, gram.hessian / gram.rows, self.iterations)
+            ends = np.cumsum([opened[site].weight.shape[1] for site in sites])
+            for site, chosen in zip(sites, np.split(codes, ends[:-1], axis=1), strict=True):
+                better = not np.array_equal(chosen, opened[site].nearest)
+                modified |= way.store(site, opened[site], chosen)
+                reason = "rounding learned" if better else "nearest rounding is the best"
+                decisions.append(_decision(site, "folded" if better else "skipped", reason))
+        return Outcome(model, modified, tuple(decisions))
+
+    def _way(self) -> _Way:
+        target = find_target(self.target)
+        if self.bits == INT8 and not self.group:
+            return _Channels(target)
+        return _Groups(target, Grid(self.bits, self.group))
+
+    def _open(self, model: ir.Model, way: _Way) -> tuple[dict[Site, Steps], list[Decision]]:
+        """The sites to round, each with its grid, and why others are not."""
+        sites, refused = way.sites(model)
+        opened = {}
+        for site in sites:
+            steps = "left alone by name" if site.node.name in self.keep else way.open(site)
+            if isinstance(steps, Steps):
+                opened[site] = steps
+            else:
+                refused.append(_decision(site, "skipped", steps))
+        return opened, refused
+
+
+class _Way(Protocol):
+    """Which weights are rounded to what, and where the codes go."""
+
+    def sites(self, model: ir.Model) -> tuple[list[Site], list[Decision]]:
+        """The nodes whose weights are stored in few bits, and why others are not."""
+
+    def open(self, site: Site) -> Steps | str:
+        """The weight and its grid, or why it is left alone."""
+
+    def store(self, site: Site, steps: Steps, codes: Matrix) -> bool:
+        """Leave the codes; whether that changed anything."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Channels:
+    """Int8 with one scale an output channel, as ``quantize`` stores it."""
+
+    target: Target
+
+    def sites(self, model: ir.Model) -> tuple[list[Site], list[Decision]]:
+        found = plan(model, self.target)
+        return [site for site in found.roots if site.weight is not None], list(found.refused)
+
+    def open(self, site: Site) -> Steps | str:
+        kernel, half = np.asarray(site.kernel.numpy(), np.float32), needs_half(self.target, site.kernel.dtype)
+        reason = misfit(kernel, site.axis, half=half)
+        if reason is not None:
+            return reason
+        codes, scale = quantize_weight(kernel, site.axis, half=half)
+        weight = _as_columns(kernel, site.axis)
+        top = np.abs(_as_columns(codes, site.axis).astype(np.float32)).max(axis=0, keepdims=True)
+        largest = np.abs(weight) == np.abs(weight).max(axis=0)
+        off = np.abs(weight / scale - np.rint(weight / scale))
+        if not (off > OFF_GRID)[~largest].any():
+            return ON_GRID
+        return Steps(weight, scale[None], -top, top, largest)
+
+    def store(self, site: Site, steps: Steps, codes: Matrix) -> bool:
+        """Move the weights onto the grid; a channel's largest keeps its scale, and nothing gets larger than it."""
+        if np.array_equal(codes, steps.nearest):
+            return False
+        reach = np.abs(steps.weight).max(axis=0)
+        moved = np.where(steps.fixed, steps.weight, np.clip(codes * steps.scale, -reach, reach))
+        shape = np.moveaxis(site.kernel.numpy(), site.axis, -1).shape
+        numbers = np.moveaxis(moved.reshape(shape), -1, site.axis).astype(site.kernel.dtype.numpy())
+        site.node.meta.setdefault(KERNEL_KEY, site.kernel)
+        old = site.node.inputs[1]
+        assert old is not None
+        site.node.replace_input_with(1, add_constant(site.node, f"{old.name}", np.ascontiguousarray(numbers)))
+        sweep([old])
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    """Fewer bits or groups, as ``weight-only`` stores them."""
+
+    target: Target
+    grid: Grid
+
+    def sites(self, model: ir.Model) -> tuple[list[Site], list[Decision]]:
+        return Choice().linears(model)
+
+    def open(self, site: Site) -> Steps | str:
+        weight, held = as_matrix(site), site.node.inputs[1]
+        check_group(self.grid, len(weight), site.node.name or "")
+        if codes_of(held) is not None:
+            return "its codes are chosen already"
+        if held is None or len(held.uses()) > 1:
+            return "several nodes read its weight"
+        half = needs_half(self.target, site.kernel.dtype)
+        reason = misfit_groups(weight, self.grid, half=half)
+        if reason is not None:
+            return reason
+        scale = np.repeat(quantize_groups(weight, self.grid, half=half).scale, self.grid.rows(len(weight)), axis=0)
+        ends = np.ones((1, weight.shape[1]), np.float32)
+        return Steps(weight, scale, self.grid.low * ends, self.grid.high * ends, np.zeros(weight.shape, np.bool_))
+
+    def store(self, site: Site, steps: Steps, codes: Matrix) -> bool:
+        held = site.node.inputs[1]
+        assert held is not None
+        scale = steps.scale[:: self.grid.rows(len(codes))]
+        held.meta[CODES_KEY] = Codes(codes.astype(np.int8), scale, None, self.grid)
+        return True
+
+
+def _together(parts: Sequence[Steps]) -> Steps:
+    """Weights that read one value, side by side."""
+    names = ("weight", "scale", "low", "high", "fixed")
+    return Steps(*(np.concatenate([getattr(part, name) for part in parts], axis=1) for name in names))
+
+
+def _as_columns(kernel: NDArray[Any], axis: int) -> NDArray[Any]:
+    """A weight as ``[K, N]``, output channels last; the rows of a convolution in the order of its patches."""
+    return np.moveaxis(kernel, axis, -1).reshape(-1, kernel.shape[axis])
+
+
+def _decision(site: Site, action: str, reason: str) -> Decision:
+    return Decision(site.node.name or "", site.node.op_type, action, reason)

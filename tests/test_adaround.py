@@ -1,0 +1,243 @@
+from itertools import product
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qexport.calibration.adaround import ON_GRID, AdaRound
+from qexport.calibration.data import sample_digest
+from qexport.calibration.layers import kernel_of
+from qexport.calibration.patches import Patch
+from qexport.calibration.rounding import Steps, learn
+from qexport.errors import UsageError
+from qexport.passes.groups import codes_of
+from qexport.passes.quantize import Quantize
+from qexport.passes.range import RANGE_KEY, Range
+from qexport.passes.weight_only import WeightOnly
+from qexport.passes.weights import quantize_weight
+
+RNG = np.random.default_rng(0)
+PLAIN = "g (float[n, s, 48] x) => (float[n, s, 40] y) { y = MatMul(x, w) }"
+ROUNDS = 100  # enough for small layers
+
+
+class Samples(list):
+    """Samples in memory."""
+
+    name = "memory"
+    digest = "sha256:0"
+    warnings = ()
+
+    @property
+    def digests(self):
+        return tuple(sample_digest(sample) for sample in self)
+
+
+def model_from(text, opset=21, **weights):
+    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : {opset}]>\n{text}')
+    for name, array in weights.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
+
+
+def normal(*shape, rng=RNG):
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+MIXING = normal(48, 48) * (np.arange(48)[:, None] < 8) + 0.3 * np.eye(48, dtype=np.float32)
+
+
+def samples(count=60):
+    """Rows that vary in a few directions, as activations do."""
+    return Samples({"x": normal(int(RNG.integers(5, 20)), 48) @ MIXING} for _ in range(count))
+
+
+def rows(data):
+    return np.concatenate([sample["x"] for sample in data]).astype(np.float64)
+
+
+def steps_for(weight, bits=4):
+    top = np.float32(2 ** (bits - 1) - 1)
+    scale = np.abs(weight).max(axis=0, keepdims=True) / top
+    ends = np.full((1, weight.shape[1]), top)
+    return Steps(weight, scale, -ends, ends, np.zeros(weight.shape, np.bool_))
+
+
+def test_learned_rounding_finds_nearly_the_best_of_all_choices():
+    ratios = []
+    for _ in range(6):
+        x = normal(200, 8) @ (normal(8, 8) * (np.arange(8)[:, None] < 3) + 0.2 * np.eye(8))
+        hessian, steps = (x.T @ x).astype(np.float64), steps_for(normal(8, 5))
+        floor = np.floor(steps.weight / steps.scale)
+        every = [np.clip(floor + np.array(ups)[:, None], steps.low, steps.high) for ups in product((0, 1), repeat=8)]
+        best = np.min([steps.errors(codes, hessian) for codes in every], axis=0)
+        found, nearest = (steps.errors(c, hessian) for c in (learn(steps, hessian, 300), steps.nearest))
+        assert (found >= best * (1 - 1e-9)).all()
+        ratios += list(zip(found / best, nearest / best, strict=True))
+    learned, plain = np.median(ratios, axis=0)
+    assert 2 * learned < plain
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([3, 4, 8]), st.integers(1, 30))
+def test_no_output_channel_is_worse_than_with_nearest_rounding(seed, bits, iterations):
+    rng = np.random.default_rng(seed)
+    x = normal(40, 12, rng=rng) * np.exp(2 * normal(12, rng=rng))
+    hessian, steps = (x.T @ x).astype(np.float64), steps_for(normal(12, 7, rng=rng), bits)
+    codes = learn(steps, hessian, iterations)
+    assert (steps.errors(codes, hessian) <= steps.errors(steps.nearest, hessian)).all()
+    assert (np.abs(codes) <= steps.high).all()
+    assert (np.abs(codes - steps.weight / steps.scale) <= 1).all()
+
+
+def test_the_same_data_gives_the_same_codes():
+    x = normal(200, 16)
+    hessian, steps = (x.T @ x).astype(np.float64), steps_for(normal(16, 9))
+    assert np.array_equal(learn(steps, hessian, 50), learn(steps, hessian, 50))
+
+
+def quantized(model, data, target="tensorrt-rtx"):
+    """The model in int8, and what it stored."""
+    found = rows(data) if data[0]["x"].ndim == 2 else np.stack([sample["x"] for sample in data])
+    model.graph.inputs[0].meta[RANGE_KEY] = Range(min(found.min(), 0), max(found.max(), 0))
+    assert Quantize(target=target, min_sqnr=-100)(model).modified
+    (codes,) = (v.const_value.numpy() for n, v in model.graph.initializers.items() if n.endswith("/int8"))
+    (scale,) = (
+        v.const_value.numpy() for n, v in model.graph.initializers.items() if n.startswith("w") and "scale" in n
+    )
+    return codes, scale
+
+
+@pytest.mark.parametrize("target", ["tensorrt-rtx", "ort-cpu"])
+def test_the_integers_that_are_stored_are_those_that_were_learned(target):
+    w = normal(48, 40)
+    data = samples()
+    model = model_from(PLAIN, w=w)
+    result = AdaRound(data=data, target=target, iterations=ROUNDS)(model)
+    assert result.modified
+    assert [(d.action, d.reason) for d in result.decisions] == [("folded", "rounding learned")]
+    nearest, scale = quantize_weight(w, 1, half=target == "tensorrt-rtx")
+    top = np.abs(nearest).max(axis=0, keepdims=True).astype(np.float32)
+    steps = Steps(w, scale[None], -top, top, np.abs(w) == np.abs(w).max(axis=0))
+    x = rows(data).astype(np.float32)
+    expected = learn(steps, (x.T @ x).astype(np.float64) / len(x), ROUNDS)
+    stored, kept = quantized(model, data, target)
+    assert np.array_equal(kept, scale)
+    assert (stored != nearest).mean() > 0.1
+    assert (stored != expected).mean() < 0.005  # sums of products in another order may tip a weight
+    assert np.array_equal(stored, quantize_weight(stored * scale, 1)[0])
+
+
+def test_the_output_error_on_fresh_data_falls():
+    w, data, fresh = normal(48, 40), samples(200), rows(samples())
+    errors = {}
+    for learned in (True, False):
+        model = model_from(PLAIN, w=w)
+        if learned:
+            AdaRound(data=data, iterations=ROUNDS)(model)
+        codes, scale = quantized(model, data)
+        errors[learned] = np.square(fresh @ (codes * scale.astype(np.float64) - w)).sum()
+    assert errors[True] < 0.7 * errors[False]
+
+
+CASES = {
+    "a Gemm that is transposed": ("float[n, 48] x", "y = Gemm <transB = 1> (x, w)", (40, 48), (48,)),
+    "a convolution": ("float[n, 16, 9, 9] x", "y = Conv <pads = [1, 1, 1, 1]> (x, w)", (24, 16, 3, 3), (16, 9, 9)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_other_layers_lose_less_too(case):
+    inputs, body, shape, sample = CASES[case]
+    w = normal(*shape)
+    mix = normal(*sample[:1], *sample[:1]) * (np.arange(sample[0])[:, None] < 4) + 0.3 * np.eye(sample[0])
+    data = Samples({"x": np.einsum("c...,cd->d...", normal(*sample), mix).astype(np.float32)} for _ in range(100))
+    model = model_from(f"g ({inputs}) => (float y) {{ {body} }}", w=w)
+    assert AdaRound(data=data, iterations=ROUNDS)(model).modified
+    codes, scale = quantized(model, data)
+    nearest, same = quantize_weight(w, 0, half=True)
+    assert np.array_equal(scale, same)
+    x = np.stack([sample["x"] for sample in data])
+    patch = Patch((3, 3), (1, 1), (1, 1), (1, 1, 1, 1))
+    x = np.concatenate(list(patch.rows(x))) if len(sample) > 1 else x
+
+    def loss(stored):
+        return np.square(x @ (stored.reshape(len(w), -1) * scale[:, None] - w.reshape(len(w), -1)).T).sum()
+
+    assert loss(codes) < 0.8 * loss(nearest)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_second_run_changes_nothing(dtype):
+    text = PLAIN if dtype == np.float32 else PLAIN.replace("float[", "float16[")
+    data = Samples({"x": sample["x"].astype(dtype)} for sample in samples())
+    model = model_from(text, w=normal(48, 40).astype(dtype))
+    assert AdaRound(data=data, iterations=20)(model).modified
+    before = ir.to_proto(model).SerializeToString()
+    result = AdaRound(data=data, iterations=20)(model)
+    assert not result.modified
+    assert [d.reason for d in result.decisions] == [ON_GRID]
+    assert ir.to_proto(model).SerializeToString() == before
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 16), (4, 0), (3, 24), (8, 16)])
+def test_codes_of_few_bits_are_stored_by_weight_only(bits, group):
+    w, data = normal(48, 40), samples(100)
+    errors = {}
+    for learned in (True, False):
+        model = model_from(PLAIN, w=w)
+        if learned:
+            assert AdaRound(data=data, bits=bits, group=group, iterations=ROUNDS)(model).modified
+            codes = codes_of(model.graph[0].inputs[1])
+            assert codes.grid.bits == bits
+            assert not AdaRound(data=data, bits=bits, group=group)(model).modified
+        assert WeightOnly(bits=bits, group=group)(model).modified
+        dq = model.graph[0]
+        q, scale = (value.const_value.numpy().astype(np.float64) for value in dq.inputs[:2])
+        if learned:
+            assert np.array_equal(q, codes.values)
+        wide = np.repeat(scale, 48 // len(scale), axis=0) if scale.ndim == 2 else scale
+        errors[learned] = np.square(rows(data) @ (q * wide - w)).sum()
+    assert errors[True] < 0.75 * errors[False]
+
+
+def test_weights_that_others_share_are_copied_and_the_float_one_is_remembered():
+    text = "g (float[n, 48] x) => (float y, float z) { y = MatMul(x, w)  z = Identity(w) }"
+    w = normal(48, 40)
+    model = model_from(text, w=w)
+    assert AdaRound(data=Samples({"x": normal(48)} for _ in range(50)), iterations=20)(model).modified
+    assert np.array_equal(model.graph[1].inputs[0].const_value.numpy(), w)
+    assert np.array_equal(kernel_of(model.graph[0]), w)
+
+
+def test_layers_are_left_alone_by_name_or_with_a_reason():
+    text = """g (float[n, 16, 9, 9] x, float[n, 48] z) => (float y, float t) {
+        y = Conv <group = 2> (x, v)  [named] t = MatMul(z, w) }"""
+    text = text.replace("[named] t = MatMul", "t = MatMul")
+    model = model_from(text, v=normal(24, 8, 1, 1), w=normal(48, 40))
+    model.graph[1].name = "named"
+    data = Samples({"x": normal(16, 9, 9), "z": normal(48)} for _ in range(3))
+    before = ir.to_proto(model).SerializeToString()
+    result = AdaRound(data=data, keep=("named",))(model)
+    assert not result.modified
+    assert {d.op: d.reason for d in result.decisions} == {
+        "Conv": "a convolution in groups has a Gram matrix for each of them",
+        "MatMul": "left alone by name",
+    }
+    assert ir.to_proto(model).SerializeToString() == before
+
+
+def test_bad_options_are_refused():
+    model, data = model_from(PLAIN, w=normal(48, 40)), samples(3)
+    with pytest.raises(UsageError, match="calibration data"):
+        AdaRound()(model)
+    with pytest.raises(UsageError, match="no node is called"):
+        AdaRound(data=data, keep=("nobody",))(model)
+    with pytest.raises(UsageError, match="group 36 does not divide the 48 inputs"):
+        AdaRound(data=data, bits=4, group=36)(model)
+    for bad in ({"iterations": 0}, {"samples": 0}, {"group": -1}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            AdaRound(**bad)
