@@ -11,18 +11,19 @@ from qexport.passes.activation import activation_of
 from qexport.passes.dynamic import Dynamic
 from qexport.passes.outliers import LlmInt8
 from qexport.passes.quantize import Quantize
+from qexport.passes.smooth import Smooth
 
 RNG = np.random.default_rng(0)
 
 
 @pytest.fixture(scope="module")
 def data(outlier_model):
-    return outlier_model.sentences(24, seed=1)
+    return outlier_model.sentences(16, seed=1)
 
 
 @pytest.fixture(scope="module")
 def unseen(outlier_model):
-    return outlier_model.sentences(16, seed=2)
+    return outlier_model.sentences(8, seed=2)
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +135,14 @@ def test_plain_int8_collapses(score, wide, data, target):
 @pytest.mark.parametrize("granularity", ["tensor", "token"])
 def test_ranges_per_call_do_not_help_against_columns(score, wide, granularity):
     assert score(wide, Dynamic(granularity=granularity))[0] < 12
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "tensorrt-rtx"])
+def test_smoothing_brings_everything_back(score, wide, data, target):
+    steps = (Observe(data=data, target=target), Smooth(target=target), *plain(data, target, min_sqnr=0.0))
+    found, count = score(wide, *steps)
+    assert found >= 35
+    assert count == 12
 
 
 def test_outliers_multiplied_in_float_bring_everything_back(score, wide, data):
