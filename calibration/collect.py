@@ -122,12 +122,15 @@ def _grouped(items: Iterator[Measured], count: int) -> Iterator[list[Measured]]:
         yield group
 
 
-def stream(model: ir.Model, taps: Sequence[str], work: Iterator[Work]) -> Iterator[Measured]:
-    """Yield the tapped values of each sample, in order; a few samples run side by side, one thread each."""
+def stream(model: ir.Model, taps: Sequence[str], work: Iterator[Work], *, literal: bool = False) -> Iterator[Measured]:
+    """Yield the tapped values of each sample, in order; a few samples run side by side, one thread each.
+
+    With ``literal``, Q/DQ nodes run as they are written.
+    """
     first = next(work, None)
     if first is None or not taps:
         return
-    session = open_model(model, SessionOptions(threads=1), taps)
+    session = open_model(model, SessionOptions(threads=1, literal=literal), taps)
     batch = static_batch(input_specs(model)) or 1  # a sample fills a batch of a fixed size by itself
 
     def run(item: Work) -> Measured:

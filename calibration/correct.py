@@ -120,7 +120,7 @@ def measure(
     known = list(layers)
     taps = list(dict.fromkeys(value.name or "" for layer in known for value in (layer.value, layer.seen)))
     means: dict[ir.Node, Means] = {}
-    for index, _, found in stream(model, taps, numbered(samples, advance)):
+    for index, _, found in stream(model, taps, numbered(samples, advance), literal=True):
         for layer in known:
             pair = found[layer.value.name or ""], found[layer.seen.name or ""]
             if pair[0].size:
