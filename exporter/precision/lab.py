@@ -9,6 +9,7 @@ from qexport.calibration.spec import input_specs, static_batch
 from qexport.errors import UsageError
 from qexport.exporter.admit import Limits
 from qexport.exporter.build import choose_recipe, refuse_newer, refuse_quantized
+from qexport.exporter.gates import check_judge
 from qexport.exporter.layout import Feeds
 from qexport.exporter.load import Source, load_source
 from qexport.exporter.options import BuildOptions
@@ -99,6 +100,7 @@ def open_lab(question: Question) -> Lab:
         refuse_newer(source, target)
         samples = open_samples(source, recipe, question.calib, question.evaluation)
     judge = samples.judge
+    check_judge(samples, recipe.gates)
     if judge is None:
         raise UsageError("no data to measure on", hint="give data with --calib or --eval")
     _demand_choice(recipe, samples)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from qexport.exporter.precision.lab import Question
+from qexport.errors import UsageError
+from qexport.exporter import toml
+from qexport.exporter.precision.lab import Question, open_lab
+from qexport.exporter.precision.plan import Plan, make_plan, recipe_document
 from qexport.exporter.precision.plots import demand_matplotlib, draw
 from qexport.exporter.precision.sensitivity import Sensitivity, analyse
-from qexport.safe_io import finite, publish
+from qexport.safe_io import finite, publish, write_text
 
 MANIFEST, NUMBERS = "manifest.json", "sensitivity.json"
 MANIFEST_SCHEMA = "qexport.manifest/1"
@@ -30,3 +34,40 @@ def publish_sensitivity(question: Question, output: Path) -> Sensitivity:
         files = {name: {"bytes": size, "digest": digest} for name, (size, digest) in sorted(stage.files.items())}
         stage.write_json(MANIFEST, {"schema": MANIFEST_SCHEMA, "files": files})
     return found
+
+
+def publish_plan(question: Question, output: Path) -> Plan:
+    """Make a plan and write it as a recipe.
+
+    Raises:
+        UsageError: The file could not be loaded as a recipe, or is the one that it would extend; overrides, which a
+            recipe that extends another would not hold.
+        GateFailed: Nothing fits the budget; nothing is written.
+    """
+    extends = _reference(question.recipe, output)
+    if output.suffix != ".toml":
+        raise UsageError("the name of a recipe file must end in .toml", where=str(output))
+    if not output.absolute().parent.is_dir():
+        raise UsageError("no such folder", where=str(output.absolute().parent), hint="make it first")
+    lab = open_lab(question)
+    plan = make_plan(question, lab)
+    point = plan.points[plan.chosen]
+    loss = "" if point.drop is None else f"drop {point.drop:.3f}, "
+    head = (
+        f"# Made by qexport plan: {point.quantized} layers quantized, {point.kept} in float, {point.bytes} bytes.\n"
+        f"# Measured on {plan.data!r}: {loss}cosine mean {point.cosine_mean:.5f}, worst {point.cosine_worst:.5f}.\n"
+    )
+    document = recipe_document(lab, plan, extends)
+    write_text(output, "\n".join([head, *toml.dump(document)]) + "\n")
+    return plan
+
+
+def _reference(recipe: str | Path, output: Path) -> str:
+    """What a recipe in ``output`` calls the one it extends: a shipped name, or a path from its folder."""
+    name = os.fspath(recipe)
+    if not isinstance(recipe, Path) and not name.endswith(".toml") and "/" not in name:
+        return name
+    if os.path.realpath(name) == os.path.realpath(output):
+        raise UsageError("the plan would replace the recipe it extends", where=str(output), hint="choose another name")
+    relative = os.path.relpath(os.path.realpath(name), os.path.realpath(output.absolute().parent))
+    return relative if "/" in relative else f"./{relative}"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from qexport.exporter.precision.residual import levels
+from qexport.passes.match import constant
 
 HANDED_ON = {"Relu", "Clip", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePool", "Identity"}
 HANDED_ON |= {"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Pad", "Split", "Expand", "Concat"}
@@ -60,6 +61,23 @@ def find_regions(graph: ir.Graph, names: Collection[str]) -> tuple[Region, ...]:
     for node in chosen:
         groups.setdefault(root(node), []).append(node)
     return tuple(Region(tuple(n.name or "" for n in g), tuple(n.op_type for n in g)) for g in groups.values())
+
+
+def find_units(graph: ir.Graph, names: Collection[str]) -> tuple[tuple[str, ...], ...]:
+    """Part the nodes called ``names`` into the smallest choices that make sense, in the order of the graph.
+
+    Every node is one of its own, but what has no weight (a residual Add) goes with the last node it reads from: its
+    integers are worth nothing without the ones that come in.
+    """
+    owner: dict[ir.Node, ir.Node] = {}
+    groups: dict[ir.Node, list[str]] = {}
+    for node in graph:
+        if node.name in names:
+            behind = [maker for value in _computed(node) for maker in _makers(value) if maker in owner]
+            weightless = all(constant(value) is None for value in node.inputs)
+            owner[node] = owner[behind[-1]] if weightless and behind else node
+            groups.setdefault(owner[node], []).append(node.name or "")
+    return tuple(map(tuple, groups.values()))
 
 
 def _computed(node: ir.Node) -> Iterator[ir.Value]:

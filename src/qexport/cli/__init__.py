@@ -17,7 +17,7 @@ import click
 from qexport import __version__
 from qexport.errors import QexportError, ResourceExhausted, UsageError, printable
 
-COMMANDS = ("build", "sensitivity", "check", "inspect", "recipe", "doctor")
+COMMANDS = ("build", "sensitivity", "plan", "check", "inspect", "recipe", "doctor")
 """Each is a module of this package with a click command of the same name."""
 
 INTERRUPTED, TERMINATED = 130, 143

@@ -69,8 +69,14 @@ def _print(console: Console, found: Sensitivity) -> None:
         "one layer in 8 bits, the most sensitive first: SQNR of the output, measured and estimated, and its own"
     )
     layers = [
-        (*_numbers(row), _decibel(row.estimate), _fixed(row.layer_sqnr), round(row.bytes / 1e3), f"{row.share:.1%}")
-        + (row.node,)
+        (
+            *_numbers(row),
+            _decibel(row.estimate),
+            _fixed(row.layer_sqnr),
+            round(row.bytes / 1e3),
+            f"{row.share:.1%}",
+            row.node,
+        )
         for row in found.layers
     ]
     console.print(make_table(("dB", "cosine", "worst", *lost, "est.", "own", "kB", "time", "layer"), layers))

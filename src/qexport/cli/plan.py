@@ -1,0 +1,100 @@
+"""``qexport plan``: which layers to leave in float to stay inside a budget, as a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict, Unpack
+
+import click
+
+from qexport.cli.common import default_cache, make_console, make_table, print_json, shared_flags
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qexport.exporter.precision.plan import Plan, Point
+
+
+class Asked(TypedDict):
+    """The options of ``plan`` as click hands them over."""
+
+    calib: str
+    evaluation: str | None
+    max_drop: float | None
+    min_cosine: float | None
+    recipe: str
+    target: str | None
+    samples: int
+    output: Path
+    as_json: bool
+
+
+@click.command()
+@click.argument("model", type=click.Path())
+@click.option("--calib", metavar="DATA", required=True, help="Calibration data, as for build.")
+@click.option("--eval", "evaluation", metavar="DATA", help="Held-out data, with labels for --max-drop.")
+@click.option("--max-drop", type=float, metavar="POINTS", help="How much of the task metric may be lost.")
+@click.option("--min-cosine", type=float, metavar="COSINE", help="How close outputs must stay, without labels.")
+@click.option("--recipe", metavar="FILE", default="int8", show_default=True, help="The recipe to extend.")
+@click.option("--target", metavar="NAME", help="Backend: tensorrt-rtx, tensorrt, ort-cpu, ort-cuda.")
+@click.option("--samples", type=int, default=64, show_default=True, help="How many samples layers are measured on.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), metavar="FILE", default=Path("plan.toml"), show_default=True
+)
+@shared_flags
+def plan(model: str, **asked: Unpack[Asked]) -> None:
+    """Choose what stays in float so that MODEL loses no more than it may.
+
+    Layers are measured one by one; then mixtures of int8 and float are built, judged on all evaluation data and timed.
+    The best one inside the budget is written as a recipe for qexport build --recipe.
+    """
+    from qexport.cli.progress import RichProgress
+    from qexport.exporter.options import BuildOptions
+    from qexport.exporter.precision.lab import Question
+    from qexport.exporter.precision.plan import with_budget
+    from qexport.exporter.precision.publish import publish_plan
+
+    options = BuildOptions(target=asked["target"], cache=default_cache(), progress=RichProgress())
+    question = Question(model, asked["recipe"], asked["calib"], asked["evaluation"], options, asked["samples"])
+    found = publish_plan(with_budget(question, asked["max_drop"], asked["min_cosine"]), asked["output"])
+    if asked["as_json"]:
+        print_json(found)
+        return
+    _print(make_console(), found, asked["output"])
+
+
+def _print(console: Console, found: Plan, output: Path) -> None:
+    from qexport.exporter.summary import human_bytes
+
+    lost = ("lost",) if found.task else ()
+    rows = [
+        (
+            _name(point),
+            *([] if point.drop is None else [f"{point.drop:+.2f}"]),
+            f"{point.cosine_mean:.4f}",
+            f"{point.cosine_worst:.4f}",
+            human_bytes(point.bytes),
+            f"{point.milliseconds:.3g} ms",
+            "" if point.foreign else f"{point.speedup:.2f}x",
+            "yes" if point.fits else "no",
+            "*" if point.pareto else "",
+            "<-" if number == found.chosen else "",
+        )
+        for number, point in enumerate(found.points)
+    ]
+    budget = ", ".join(f"{name} {value:g}" for name, value in found.budget.items())
+    judged = f", {found.task} on {found.data}" if found.task else f" on {found.data}"
+    console.print(f"budget: {budget}{judged}; * no other point is better in quality, size and time")
+    header = ("layers", *lost, "cosine", "worst", "size", "latency", "speed", "fits", "", "")
+    console.print(make_table(header, rows))
+    if found.points[0].foreign:
+        console.print(f"latency is onnxruntime's on this machine, which says nothing about {found.target}")
+    for warning in found.warnings:
+        console.print(f"warning: {warning}")
+    console.print(f"next: qexport build MODEL --recipe {output}")
+
+
+def _name(point: Point) -> str:
+    if not point.kept:
+        return f"all {point.quantized} in int8"
+    return f"{point.quantized} in int8, {point.kept} in float" if point.quantized else "float"
