@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from qexport.errors import UsageError
 from qexport.passes.base import Decision, Outcome, Pass
+from qexport.passes.fit import fitted
 from qexport.passes.groups import SMALLEST_GROUP, Grid, as_matrix, check_group, codes_of, misfit_groups, quantize_groups
 from qexport.passes.lowbit import AXIS_OPSET, BLOCK_OPSET, SCALED, Choice, Editor, decision, is_scaled
 from qexport.passes.placement import Site
@@ -39,6 +40,8 @@ class WeightOnly(Pass):
     bits: Literal[8, 4, 3] = 4
     group: int = 128
     """Inputs that share a scale; 0 gives one scale to each output channel."""
+    fit: bool = False
+    """Whether a product whose inputs the group does not divide takes the largest multiple of 16 below it that does."""
     symmetric: bool = True
     """Whether there are no zero points; engines take none."""
     clip: bool = False
@@ -80,7 +83,10 @@ class WeightOnly(Pass):
 
     def _grid(self, site: Site) -> Grid:
         found = codes_of(site.node.inputs[1])
-        return found.grid if found is not None else Grid(self.bits, self.group, self.symmetric)
+        if found is not None:
+            return found.grid
+        inputs = site.kernel.numpy().shape[1 - site.axis]
+        return fitted(Grid(self.bits, self.group, self.symmetric), inputs, site.node.name or "", fit=self.fit)
 
     def _reason(self, site: Site, form: Format, target: Target, opset: int) -> str | None:
         """Why a weight stays in float although the target reads the grid, if it does."""
