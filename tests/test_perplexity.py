@@ -134,7 +134,7 @@ def test_no_number_is_made_of_no_tokens():
         fold.score()
 
 
-@pytest.mark.parametrize(("size", "count"), [(4, 3), (5, 2), (11, 1), (128, 1)])
+@pytest.mark.parametrize(("size", "count"), [(3, 4), (4, 3), (5, 2), (11, 1), (128, 1)])
 def test_windows_are_consecutive_and_hold_every_token_but_a_single_last_one(text, tokenizer, size, count):
     dataset = open_dataset(text, FREE, DataSpec(windows=True, max_length=size), tokenizer=tokenizer)
     windows = [sample["input_ids"].tolist() for sample in dataset]

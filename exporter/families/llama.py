@@ -199,15 +199,14 @@ class _Layer:
         width, epsilon = self.shape.hidden_size, self.shape.rms_norm_eps
         return self.g.rms_norm(f"{scope}.{part}_layernorm", hidden, self.weights, width, epsilon)
 
-    def _linear(self, scope: str, x: ir.Value, sizes: tuple[int, int], *, bias: bool) -> ir.Value:
-        return self.g.linear(scope, x, self.weights, sizes, bias=bias)
-
     def _mlp(self, scope: str, x: ir.Value) -> ir.Value:
         g, wide, narrow, bias = self.g, self.shape.intermediate_size, self.shape.hidden_size, self.shape.mlp_bias
-        gate = self._linear(f"{scope}.gate_proj", x, (wide, narrow), bias=bias)
-        up = self._linear(f"{scope}.up_proj", x, (wide, narrow), bias=bias)
+        gate = self.g.linear(f"{scope}.gate_proj", x, self.weights, (wide, narrow), bias=bias)
+        up = self.g.linear(f"{scope}.up_proj", x, self.weights, (wide, narrow), bias=bias)
         gate = g.op(f"{scope}.act_fn", "Mul", gate, g.op(f"{scope}.act_fn", "Sigmoid", gate))
-        return self._linear(f"{scope}.down_proj", g.op(scope, "Mul", gate, up), (narrow, wide), bias=bias)
+        return self.g.linear(
+            f"{scope}.down_proj", g.op(scope, "Mul", gate, up), self.weights, (narrow, wide), bias=bias
+        )
 
     def _attention(self, scope: str, x: ir.Value) -> ir.Value:
         g, shape = self.g, self.shape
@@ -216,17 +215,19 @@ class _Layer:
         key = self._rotate(scope, self._project(f"{scope}.k_proj", x, shape.num_key_value_heads))
         value = self._shared(scope, self._project(f"{scope}.v_proj", x, shape.num_key_value_heads))
         keys = g.op(scope, "Transpose", self._shared(scope, key), perm=[0, 1, 3, 2])
-        scale = g.constant("attention_scale", 1.0 / math.sqrt(dim))
-        scores = g.op(scope, "Mul", g.op(f"{scope}.scores", "MatMul", query, keys), scale)
+        scores = g.op(f"{scope}.scores", "MatMul", query, keys)
+        scores = g.op(scope, "Mul", scores, g.constant("attention_scale", 1.0 / math.sqrt(dim)))
         chances = g.op(scope, "Softmax", g.op(scope, "Add", scores, self.allowed), axis=-1)
         context = g.op(scope, "Transpose", g.op(f"{scope}.context", "MatMul", chances, value), perm=[0, 2, 1, 3])
         merged = g.op(scope, "Reshape", context, g.constant("merge_heads", [0, 0, width]))
-        return self._linear(f"{scope}.o_proj", merged, (shape.hidden_size, width), bias=shape.attention_bias)
+        return self.g.linear(
+            f"{scope}.o_proj", merged, self.weights, (shape.hidden_size, width), bias=shape.attention_bias
+        )
 
     def _project(self, scope: str, x: ir.Value, heads: int) -> ir.Value:
         """[batch, heads, sequence, head_dim]."""
         dim, bias = self.shape.head_dim, self.shape.attention_bias
-        wide = self._linear(scope, x, (heads * dim, self.shape.hidden_size), bias=bias)
+        wide = self.g.linear(scope, x, self.weights, (heads * dim, self.shape.hidden_size), bias=bias)
         split = self.g.op(scope, "Reshape", wide, self.g.constant(f"split_{heads}_heads", [0, 0, heads, dim]))
         return self.g.op(scope, "Transpose", split, perm=[0, 2, 1, 3])
 
