@@ -16,6 +16,8 @@ Feeds = Mapping[str, NDArray[Any]]
 
 # Its CPU kernel is several times slower than the Add and LayerNormalization that it replaces (onnxruntime 1.31).
 SLOW_FUSIONS = ("SkipLayerNormFusion",)
+# They drop an activation whose quantizer saturates where it would, and take fp8's zero for the lowest number (1.31).
+QUANTIZER_FUSIONS = ("ReluQuantRewrite", "ClipQuantRewrite")
 
 
 def load_onnxruntime() -> ModuleType:
@@ -73,8 +75,10 @@ class Session:
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = chosen.threads
         settings.log_severity_level = 4
+        disabled = list(chosen.disabled)
         if chosen.literal:
             settings.add_session_config_entry("session.disable_quant_qdq", "1")
+            disabled += QUANTIZER_FUSIONS
         if chosen.profile is not None:
             settings.enable_profiling, settings.profile_file_prefix = True, chosen.profile
         if not chosen.optimize:
@@ -86,7 +90,7 @@ class Session:
         source = model if isinstance(model, bytes) else str(model)
         try:
             self._session = ort.InferenceSession(
-                source, settings, providers=list(chosen.providers), disabled_optimizers=list(chosen.disabled)
+                source, settings, providers=list(chosen.providers), disabled_optimizers=disabled
             )
         except Exception as error:
             raise BuildFailed(f"onnxruntime cannot load the model: {error}") from error

@@ -26,6 +26,7 @@ from qexport.passes.quantize import Quantize
 from qexport.passes.range import RANGE_KEY, SMALLEST_SCALE, SQNR_KEY, Range, beyond_half, half_precision, integers_for
 from qexport.passes.target import TARGETS
 from qexport.passes.weights import misfit, quantize_weight
+from qexport.runtime.session import Session, SessionOptions
 
 E4M3 = ml_dtypes.float8_e4m3fn
 GRID = np.arange(127, dtype=np.uint8).view(E4M3).astype(np.float64)  # 0, 2^-9, ..., 448
@@ -66,10 +67,7 @@ def run(model, **feeds):
     """onnxruntime with the Q/DQ nodes as they are written."""
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
-    settings = ort.SessionOptions()
-    settings.add_session_config_entry("session.disable_quant_qdq", "1")
-    session = ort.InferenceSession(proto.SerializeToString(), settings, providers=["CPUExecutionProvider"])
-    return session.run(None, feeds)
+    return list(Session(proto.SerializeToString(), SessionOptions(threads=1, literal=True)).run(feeds).values())
 
 
 def pair(scale):
@@ -145,6 +143,19 @@ def test_a_quantized_product_computes_what_the_formula_says_and_its_file_holds_f
     result = Quantize(format="fp8")(model)
     assert not result.modified
     assert [d.reason for d in result.decisions] == ["already quantized"]
+
+
+@pytest.mark.parametrize("activation", ["Relu(h)", "Clip(h, low, high)"])
+def test_a_run_of_the_file_as_written_keeps_the_activation_before_a_quantizer(activation):
+    text = f"g (float[n, 32] x) => (float[n, 16] y) {{ h = MatMul(x, w)  r = {activation}  y = MatMul(r, v) }}"
+    w, v, x = normal(32, 24), normal(24, 16), normal(20, 32)
+    bounds = {"low": np.float32(-1), "high": np.float32(6)} if "low" in text else {}
+    model = model_from(text, w=w, v=v, **{name: np.array(value) for name, value in bounds.items()})
+    for node in model.graph:
+        node.inputs[0].meta[RANGE_KEY] = Range(-20.0, 20.0)
+    Quantize(format="fp8")(model)
+    exact = np.clip(x @ w, bounds.get("low", 0), bounds.get("high", np.inf)) @ v
+    assert np.square(run(model, x=x)[0] - exact).sum() < 1e-2 * np.square(exact).sum()
 
 
 def test_half_precision_leaves_the_quantized_numbers_as_they_were():
@@ -265,7 +276,7 @@ def test_a_target_that_does_not_read_fp8_is_a_usage_error_that_names_those_that_
     assert [node.op_type for node in model.graph] == ["MatMul"]
 
 
-def test_the_cpu_row_is_right_that_onnxruntime_refuses_merged_fp8():
+def test_the_rows_of_onnxruntime_are_right_that_it_refuses_merged_fp8():
     model = product(normal(32, 24))
     Quantize(format="fp8")(model)
     with pytest.raises(Exception, match=r"float8e4m3fn.*MatMulIntegerToFloat"):
