@@ -201,12 +201,11 @@ class _Layer:
 
     def _mlp(self, scope: str, x: ir.Value) -> ir.Value:
         g, wide, narrow, bias = self.g, self.shape.intermediate_size, self.shape.hidden_size, self.shape.mlp_bias
-        gate = self.g.linear(f"{scope}.gate_proj", x, self.weights, (wide, narrow), bias=bias)
-        up = self.g.linear(f"{scope}.up_proj", x, self.weights, (wide, narrow), bias=bias)
+        gate = g.linear(f"{scope}.gate_proj", x, self.weights, (wide, narrow), bias=bias)
+        up = g.linear(f"{scope}.up_proj", x, self.weights, (wide, narrow), bias=bias)
         gate = g.op(f"{scope}.act_fn", "Mul", gate, g.op(f"{scope}.act_fn", "Sigmoid", gate))
-        return self.g.linear(
-            f"{scope}.down_proj", g.op(scope, "Mul", gate, up), self.weights, (narrow, wide), bias=bias
-        )
+        inner = g.op(scope, "Mul", gate, up)
+        return g.linear(f"{scope}.down_proj", inner, self.weights, (narrow, wide), bias=bias)
 
     def _attention(self, scope: str, x: ir.Value) -> ir.Value:
         g, shape = self.g, self.shape
@@ -220,9 +219,8 @@ class _Layer:
         chances = g.op(scope, "Softmax", g.op(scope, "Add", scores, self.allowed), axis=-1)
         context = g.op(scope, "Transpose", g.op(f"{scope}.context", "MatMul", chances, value), perm=[0, 2, 1, 3])
         merged = g.op(scope, "Reshape", context, g.constant("merge_heads", [0, 0, width]))
-        return self.g.linear(
-            f"{scope}.o_proj", merged, self.weights, (shape.hidden_size, width), bias=shape.attention_bias
-        )
+        sizes = (shape.hidden_size, width)
+        return g.linear(f"{scope}.o_proj", merged, self.weights, sizes, bias=shape.attention_bias)
 
     def _project(self, scope: str, x: ir.Value, heads: int) -> ir.Value:
         """[batch, heads, sequence, head_dim]."""
