@@ -132,6 +132,15 @@ def test_the_kernel_multiplies_with_what_the_levels_stand_for(k, n, block):
     np.testing.assert_allclose(run(model, x=x), x @ quantize_nf4(w, block).dequantize(), atol=1e-4)
 
 
+def test_the_graph_reads_back_as_many_magnitudes_as_there_are_blocks():
+    for k, n in ((100, 50), (128, 128)):
+        w = normal(k, n)
+        model = model_from(PRODUCT.format(k=k, n=n), w=w)
+        NF4()(model)
+        model.graph.outputs[0] = model.graph[-1].inputs[2]
+        np.testing.assert_array_equal(run(model, x=normal(1, k)), quantize_nf4(w).magnitudes.dequantize())
+
+
 def test_a_gemm_keeps_its_bias_and_a_shared_weight_is_stored_once():
     text = """g (float[n, 64] x) => (float[n, 64] y) {
         h = Gemm <transB = 1> (x, w, b)  r = Relu(h)  y = Gemm <transB = 1> (r, w) }"""

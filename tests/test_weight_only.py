@@ -108,14 +108,26 @@ def test_one_scale_a_channel_needs_no_size_that_blocks_divide(k, symmetric):
     np.testing.assert_allclose(run(model, x=x), x @ by_definition(w, Grid(4, 0, symmetric)), atol=1e-3)
 
 
-def test_groups_larger_than_the_kernels_blocks_repeat_their_scale():
-    model, w = product(2048)
-    WeightOnly(target="ort-cpu", group=1024, accuracy_level=0)(model)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_groups_larger_than_the_kernels_blocks_repeat_their_scale_and_zero_point(symmetric):
+    w = normal(2048, 48) + np.linspace(-2, 2, 2048, dtype=np.float32)[:, None]
+    model = model_from(PRODUCT.format(k=2048), w=w)
+    WeightOnly(target="ort-cpu", group=1024, symmetric=symmetric, accuracy_level=0)(model)
     (node,) = model.graph
     assert node.attributes.get_int("block_size") == 256
     assert node.inputs[2].const_value.size == 48 * 8
     x = normal(4, 2048)
-    np.testing.assert_allclose(run(model, x=x), x @ by_definition(w, Grid(4, 1024)), atol=2e-3)
+    np.testing.assert_allclose(run(model, x=x), x @ by_definition(w, Grid(4, 1024, symmetric)), atol=5e-3)
+
+
+@pytest.mark.parametrize(("k", "block"), [(384, 128), (96, 32), (100, 0)])
+def test_engines_get_blocks_for_four_bits_with_one_scale_a_channel(k, block):
+    model, w = product(k)
+    WeightOnly(group=0)(model)
+    node = model.graph[0]
+    assert node.attributes.get_int("block_size", 0) == block
+    x = normal(4, k)
+    np.testing.assert_allclose(run(model, x=x), x @ by_definition(w, Grid(4), half=True), atol=1e-3)
 
 
 def test_blocks_divide_the_group_and_pad_the_least():
