@@ -98,6 +98,11 @@ def test_magnitudes_are_within_half_a_step(seed, count, size):
     assert np.all(np.abs(held.dequantize() - magnitudes) <= steps / 2 + 1e-6 * magnitudes.max())
 
 
+def test_magnitudes_are_centred_before_they_are_rounded():
+    magnitudes = RNG.uniform(2.0, 2.5, 512).astype(np.float32)
+    assert quantize_magnitudes(magnitudes).scale.max() < 0.26 / 127
+
+
 def test_normal_weights_are_closer_than_in_int4_and_fp4_with_the_same_blocks():
     w = normal(1024, 256)
     found = noise(w, quantize_nf4(w).dequantize())
