@@ -47,7 +47,7 @@ def find_groups(graph: ir.Graph) -> dict[str, tuple[str, ...]]:
     3. Sum of embeddings: what goes around the first residual branch, before its normalization.
     4. Inputs of products: what multiplies a constant weight and is none of the above.
     """
-    softmaxes = [node for node in graph if node.op_type == "Softmax" and node.domain == ""]
+    softmaxes = [node for node in graph if node.op_type == "Softmax" and node.domain == "" and _has_scores(node)]
     weighted = {node for node in graph if node.op_type in CHANNEL_AXIS and _has_weight(node)}
     residuals = find_residuals(graph)
     attention = [found for found in residuals if not set(softmaxes).isdisjoint(found.layers)]
@@ -74,6 +74,11 @@ def last_layers(names: Collection[str]) -> tuple[str, ...]:
 
 def _has_weight(node: ir.Node) -> bool:
     return len(node.inputs) > 1 and constant(node.inputs[1]) is not None
+
+
+def _has_scores(node: ir.Node) -> bool:
+    """Whether a Softmax is one of attention: a classifier's reads no product of two computed tensors."""
+    return node.inputs[0] is not None and _is_product(node.inputs[0])
 
 
 def _unmasked(value: ir.Value | None) -> ir.Value | None:
