@@ -250,6 +250,14 @@ def test_a_profile_that_cannot_be_written_is_a_lack_of_resources(monkeypatch):
         region_costs(model, model, [], {"g0": np.ones((1, 4), np.float32)}, SessionOptions(threads=1))
 
 
+PLAIN = """[[step]]
+pass = "calibrate"
+[[step]]
+pass = "quantize"
+min_sqnr = 0
+[export]
+engine = false
+"""
 LOPSIDED = """g (float[n, 32] x) => (float[n, 32] y) {
     h = MatMul(x, w)  t = Tanh(h)  s = Mul(t, spread)  k = MatMul(s, v)  e = Tanh(k)  y = MatMul(e, w) }"""
 
@@ -264,13 +272,19 @@ def lopsided(tmp_path):
     model = graph_of(LOPSIDED, w=w, v=v / spread[:, None], spread=spread)
     onnx.save(ir.to_proto(model), tmp_path / "model.onnx")
     np.savez(tmp_path / "calib.npz", x=rng.standard_normal((64, 32)).astype(np.float32))
+    (tmp_path / "plain.toml").write_text(PLAIN)
     return tmp_path
 
 
+def build(folder, target, *settings):
+    options = BuildOptions(target=target, output=folder / "out", set=settings)
+    return qexport.build(
+        folder / "model.onnx", recipe=folder / "plain.toml", calib=folder / "calib.npz", options=options
+    )
+
+
 def test_a_build_backs_off_the_one_layer_that_breaks_its_gate(lopsided):
-    settings = ("quantize.min_sqnr=0", "export.engine=false", "gates.min_cosine=0.999")
-    options = BuildOptions(target="tensorrt-rtx", output=lopsided / "out", set=settings)
-    result = qexport.build(lopsided / "model.onnx", calib=lopsided / "calib.npz", options=options)
+    result = build(lopsided, "tensorrt-rtx", "gates.min_cosine=0.999")
     (entry,) = result.backed_off
     assert entry.nodes == ("k",)
     assert "gate min_cosine" in entry.detail
@@ -283,10 +297,8 @@ def test_a_build_backs_off_the_one_layer_that_breaks_its_gate(lopsided):
 
 
 def test_a_build_that_may_not_back_off_fails_its_gate(lopsided):
-    settings = ("quantize.min_sqnr=0", "export.never_worse=false", "gates.min_cosine=0.999")
-    options = BuildOptions(target="tensorrt-rtx", output=lopsided / "out", set=settings)
     with pytest.raises(GateFailed, match="min_cosine"):
-        qexport.build(lopsided / "model.onnx", calib=lopsided / "calib.npz", options=options)
+        build(lopsided, "tensorrt-rtx", "gates.min_cosine=0.999", "export.never_worse=false")
     assert not (lopsided / "out").exists()
 
 
@@ -302,8 +314,7 @@ def test_a_build_takes_back_what_its_profile_finds_slow(lopsided, monkeypatch):
         )  # fmt: skip
 
     monkeypatch.setattr(bench, "measure", slow)
-    options = BuildOptions(target="ort-cpu", output=lopsided / "out", set=("quantize.min_sqnr=0",))
-    result = qexport.build(lopsided / "model.onnx", calib=lopsided / "calib.npz", options=options)
+    result = build(lopsided, "ort-cpu")
     assert result.latency.speedup == 1
     assert result.quantized == 0
     assert sum(len(entry.nodes) for entry in result.backed_off) == result.skipped[TOO_SLOW] == 3
