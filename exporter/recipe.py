@@ -266,10 +266,10 @@ def _merge_steps(base: list[dict[str, Any]], child: list[dict[str, Any]]) -> lis
     """Override step by step, option by option.
 
     The n-th step of a name overrides the n-th of that name; a step that the base lacks goes in right behind the
-    child's step above it, or in front when there is none.
+    child's step above it, or to the end when there is none.
     """
     merged = list(zip(_keys(base), base, strict=True))
-    position = 0
+    position = len(merged)
     for key, step in zip(_keys(child), child, strict=True):
         found = next((index for index, (other, _) in enumerate(merged) if other == key), None)
         if found is None:
