@@ -183,6 +183,45 @@ def _place(ids: Ids, axis: int, where: NDArray[np.int64], size: int) -> Ids:
     return placed
 
 
+def _cut(node: ir.Node, axis: int, rank: int, size: int) -> NDArray[np.int64] | None:
+    """The positions that a Slice takes of one axis of ``size``; ``None`` where they are computed."""
+    told = [array(value) for value in node.inputs[1:] if value is not None]
+    if len(told) != len(node.inputs) - 1 or any(numbers is None for numbers in told) or len(told) < 2:
+        return None
+    starts, ends = (np.asarray(numbers).reshape(-1).tolist() for numbers in told[:2])
+    axes = np.asarray(told[2]).reshape(-1) % rank if len(told) > 2 else np.arange(len(starts))
+    steps = np.asarray(told[3]).reshape(-1).tolist() if len(told) > 3 else [1] * len(starts)
+    found = np.arange(size)
+    for place, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        found = found[start:end:step] if place == axis else found
+    return found
+
+
+def _slice_down(node: ir.Node, _: int, ids: Ids) -> Ids | None:
+    for axis, size in enumerate(ids.shape):
+        where = np.zeros(1, np.int64) if size == 1 else _cut(node, axis, ids.ndim, size)
+        if where is None:
+            return None
+        ids = np.take(ids, where, axis)
+    return ids
+
+
+def _slice_up(node: ir.Node, _: int, ids: Ids) -> Ids | None:
+    """An axis that no channels run along and whose size is not known is taken as a whole."""
+    shape = _input_sizes(node)
+    if shape is None or len(shape) != ids.ndim:
+        return None
+    for axis, size in enumerate(shape):
+        where = None if size is None else _cut(node, axis, ids.ndim, size)
+        if size is None and ids.shape[axis] == 1:
+            continue
+        if where is None or size is None:
+            return None
+        if where.size != size or ids.shape[axis] > 1:
+            ids = _place(ids, axis, where, size)
+    return ids
+
+
 def _gather_down(node: ir.Node, _: int, ids: Ids) -> Ids | None:
     axis, where = _gathered(node)
     if where is None or axis is None:
@@ -218,6 +257,7 @@ DOWN: dict[str, Mapping] = {
     "Transpose": _transpose_down,
     "Unsqueeze": _insert,
     "Squeeze": _remove,
+    "Slice": _slice_down,
     "Split": _take_piece,
     "Concat": _place_piece,
     "Gather": _gather_down,
@@ -232,6 +272,7 @@ UP: dict[str, Mapping] = {
     "Transpose": _transpose_up,
     "Unsqueeze": _remove,
     "Squeeze": _insert,
+    "Slice": _slice_up,
     "Split": _place_piece,
     "Concat": _take_piece,
     "Gather": _gather_up,

@@ -6,17 +6,29 @@ one of its inputs is divided. Scales are positive.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx_ir as ir
 
+from qexport.passes.attention_rules import attention_down, attention_up
 from qexport.passes.axes import DOWN, UP, Ids, only_along
-from qexport.passes.flood import Blocked, Flood, Fork
+from qexport.passes.flood import FLOATS, Blocked, Flood, Fork
 from qexport.passes.match import array, dims
 
+VECTOR = "a product with a vector"
 Rule = Callable[[Flood, ir.Node, int, Ids], None]
 """``(flood, node, index of the output or input, its ids)``."""
+CONTRIBUTED = {"MultiHeadAttention": "com.microsoft"}
+"""Operators that are not ONNX's own, and whose they are."""
+
+
+LAYOUT = ("Reshape", "Flatten", "Transpose", "Unsqueeze", "Squeeze", "Slice", "Split", "Concat")
+
+
+def find_rule(table: Mapping[str, Rule], node: ir.Node) -> Rule | None:
+    """The row of an operator, if it is the one that the table means: others may have its name in another domain."""
+    return table.get(node.op_type) if node.domain == CONTRIBUTED.get(node.op_type, "") else None
 
 
 def produce(flood: Flood, value: ir.Value, ids: Ids) -> None:
@@ -24,7 +36,7 @@ def produce(flood: Flood, value: ir.Value, ids: Ids) -> None:
     node = value.producer()
     if node is None:
         raise Blocked("it is an input of the model" if value.is_graph_input() else "it is a constant")
-    rule = PRODUCE.get(node.op_type)
+    rule = find_rule(PRODUCE, node)
     if rule is None:
         raise Blocked(f"{node.op_type} makes it, which no scale goes through")
     rule(flood, node, value.index() or 0, ids)
@@ -32,7 +44,7 @@ def produce(flood: Flood, value: ir.Value, ids: Ids) -> None:
 
 def consume(flood: Flood, node: ir.Node, index: int, ids: Ids) -> None:
     """Undo or pass on the division where ``node`` reads it."""
-    rule = CONSUME.get(node.op_type)
+    rule = find_rule(CONSUME, node)
     if rule is None:
         raise Blocked(f"{node.op_type} reads it, which no scale goes through")
     rule(flood, node, index, ids)
@@ -63,19 +75,34 @@ def _gather_up(flood: Flood, node: ir.Node, index: int, ids: Ids) -> None:
     if _computed(node.inputs[0]):
         _layout_up(flood, node, index, ids)
         return
-    along = only_along(ids, -1)
-    if along is None or node.attributes.get_int("axis", 0) != 0:
+    along, table = only_along(ids, -1), array(node.inputs[0])
+    if along is None or table is None or table.ndim < 2 or node.attributes.get_int("axis", 0) != 0:
         raise Blocked("a table is read across its channels")
     flood.slot(node, 0, along, -1)
 
 
-def _pointwise_up(flood: Flood, node: ir.Node, _: int, ids: Ids) -> None:
+def _pointwise_up(flood: Flood, node: ir.Node, index: int, ids: Ids) -> None:
+    if index != 0:
+        raise Blocked(f"{node.op_type} makes it, which no scale goes through")
     flood.visit(node.inputs[0], ids)
 
 
 def _pointwise_down(flood: Flood, node: ir.Node, index: int, ids: Ids) -> None:
-    if index == 0:
-        flood.visit(node.outputs[0], ids)
+    if index != 0:
+        raise Blocked(f"{node.op_type} reads it as a parameter")
+    flood.visit(node.outputs[0], ids)
+
+
+def _cast_up(flood: Flood, node: ir.Node, index: int, ids: Ids) -> None:
+    if node.inputs[0] is None or node.inputs[0].dtype not in FLOATS:
+        raise Blocked("it was cast from integers")
+    _pointwise_up(flood, node, index, ids)
+
+
+def _cast_down(flood: Flood, node: ir.Node, index: int, ids: Ids) -> None:
+    if node.attributes.get_int("to", 0) not in FLOATS:
+        raise Blocked("its channels become integers")
+    _pointwise_down(flood, node, index, ids)
 
 
 def _pool_up(flood: Flood, node: ir.Node, _: int, ids: Ids) -> None:
@@ -185,12 +212,16 @@ def _matmul_up(flood: Flood, node: ir.Node, _: int, ids: Ids) -> None:
     if _computed(node.inputs[1]):
         _value_up(flood, node.inputs[1], ids)
         return
-    along = only_along(ids, -1)
-    flood.slot(node, 1, along, -1)
+    kernel = array(node.inputs[1])
+    if kernel is None or kernel.ndim < 2:
+        raise Blocked(VECTOR)
+    flood.slot(node, 1, only_along(ids, -1), -1)
 
 
 def _value_up(flood: Flood, value: ir.Value | None, ids: Ids) -> None:
     """The right factor of a product of computed values has the channels of the result, but for its inner axis."""
+    if len(dims(value) or ()) < 2:
+        raise Blocked(VECTOR)
     if ids.ndim < 2 or ids.shape[-2] != 1:
         raise Blocked("channels run along the rows of a product")
     flood.visit(value, flood.narrow(ids, value))
@@ -200,11 +231,15 @@ def _matmul_down(flood: Flood, node: ir.Node, index: int, ids: Ids) -> None:
     if index == 1:
         if ids.ndim < 2 or ids.shape[-2] != 1:
             raise Blocked("an attention product reads it")
+        if len(dims(node.inputs[0]) or ()) < 2:
+            raise Blocked(VECTOR)
         flood.visit(node.outputs[0], _widen(ids, node.outputs[0]))
         return
-    along = only_along(ids, -1)
-    if _computed(node.inputs[1]) or along is None:
+    along, kernel = only_along(ids, -1), array(node.inputs[1])
+    if kernel is None or along is None:
         raise Blocked("an attention product reads it")
+    if kernel.ndim < 2:
+        raise Blocked(VECTOR)
     flood.slot(node, 1, along[:, None], 1, weight=True)
 
 
@@ -255,52 +290,9 @@ def _grouped(along: Ids, node: ir.Node, rows: int, columns: int) -> Ids:
     """Channel of each ``[row, column]`` of a kernel whose columns count within the group of the row."""
     groups = node.attributes.get_int("group", 1)
     group = np.arange(rows) // (rows // groups)
-    found: Ids = along[group[:, None] * columns + np.arange(columns)]
+    every = np.broadcast_to(along, (groups * columns,))
+    found: Ids = every[group[:, None] * columns + np.arange(columns)]
     return found
-
-
-def _attention_up(flood: Flood, node: ir.Node, index: int, ids: Ids) -> None:
-    value = node.inputs[2]
-    heads, shared = _heads(node, ids)
-    if index != 0 or ids.shape[-2 if ids.ndim == 4 else 1] != 1:
-        raise Blocked("channels run along positions of an attention")
-    split = ids.reshape(*heads, -1)  # [value heads, query heads of each, size]
-    first = split[:, :1]
-    flood.tie(np.broadcast_to(first, split.shape).reshape(-1), split.reshape(-1))
-    flood.visit(value, first.reshape(shared))
-
-
-def _attention_down(flood: Flood, node: ir.Node, index: int, ids: Ids) -> None:
-    if index != 2:
-        raise Blocked("an attention product reads it")
-    output = dims(node.outputs[0])
-    if output is None or any(value.uses() for value in node.outputs[1:]):
-        raise Blocked("an attention keeps its values")
-    q, kv = _counts(node)
-    split = ids.reshape(kv, 1, -1)
-    wide = np.broadcast_to(split, (kv, q // kv, split.shape[-1]))
-    flood.visit(node.outputs[0], wide.reshape(1, q, 1, -1) if len(output) == 4 else wide.reshape(1, 1, -1))
-
-
-def _counts(node: ir.Node) -> tuple[int, int]:
-    """Query heads and value heads."""
-    if node.op_type == "MultiHeadAttention":
-        return node.attributes.get_int("num_heads", 1), node.attributes.get_int("num_heads", 1)
-    shapes = [dims(node.inputs[0]), dims(node.inputs[2])]
-    if all(shape is not None and len(shape) == 4 for shape in shapes):
-        counts = [shape[1] for shape in shapes if shape is not None]
-        if isinstance(counts[0], int) and isinstance(counts[1], int):
-            return counts[0], counts[1]
-    q, kv = (node.attributes.get_int(name, 0) for name in ("q_num_heads", "kv_num_heads"))
-    if q <= 0 or kv <= 0:
-        raise Blocked("the heads of an attention are not known")
-    return q, kv
-
-
-def _heads(node: ir.Node, ids: Ids) -> tuple[tuple[int, int], tuple[int, ...]]:
-    """How the channels of an attention's output fall into heads, and the shape of the ids of its values."""
-    q, kv = _counts(node)
-    return (kv, q // kv), ((1, kv, 1, -1) if ids.ndim == 4 else (1, 1, -1))
 
 
 def _nothing(_flood: Flood, _node: ir.Node, _index: int, _ids: Ids) -> None:
@@ -308,11 +300,14 @@ def _nothing(_flood: Flood, _node: ir.Node, _index: int, _ids: Ids) -> None:
 
 
 PRODUCE: dict[str, Rule] = {
-    **dict.fromkeys(("Reshape", "Flatten", "Transpose", "Unsqueeze", "Squeeze", "Split", "Concat"), _layout_up),
-    **dict.fromkeys(("Identity", "Dropout", "Relu", "LeakyRelu", "PRelu", "Neg", "Abs", "Cast"), _pointwise_up),
+    **dict.fromkeys(
+        ("Reshape", "Flatten", "Transpose", "Unsqueeze", "Squeeze", "Slice", "Split", "Concat"), _layout_up
+    ),
+    **dict.fromkeys(("Identity", "Dropout", "Relu", "LeakyRelu", "PRelu", "Neg", "Abs"), _pointwise_up),
+    "Cast": _cast_up,
     **dict.fromkeys(("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"), _pool_up),
     **dict.fromkeys(("Add", "Sub"), _sum_up),
-    **dict.fromkeys(("Attention", "MultiHeadAttention"), _attention_up),
+    **dict.fromkeys(("Attention", "MultiHeadAttention"), attention_up),
     **dict.fromkeys(("Conv", "ConvTranspose"), _conv_up),
     **dict.fromkeys(("BatchNormalization", "InstanceNormalization"), _norm(False, 1, 2)),
     **dict.fromkeys(("RMSNormalization", "SimplifiedLayerNormalization"), _norm(True, 1)),
@@ -326,11 +321,14 @@ PRODUCE: dict[str, Rule] = {
 }
 
 CONSUME: dict[str, Rule] = {
-    **dict.fromkeys(("Reshape", "Flatten", "Transpose", "Unsqueeze", "Squeeze", "Split", "Concat"), _layout_down),
-    **dict.fromkeys(("Identity", "Dropout", "Relu", "LeakyRelu", "PRelu", "Neg", "Abs", "Cast"), _pointwise_down),
+    **dict.fromkeys(
+        ("Reshape", "Flatten", "Transpose", "Unsqueeze", "Squeeze", "Slice", "Split", "Concat"), _layout_down
+    ),
+    **dict.fromkeys(("Identity", "Dropout", "Relu", "LeakyRelu", "PRelu", "Neg", "Abs"), _pointwise_down),
+    "Cast": _cast_down,
     **dict.fromkeys(("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"), _pool_down),
     **dict.fromkeys(("Add", "Sub"), _sum_down),
-    **dict.fromkeys(("Attention", "MultiHeadAttention"), _attention_down),
+    **dict.fromkeys(("Attention", "MultiHeadAttention"), attention_down),
     **dict.fromkeys(("Conv", "ConvTranspose"), _conv_down),
     **dict.fromkeys(("Shape", "Size"), _nothing),
     "Gather": _layout_down,

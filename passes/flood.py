@@ -10,7 +10,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.passes.axes import FREE, Ids, spread
-from qexport.passes.match import add_constant, array, dims, sweep
+from qexport.passes.match import Dims, add_constant, array, dims, maker, sweep
+
+FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 
 Produce = Callable[["Flood", ir.Value, Ids], None]
 """Divides a value at its source: notes what else must be divided for that."""
@@ -135,6 +137,10 @@ class Flood:
             raise Blocked("a reshape mixes channels with other axes")
         if (ids == FREE).all():
             return
+        if value.dtype is not None and value.dtype not in FLOATS:
+            raise Blocked("its channels become integers")
+        if not _fits(ids, dims(value)):
+            raise Blocked("its channels are not those that its shape tells")
         before = self.known.get(value)
         if before is not None:
             old, new = np.broadcast_arrays(before, ids)
@@ -155,6 +161,8 @@ class Flood:
             ids = self.known[value]
             produce(self, value, ids)
             for node, index in list(value.uses()):
+                if node.graph is not maker(value).graph:
+                    raise Blocked("a control-flow branch reads it")
                 consume(self, node, index, ids)
 
     def slot(self, node: ir.Node, index: int, ids: Ids | None, power: int, *, weight: bool = False) -> None:
@@ -162,13 +170,13 @@ class Flood:
         value = node.inputs[index] if index < len(node.inputs) else None
         numbers = array(value)
         wide = None if numbers is None or ids is None else spread(ids, numbers.shape)
-        if wide is None:
+        if wide is None or value is None or value.dtype not in FLOATS:
             raise Blocked(f"a parameter of {node.op_type} is computed, or of another shape")
         self.slots[node, index, power] = Slot(node, index, wide, power, weight)
 
     def tie(self, one: NDArray[np.int64], other: NDArray[np.int64]) -> None:
-        """Note that pairs of channels need the same scale."""
-        differ = one != other
+        """Note that pairs of channels need the same scale; what is free takes part in none."""
+        differ = (one != other) & (one != FREE) & (other != FREE)
         if differ.any():
             self._ties.append((one[differ], other[differ]))
 
@@ -179,11 +187,19 @@ class Flood:
             return None
         for axis in range(ids.ndim):
             place = axis - (ids.ndim - len(shape))
-            if ids.shape[axis] > 1 and (place < 0 or shape[place] == 1):
-                first = ids.take([0], axis)
-                self.tie(np.broadcast_to(first, ids.shape).reshape(-1), ids.reshape(-1))
-                ids = first
+            if ids.shape[axis] == 1:
+                continue
+            if place < 0 or shape[place] == 1:
+                ids = self.join(ids, axis)
+            elif shape[place] != ids.shape[axis]:  # not known, so it may be broadcast
+                return None
         return ids.reshape(ids.shape[ids.ndim - len(shape) :])
+
+    def join(self, ids: Ids, axis: int) -> Ids:
+        """Ids of what all positions along ``axis`` share, one position left; their channels are tied."""
+        one: Ids = ids.max(axis=axis, keepdims=True)  # FREE is the smallest: one channel divides what all share
+        self.tie(np.broadcast_to(one, ids.shape).reshape(-1), ids.reshape(-1))
+        return one
 
     def ties(self) -> NDArray[np.int64]:
         """For each channel the smallest one it is tied to."""
@@ -198,3 +214,11 @@ class Flood:
             found = found[found]
             changed = not np.array_equal(before, found)
         return found
+
+
+def _fits(ids: Ids, shape: Dims | None) -> bool:
+    """Whether ids can broadcast against a shape as far as it is known."""
+    return shape is None or (
+        ids.ndim == len(shape)
+        and all(size in (1, known) or not isinstance(known, int) for size, known in zip(ids.shape, shape, strict=True))
+    )

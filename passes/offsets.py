@@ -12,7 +12,7 @@ Source: Wei et al. 2023, "Outlier Suppression+", section 4.1 (channel-wise shift
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from qexport.passes import channel_rules
 from qexport.passes.axes import Ids, channel_ids, only_along, spread
 from qexport.passes.flood import Blocked, Flood
-from qexport.passes.match import add_constant, array, consumer, dims, operands, producer, sweep
+from qexport.passes.match import Dims, add_constant, array, consumer, dims, producer, sweep
 
 NO_BIAS = "a product without a bias reads it"
+NO_BRANCH = "a residual sum reads it whose other branch has no bias"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,6 +44,10 @@ class Term:
     ids: Ids
     sign: int
     reader: ir.Node | None = None
+
+
+Cause = tuple[ir.Node, int]
+"""A node that makes (index -1) or reads (index of its input) what is shifted: one bias may have to change for more."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,7 +102,8 @@ def find_readers(value: ir.Value, axis: int, count: int) -> Offset | str:
     flood, ids = _Offsets(count, {}), channel_ids(len(shape), axis, count)
     try:
         for node, index in list(value.uses()):
-            if index == 0 and node.op_type in ("MatMul", "Gemm", "Conv") and array(node.inputs[1]) is not None:
+            product = node.op_type in ("MatMul", "Gemm", "Conv") and node.domain == ""
+            if product and index == 0 and node.graph is value.graph and array(node.inputs[1]) is not None:
                 CONSUME[node.op_type](flood, node, index, ids)
     except Blocked as blocked:
         return str(blocked)
@@ -108,29 +114,31 @@ def find_readers(value: ir.Value, axis: int, count: int) -> Offset | str:
 class _Offsets(Flood):
     """What must be shifted once one value is."""
 
-    terms: dict[tuple[ir.Node, int, int], Term] = field(default_factory=dict)
+    terms: dict[tuple[ir.Node, int, Cause], Term] = field(default_factory=dict)
 
-    def term(self, node: ir.Node, index: int, ids: Ids | None, sign: int, reader: ir.Node | None = None) -> None:
-        """Note that the constant at one input of ``node`` changes."""
+    def term(self, cause: Cause, term: Term) -> None:
+        """Note that the constant at one input of a node changes."""
+        node, index = term.node, term.index
         value = node.inputs[index] if index < len(node.inputs) else None
-        numbers = array(value)
-        if value is not None and reader is None:
-            ids = None if numbers is None or ids is None else spread(ids, numbers.shape)
-        if ids is None or (value is not None and numbers is None):
+        numbers = array(value if value is not None else node.inputs[1])  # a new bias takes the type of its kernel
+        ids = None if numbers is None else term.ids
+        if value is not None and term.reader is None and numbers is not None:
+            ids = spread(term.ids, numbers.shape)
+        if ids is None:
             raise Blocked(f"a parameter of {node.op_type} is computed, or of another shape")
-        self.terms[node, index, sign] = Term(node, index, ids, sign, reader)
+        self.terms[node, index, cause] = replace(term, ids=ids)
 
 
 def _produce(flood: Flood, value: ir.Value, ids: Ids) -> None:
     node = value.producer()
-    rule = None if node is None else PRODUCE.get(node.op_type)
+    rule = None if node is None else channel_rules.find_rule(PRODUCE, node)
     if node is None or rule is None:
         raise Blocked("it is an input of the model" if node is None else f"{node.op_type} makes it, which has no bias")
     rule(flood, node, value.index() or 0, ids)
 
 
 def _consume(flood: Flood, node: ir.Node, index: int, ids: Ids) -> None:
-    rule = CONSUME.get(node.op_type)
+    rule = channel_rules.find_rule(CONSUME, node)
     if rule is None:
         raise Blocked(f"{node.op_type} reads it, which no offset goes through")
     rule(flood, node, index, ids)
@@ -139,14 +147,15 @@ def _consume(flood: Flood, node: ir.Node, index: int, ids: Ids) -> None:
 def _bias_up(index: int, axis: int) -> channel_rules.Rule:
     """A source whose input ``index`` is a bias along ``axis`` of its output."""
 
-    def rule(flood: Flood, node: ir.Node, _: int, ids: Ids) -> None:
+    def rule(flood: Flood, node: ir.Node, output: int, ids: Ids) -> None:
         assert isinstance(flood, _Offsets)
         along = only_along(ids, axis)
-        if node.op_type == "LayerNormalization" and node.attributes.get_int("axis", -1) not in (-1, ids.ndim - 1):
-            along = None
+        whole = node.op_type == "LayerNormalization" and node.attributes.get_int("axis", -1) not in (-1, ids.ndim - 1)
+        if along is None or output != 0 or whole:
+            raise Blocked(f"the bias of {node.op_type} does not run along the channels")
         if node.op_type == "Gemm":
             _demand_plain(node)
-        flood.term(node, index, along, -1)
+        flood.term((node, -1), Term(node, index, along, -1))
 
     return rule
 
@@ -155,64 +164,90 @@ def _sum_up(flood: Flood, node: ir.Node, _: int, ids: Ids) -> None:
     assert isinstance(flood, _Offsets)
     for index, value in enumerate(node.inputs):
         if array(value) is not None:
-            flood.term(node, index, ids, 1 if node.op_type == "Sub" and index == 1 else -1)
+            flood.term((node, -1), Term(node, index, ids, 1 if node.op_type == "Sub" and index == 1 else -1))
             return
     raise Blocked("a sum of computed values makes it")
 
 
 def _gather_up(flood: Flood, node: ir.Node, index: int, ids: Ids) -> None:
     assert isinstance(flood, _Offsets)
-    if array(node.inputs[0]) is None:
+    table, along = array(node.inputs[0]), only_along(ids, -1)
+    if table is None:
         channel_rules.PRODUCE["Gather"](flood, node, index, ids)
-    elif node.attributes.get_int("axis", 0) == 0:
-        flood.term(node, 0, only_along(ids, -1), -1)
+    elif node.attributes.get_int("axis", 0) == 0 and table.ndim > 1 and along is not None:
+        flood.term((node, -1), Term(node, 0, along, -1))
     else:
         raise Blocked("a table is read across its channels")
 
 
 def _attention_product_up(flood: Flood, node: ir.Node, index: int, ids: Ids) -> None:
-    if producer(node.inputs[0], "Softmax") is None or array(node.inputs[1]) is not None:
+    if not _sums_to_one(node.inputs[0]) or array(node.inputs[1]) is not None:
         raise Blocked(f"{node.op_type} makes it, which has no bias")
     channel_rules.PRODUCE["MatMul"](flood, node, index, ids)
+
+
+def _sums_to_one(value: ir.Value | None) -> bool:
+    """Whether the last axis holds the result of a Softmax over it; before opset 13 it may be over more than that."""
+    node = producer(value, "Softmax")
+    shape = dims(value)
+    if node is None or shape is None or node.graph is None:
+        return False
+    axis = node.attributes.get_int("axis", -1 if node.graph.opset_imports.get("", 1) >= 13 else 1)
+    return axis in (-1, len(shape) - 1)
+
+
+def _dropout_down(flood: Flood, node: ir.Node, index: int, ids: Ids) -> None:
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        raise Blocked("a Dropout in training reads it")
+    channel_rules.CONSUME["Dropout"](flood, node, index, ids)
 
 
 def _sum_down(flood: Flood, node: ir.Node, index: int, ids: Ids) -> None:
     """A sum gets the offset back: in its constant, or in the bias of its other branch."""
     assert isinstance(flood, _Offsets)
-    if node.op_type != "Add":
-        raise Blocked(f"{node.op_type} reads it, which no offset goes through")
-    other = node.inputs[1 - index]
+    cause, other = (node, index), node.inputs[1 - index]
     if array(other) is not None:
-        flood.term(node, 1 - index, ids, 1)
+        flood.term(cause, Term(node, 1 - index, ids, 1))
         return
     branch = None if other is None or len(other.uses()) != 1 or other.is_graph_output() else other.producer()
-    if branch is None or branch.op_type not in ("Add", "Gemm", "Conv"):
-        raise Blocked("a residual sum reads it whose other branch has no bias")
+    if branch is None or branch.domain != "" or branch.op_type not in ("Add", "Gemm", "Conv"):
+        raise Blocked(NO_BRANCH)
+    if not _covers(dims(other), ids):
+        raise Blocked("a residual sum reads it whose other branch is smaller")
+    if branch.op_type == "Add":
+        bias = next((i for i, value in enumerate(branch.inputs) if array(value) is not None), None)
+        along: Ids | None = ids
+    else:
+        bias, along = 2, only_along(ids, 1)
     if branch.op_type == "Gemm":
         _demand_plain(branch)
-        flood.term(branch, 2, only_along(ids, -1), 1)
-    elif branch.op_type == "Conv":
-        flood.term(branch, 2, only_along(ids, 1), 1)
-    else:
-        bias = next((i for i, value in enumerate(branch.inputs) if array(value) is not None), None)
-        if bias is None:
-            raise Blocked("a residual sum reads it whose other branch has no bias")
-        flood.term(branch, bias, ids, 1)
+    if bias is None or along is None:
+        raise Blocked(NO_BRANCH)
+    flood.term(cause, Term(branch, bias, along, 1))
+
+
+def _covers(shape: Dims | None, ids: Ids) -> bool:
+    """Whether ids broadcast to a value of ``shape`` and leave its shape as it is."""
+    return (
+        shape is not None
+        and len(shape) >= ids.ndim
+        and all(size in (1, known) for size, known in zip(ids.shape[::-1], shape[::-1], strict=False))
+    )
 
 
 def _matmul_down(flood: Flood, node: ir.Node, index: int, ids: Ids) -> None:
     assert isinstance(flood, _Offsets)
-    along = only_along(ids, -1)
-    if index == 1 and producer(node.inputs[0], "Softmax") is not None:
+    along, kernel = only_along(ids, -1), array(node.inputs[1])
+    if index == 1 and _sums_to_one(node.inputs[0]):
         channel_rules.CONSUME["MatMul"](flood, node, index, ids)
         return
-    if index != 0 or along is None or array(node.inputs[1]) is None:
+    if index != 0 or along is None or kernel is None or kernel.ndim != 2:
         raise Blocked("an attention product reads it")
     add = consumer(node.outputs[0], "Add")
-    place = next((i for i, (_, other) in enumerate(operands(add)) if array(other) is not None), None)
-    if add is None or place is None:
+    place = next((i for i, value in enumerate(add.inputs) if array(value) is not None), None) if add else None
+    if add is None or place is None or add.graph is not node.graph:
         raise Blocked(NO_BIAS)
-    flood.term(add, list(add.inputs).index(operands(add)[place][1]), along, 1, node)
+    flood.term((node, 0), Term(add, place, along, 1, node))
 
 
 def _gemm_down(flood: Flood, node: ir.Node, index: int, ids: Ids) -> None:
@@ -221,7 +256,7 @@ def _gemm_down(flood: Flood, node: ir.Node, index: int, ids: Ids) -> None:
     if index != 0 or along is None or array(node.inputs[1]) is None:
         raise Blocked("Gemm reads it as a weight or bias")
     _demand_plain(node)
-    flood.term(node, 2, along, 1, node)
+    flood.term((node, 0), Term(node, 2, along, 1, node))
 
 
 def _conv_down(flood: Flood, node: ir.Node, index: int, ids: Ids) -> None:
@@ -234,7 +269,7 @@ def _conv_down(flood: Flood, node: ir.Node, index: int, ids: Ids) -> None:
         raise Blocked("a padded convolution reads it")
     if node.attributes.get_int("group", 1) != 1:
         raise Blocked("a grouped convolution reads it")
-    flood.term(node, 2, along, 1, node)
+    flood.term((node, 0), Term(node, 2, along, 1, node))
 
 
 def _demand_plain(node: ir.Node) -> None:
@@ -250,10 +285,12 @@ def _through(node: ir.Node, offset: NDArray[np.float64]) -> NDArray[np.float64]:
     w: NDArray[np.float64] = kernel.astype(np.float64)
     made: NDArray[np.float64]
     if node.op_type == "Conv":
-        made = w.sum(axis=tuple(range(2, w.ndim))) @ offset
+        w = w.sum(axis=tuple(range(2, w.ndim)))
+        made = w @ np.broadcast_to(offset, w.shape[1:])
     else:
         turned = node.op_type == "Gemm" and node.attributes.get_int("transB", 0) != 0
-        made = offset @ (w.T if turned else w)
+        w = w.T if turned else w
+        made = np.broadcast_to(offset, w.shape[:1]) @ w
     return np.asarray(made, np.float64)
 
 
@@ -272,10 +309,10 @@ def _add(node: ir.Node, index: int, change: NDArray[np.float64]) -> None:
     sweep([old])
 
 
-_LAYOUT = ("Reshape", "Flatten", "Transpose", "Unsqueeze", "Squeeze", "Split", "Expand", "Identity", "Dropout")
+_LAYOUT = (*channel_rules.LAYOUT, "Expand", "Identity", "Dropout", "Attention", "MultiHeadAttention")
 
 PRODUCE: dict[str, channel_rules.Rule] = {
-    **{op: channel_rules.PRODUCE[op] for op in (*_LAYOUT, "Concat", "Attention", "MultiHeadAttention")},
+    **{op: channel_rules.PRODUCE[op] for op in _LAYOUT},
     "LayerNormalization": _bias_up(2, -1),
     "Gemm": _bias_up(2, -1),
     "Conv": _bias_up(2, 1),
@@ -286,7 +323,8 @@ PRODUCE: dict[str, channel_rules.Rule] = {
 }
 
 CONSUME: dict[str, channel_rules.Rule] = {
-    **{op: channel_rules.CONSUME[op] for op in (*_LAYOUT, "Attention", "MultiHeadAttention", "Shape", "Size")},
+    **{op: channel_rules.CONSUME[op] for op in (*_LAYOUT, "Gather", "Shape", "Size")},
+    "Dropout": _dropout_down,
     "Add": _sum_down,
     "MatMul": _matmul_down,
     "Gemm": _gemm_down,
