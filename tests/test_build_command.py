@@ -63,6 +63,7 @@ def test_every_shipped_recipe_builds_a_tiny_model(
     before = model.read_bytes()
     out = tmp_path / "out"
     data = ["--calib", str(samples(tmp_path))] if recipe == "int8" else []
+    data += ["--set", "export.never_worse=false"]  # whether int8 pays on a tiny model is left to chance
     code, told, err = build(capsys, str(model), "--recipe", recipe, "--target", target, *data, "-o", str(out), "--json")
     assert code == 0, err
     result = json.loads(told)

@@ -66,22 +66,19 @@ def mixed(tmp_path):
     x = rng.standard_normal((40, 8, 6, 6)).astype(np.float32)
     np.savez(tmp_path / "calib.npz", x=x)
     np.savez(tmp_path / "eval.npz", x=x[::-1] * 0.9, labels=np.arange(40) % 16)
+    (tmp_path / "plain.toml").write_text('[[step]]\npass = "calibrate"\n[[step]]\npass = "quantize"\n')
     return tmp_path
 
 
 def question(folder, target="ort-cpu", **options):
-    settings = ("export.engine=false", "quantize.min_sqnr=0")
-    asked = BuildOptions(target=target, set=settings)
-    return Question(
-        folder / "model.onnx", "int8", folder / "calib.npz", folder / "eval.npz", asked, **{"samples": 24, **options}
-    )
+    data = folder / "calib.npz", folder / "eval.npz"
+    asked = BuildOptions(target=target)
+    return Question(folder / "model.onnx", folder / "plain.toml", *data, asked, **{"samples": 24, **options})
 
 
 @pytest.mark.parametrize("target", ["ort-cpu", "tensorrt"])
 def test_an_injected_error_is_what_that_layer_alone_quantized_does(mixed, target):
-    settings = ("export.engine=false", "half.enabled=false")
-    asked = Question(mixed / "model.onnx", "int8", mixed / "calib.npz", None, BuildOptions(target, settings), 16)
-    lab = open_lab(asked)
+    lab = open_lab(question(mixed, target, samples=16))
     names = lab.product.quantized
     assert {"c", "d", "u", "z"} <= set(names)
     assert "a" in names  # but no Add is quantized without its convolution

@@ -38,7 +38,7 @@ def region_costs(
     """Profile both models on the same inputs and add up what belongs to each region."""
     sums = []
     for model in (plain, result):
-        kernels = profile(lambda chosen, model=model: open_model(model, chosen), options, feeds)  # type: ignore[misc]
+        kernels = profile(lambda chosen, model=model: open_model(model, chosen), options, feeds)  # type: ignore[misc]  # mypy infers no lambda with a default
         sums.append(attribute(kernels, label(model.graph, regions), len(regions)))
     return [Cost(before, after) for before, after in zip(*sums, strict=True)]
 
