@@ -188,7 +188,7 @@ def instantiate(recipe: Recipe, context: Mapping[str, object], table: Table = PA
         context: Values of bound options by name, such as ``data``.
         table: Pass classes by name.
 
-    An option called ``target`` or ``opset`` that a step leaves unset gets the recipe's.
+    An option called ``target``, ``opset`` or ``samples`` that a step leaves unset gets the recipe's.
 
     Raises:
         UsageError: A step does not fit its pass, or a bound option that it must have is not in ``context``.
@@ -213,9 +213,15 @@ def instantiate(recipe: Recipe, context: Mapping[str, object], table: Table = PA
 
 
 def derived_options(recipe: Recipe) -> dict[str, object]:
-    """Return what the steps' options of these names are where a step leaves them unset."""
+    """Return what the steps' options of these names are where a step leaves them unset.
+
+    All steps that look at samples take as many as the first ``calibrate`` that says how many.
+    """
     target = find_target(recipe.export.target)
-    return {"target": target.name, "opset": recipe.export.opset or target.opset}
+    found: dict[str, object] = {"target": target.name, "opset": recipe.export.opset or target.opset}
+    told = (step.options.get("samples") for step in recipe.step if step.pass_ == "calibrate")
+    samples = next((count for count in told if count is not None), None)
+    return found if samples is None else found | {"samples": samples}
 
 
 def needs(recipe: Recipe, name: str, table: Table = PASSES) -> bool:

@@ -24,7 +24,7 @@ from qexport.exporter.families.builder import MAX_POSITIONS
 from qexport.exporter.layout import Feeds, fill
 from qexport.exporter.load import Source
 from qexport.exporter.quality import Judge, take
-from qexport.exporter.recipe import Recipe, needs
+from qexport.exporter.recipe import Recipe, derived_options, needs
 from qexport.exporter.steps import find_pass
 
 PROOF_SAMPLES = 4
@@ -143,11 +143,12 @@ def longest(model: ir.Model, recipe: Recipe) -> int:
 
 def calibration_passes(recipe: Recipe) -> list[int]:
     """Return how many samples each enabled calibrating step asks for."""
-    found = []
+    found, derived = [], derived_options(recipe)
     for step in recipe.step:
         fields = find_pass(step.pass_, recipe.name).options()
         if step.enabled and {"data", "samples"} <= set(fields):
-            found.append(int(step.options.get("samples", fields["samples"].default)))
+            told = step.options.get("samples", derived.get("samples", fields["samples"].default))
+            found.append(int(str(told)))
     return found
 
 

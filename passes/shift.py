@@ -1,15 +1,17 @@
 """Centre the channels of what products read, so that a symmetric quantizer wastes none of its range.
 
-For every product to be quantized, ``x W + b`` becomes ``(x - c) W + (b + c W)`` with ``c`` the middle of each channel's
-range. A symmetric int8 quantizer then needs half the range for one-sided channels, which is what a zero point for each
-channel would give, where engines allow for none at all.
+For every product to be quantized, ``x W + b`` becomes ``(x - c) W + (b + c W)``. With ``c`` the middle of each
+channel's range, a symmetric int8 quantizer needs half the range for one-sided channels, which is what a zero point for
+each channel would give, where engines allow for none at all. Of the offsets that reach the same range for the whole
+tensor the smallest are taken: the middle for the widest channel, nothing for those that fit already. Their zeros stay
+exact, and little is subtracted only to be added again behind the product.
 
 1. ``-c`` goes into the source of x: the bias of a norm or product, through layout operators and attention.
 2. Where the source has none (an activation function makes it), one Sub is left behind it, if ``target`` has symmetric
    quantizers (others have zero points instead) and ``sub`` allows for it; engines fuse it with the activation.
 3. Where neither is possible, the value stays as it is, with the reason.
 
-Source: Wei et al. 2023, "Outlier Suppression+", equations 3 and 4.
+Source: Wei et al. 2023, "Outlier Suppression+", equations 3 and 4 (the middle of every channel).
 """
 
 from __future__ import annotations
@@ -88,8 +90,13 @@ def _shift(value: ir.Value, known: Activation, *, sub: bool) -> tuple[str, str]:
 
 
 def _centre(known: Activation, ties: NDArray[np.int64]) -> NDArray[np.float64]:
-    """The middle of each channel's range, ties together, ``[channels]``."""
-    return (largest_of_ties(ties, known.high) - largest_of_ties(ties, -known.low)) / 2
+    """The least offset of each channel that lets all ranges end where the widest centred one does, ``[channels]``.
+
+    Channels that lie inside already keep their zeros, which are exact in any range.
+    """
+    high, low = largest_of_ties(ties, known.high), -largest_of_ties(ties, -known.low)
+    reach = (high - low).max(initial=0.0) / 2
+    return np.clip(0.0, high - reach, low + reach)
 
 
 def _left(known: Activation, offset: NDArray[np.float64]) -> float:
