@@ -114,7 +114,7 @@ def quantized(model, data, target="tensorrt-rtx"):
 @pytest.mark.parametrize("target", ["tensorrt-rtx", "ort-cpu"])
 def test_the_integers_that_are_stored_are_those_that_were_learned(target):
     w = normal(48, 40)
-    data = samples()
+    data = Samples({"x": np.rint(2 * sample["x"]) / 2} for sample in samples())  # sums that are exact in any order
     model = model_from(PLAIN, w=w)
     result = AdaRound(data=data, target=target, iterations=ROUNDS)(model)
     assert result.modified
@@ -126,8 +126,8 @@ def test_the_integers_that_are_stored_are_those_that_were_learned(target):
     expected = learn(steps, (x.T @ x).astype(np.float64) / len(x), ROUNDS)
     stored, kept = quantized(model, data, target)
     assert np.array_equal(kept, scale)
-    assert (stored != nearest).mean() > 0.1
-    assert (stored != expected).mean() < 0.005  # sums of products in another order may tip a weight
+    assert (stored != nearest).mean() > 0.05
+    assert np.array_equal(stored, expected)
     assert np.array_equal(stored, quantize_weight(stored * scale, 1)[0])
 
 
