@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.passes.match import array, dims, perm
+from qexport.passes.match import Dims, array, dims, perm
 
 Ids = NDArray[np.int64]
 FREE = -1
@@ -57,65 +57,82 @@ def _input_sizes(node: ir.Node) -> tuple[int | None, ...] | None:
     return _sizes(node.inputs[0])
 
 
-def _output_sizes(node: ir.Node) -> tuple[int | None, ...] | None:
-    known = _sizes(node.outputs[0])
+def _reshaped(node: ir.Node) -> tuple[Dims | None, Dims | None]:
+    """Shapes of a Reshape's or Flatten's input and output; a size that is copied has the same name in both."""
+    source, target = dims(node.inputs[0]), dims(node.outputs[0])
     told = array(node.inputs[1]) if node.op_type == "Reshape" else None
-    if told is None:
-        return known
-    sizes = tuple(int(size) if size > 0 else None for size in np.asarray(told, np.int64).reshape(-1))
-    return sizes if known is None else tuple(a or b for a, b in zip(sizes, known, strict=True))
+    if source is None or told is None:
+        return source, target
+    before, after = list(source), [int(size) if size > 0 else None for size in np.asarray(told).reshape(-1)]
+    known = target if target is not None and len(target) == len(after) else (None,) * len(after)
+    made: list[int | str | None] = [size or other for size, other in zip(after, known, strict=True)]
+    for axis, size in enumerate(np.asarray(told).reshape(-1)):
+        if size == 0 and axis < len(before) and node.attributes.get_int("allowzero", 0) == 0:
+            before[axis] = made[axis] = before[axis] or made[axis] or f"\0{axis}"
+    return tuple(before), tuple(made)
 
 
-def regroup(ids: Ids, source: tuple[int | None, ...] | None, target: tuple[int | None, ...] | None) -> Ids | None:
+def regroup(ids: Ids, source: Dims | None, target: Dims | None) -> Ids | None:
     """Ids behind a reshape from ``source`` to ``target``.
 
-    Axes are matched from the last one, in groups of known sizes with equal products; in front of them, no channel may
-    run along any axis.
+    Axes are matched from both ends, in groups of known sizes with equal products; between them, no channel may run
+    along any axis.
     """
     if source is None or target is None or ids.ndim != len(source):
         return None
-    i, j = len(source), len(target)
-    wide: list[int] = []
-    made: list[int] = []
-    while i and j:
-        group = _group(source[:i], target[:j])
-        if group is None:
-            break
-        a, b = i - group[0], j - group[1]
-        sizes = [size or 1 for size in source[a:i]]
-        tracked = any(size > 1 for size in ids.shape[a:i])
-        wide = (sizes if tracked else [1] * len(sizes)) + wide
-        made = ([size or 1 for size in target[b:j]] if tracked else [1] * (j - b)) + made
-        i, j = a, b
-    if any(size > 1 for size in ids.shape[:i]):
+    wide, made = [1] * len(source), [1] * len(target)
+    for a, b in _groups(source, target):
+        if max(ids.shape[a]) > 1 and isinstance(source[a.start], str):
+            wide[a] = made[b] = ids.shape[a]
+        elif max(ids.shape[a]) > 1:
+            wide[a], made[b] = _integers(source[a]), _integers(target[b])
+    if any(size > most for size, most in zip(ids.shape, wide, strict=True)):
         return None
-    full = np.broadcast_to(ids, [1] * i + wide)
-    return full.reshape([1] * j + made)
+    return np.broadcast_to(ids, wide).reshape(made)
 
 
-def _group(source: tuple[int | None, ...], target: tuple[int | None, ...]) -> tuple[int, int] | None:
+def _integers(sizes: Dims) -> list[int]:
+    return [size for size in sizes if isinstance(size, int)]
+
+
+def _groups(source: Dims, target: Dims) -> list[tuple[slice, slice]]:
+    """Axes that correspond to one another, as few at a time as possible: from the last one, then from the first."""
+    found = []
+    i, j, k, m = len(source), len(target), 0, 0
+    while group := _group(source[:i], target[:j]):
+        a, b = group
+        found.append((slice(i - a, i), slice(j - b, j)))
+        i, j = i - a, j - b
+    while group := _group(source[k:i][::-1], target[m:j][::-1]):
+        a, b = group
+        found.append((slice(k, k + a), slice(m, m + b)))
+        k, m = k + a, m + b
+    return found
+
+
+def _group(source: Dims, target: Dims) -> tuple[int, int] | None:
     """How many of the last axes of either shape have the same product, as few as possible."""
-    taken = [1, 1]
-    ends = (source, target)
-    products = [source[-1], target[-1]]
-    while products[0] != products[1]:
-        if None in products:
-            return None
-        side = 0 if (products[0] or 0) < (products[1] or 0) else 1
-        if taken[side] == len(ends[side]):
-            return None
+    if source and target and source[-1] is not None and source[-1] == target[-1]:
+        return 1, 1
+    taken, products, ends = [0, 0], [1, 1], (source, target)
+    while products[0] != products[1] or 0 in taken:
+        side = 0 if products[0] < products[1] or not taken[0] else 1
         taken[side] += 1
-        more = ends[side][-taken[side]]
-        products[side] = None if more is None else (products[side] or 0) * more
-    return None if products[0] is None else (taken[0], taken[1])
+        size = ends[side][-taken[side]] if taken[side] <= len(ends[side]) else None
+        if not isinstance(size, int) or size == 0:
+            return None
+        products[side] *= size
+    return taken[0], taken[1]
 
 
 def _reshape_down(node: ir.Node, _: int, ids: Ids) -> Ids | None:
-    return regroup(ids, _input_sizes(node), _output_sizes(node))
+    source, target = _reshaped(node)
+    return regroup(ids, source, target)
 
 
 def _reshape_up(node: ir.Node, _: int, ids: Ids) -> Ids | None:
-    return regroup(ids, _output_sizes(node), _input_sizes(node))
+    source, target = _reshaped(node)
+    return regroup(ids, target, source)
 
 
 def _transpose_down(node: ir.Node, _: int, ids: Ids) -> Ids | None:

@@ -215,7 +215,10 @@ def _matmul_up(flood: Flood, node: ir.Node, _: int, ids: Ids) -> None:
     kernel = array(node.inputs[1])
     if kernel is None or kernel.ndim < 2:
         raise Blocked(VECTOR)
-    flood.slot(node, 1, only_along(ids, -1), -1)
+    along = only_along(ids, -1)
+    if along is None:
+        raise Blocked("channels run along the rows of a product")
+    flood.slot(node, 1, along, -1)
 
 
 def _value_up(flood: Flood, value: ir.Value | None, ids: Ids) -> None:
