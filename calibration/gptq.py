@@ -7,32 +7,26 @@ lost (Frantar et al. 2022, section 3.3); the weights of the model itself stay as
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
-from typing import ClassVar, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from qexport.calibration.data import Dataset
-from qexport.calibration.gram import Gram, Tap, by_tap, groups, measure
-from qexport.errors import UsageError
-from qexport.passes.base import Decision, Outcome, Pass
-from qexport.passes.fit import fitted
+from qexport.calibration.few_bits import UNSEEN, FewBits
+from qexport.calibration.gram import Gram, by_tap, groups
+from qexport.passes.base import Decision, Outcome
 from qexport.passes.gptq_core import Rounding, gptq
-from qexport.passes.groups import CODES_KEY, Codes, Grid, as_matrix, codes_of, misfit_groups, quantize_groups
-from qexport.passes.lowbit import Choice, decision
+from qexport.passes.groups import CODES_KEY, Codes, Grid, as_matrix, codes_of, quantize_groups
+from qexport.passes.lowbit import decision
 from qexport.passes.match import add_constant, sweep
 from qexport.passes.placement import Site
 from qexport.passes.qdq import needs_half
 from qexport.passes.target import Target, find_target
 
 ROUNDING_KEY = "qexport.rounding"
-UNSEEN = "not calibrated: no sample reached it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,22 +43,11 @@ class LayerError:
 
 
 @dataclass(frozen=True)
-class Gptq(Pass):
+class Gptq(FewBits):
     """Round weights to 8, 4 or 3 bits for the least output error (GPTQ); weight-only stores them."""
 
     exact: ClassVar[bool] = True
 
-    data: Dataset | None = field(default=None, metadata={"bound": True})
-    advance: Callable[[], None] = field(default=lambda: None, metadata={"bound": True})
-    target: str = "tensorrt-rtx"
-    samples: int = 128
-    bits: Literal[8, 4, 3] = 4
-    group: int = 128
-    """Inputs that share a scale; 0 gives one scale to each output channel."""
-    fit: bool = False
-    """Whether a product whose inputs the group does not divide takes the largest multiple of 16 below it that does."""
-    symmetric: bool = True
-    """Whether there are no zero points; engines take none."""
     clip: bool = False
     """Whether the range of each group is the one of least squared error, instead of all of it."""
     damping: float = 0.01
@@ -73,64 +56,28 @@ class Gptq(Pass):
     """Whether inputs are rounded in the order of how much goes through them."""
     sequential: bool = True
     """Whether every product is measured behind rounded ones; the samples run once for each value that is read."""
-    min_dim: int = 32
-    """Smallest K and N of a product worth storing in few bits."""
-    head: bool = True
-    """Whether the product that makes an output of the model is stored in few bits too."""
-    keep: tuple[str, ...] = ()
-    """Names of nodes that are left to weight-only, which must keep them too if they are to stay in float."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (math.isfinite(self.damping) and self.damping >= 0):
             raise ValueError(f"damping must be finite and not below 0, got {self.damping!r}")
-        for name, least in (("samples", 1), ("group", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
     def call(self, model: ir.Model) -> Outcome:
         """Leave ``Codes`` on weights and a ``LayerError`` on nodes; no data, or a group that fits not, is an error."""
-        if self.data is None:
-            raise UsageError("GPTQ needs calibration data", hint="give real samples with --calib")
-        target = find_target(self.target)
-        grids, refused = self._grids(model, target)
-        taps, _ = by_tap(grids)
+        grids, refused = self.chosen(model)
+        target, (taps, _) = find_target(self.target), by_tap(grids)
         rounds = [[tap] for tap in taps] if self.sequential else groups(taps)
         work = _Rounded(model)
-        tick, modified, done = every(len(rounds), self.advance), False, []
-        for tap, gram in self._measured(rounds, work.model if self.sequential else model, tick):
+        modified, done = False, []
+        for tap, gram in self.measured(rounds, work.model if self.sequential else model):
             for site, codes, error in self._rounded(taps[tap], gram, grids, target):
                 modified |= _leave(site, codes, error)
+                done.append(_decided(site, error))
                 if self.sequential:
                     work.store(site, codes)
-                done.append(_decided(site, error))
             if not gram.rows:
                 refused += [decision(site.node, "skipped", UNSEEN) for site in taps[tap]]
         return Outcome(model, modified, (*done, *refused))
-
-    def _grids(self, model: ir.Model, target: Target) -> tuple[dict[Site, Grid], list[Decision]]:
-        """The products to round, each with its grid, and why others are not."""
-        sites, refused = Choice(self.min_dim, self.keep, self.head).linears(model)
-        wanted, grids = Grid(self.bits, self.group, self.symmetric), {}
-        readers = Counter(site.node.inputs[1] for site in sites)
-        for site in sites:
-            weight = as_matrix(site)
-            grid = fitted(wanted, len(weight), site.node.name or "", fit=self.fit)
-            reason = misfit_groups(weight, grid, half=needs_half(target, site.kernel.dtype))
-            if readers[site.node.inputs[1]] > 1:
-                reason = "several products read its weight"
-            if reason is None:
-                grids[site] = grid
-            else:
-                refused.append(decision(site.node, "skipped", reason))
-        return grids, refused
-
-    def _measured(
-        self, rounds: Sequence[Sequence[Tap]], model: ir.Model, advance: Callable[[], None]
-    ) -> Iterator[tuple[Tap, Gram]]:
-        """Gram matrices of one round after the other, each of the model as it is by then."""
-        assert self.data is not None
-        for taps in rounds:
-            yield from measure(model, taps, islice(self.data, self.samples), advance).items()
 
     def _rounded(
         self, sites: Sequence[Site], gram: Gram, grids: Mapping[Site, Grid], target: Target
@@ -174,17 +121,6 @@ def columns(codes: Codes, start: int, end: int) -> Codes:
     """The codes of some outputs."""
     zero = None if codes.zero is None else codes.zero[:, start:end]
     return Codes(codes.values[:, start:end], codes.scale[:, start:end], zero, codes.grid)
-
-
-def every(count: int, advance: Callable[[], None]) -> Callable[[], None]:
-    """Call ``advance`` at every ``count``-th call: the progress of one round over the samples, for many."""
-    calls = itertools.count(1)
-
-    def tick() -> None:
-        if next(calls) % count == 0:
-            advance()
-
-    return tick
 
 
 def _leave(site: Site, codes: Codes, error: LayerError) -> bool:

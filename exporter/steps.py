@@ -37,6 +37,7 @@ _HOMES = {
     "calibrate": "qexport.calibration.calibrate:Calibrate",
     "quantize": "qexport.passes.quantize:Quantize",
     "qlinear": "qexport.passes.qlinear:QLinear",
+    "awq": "qexport.calibration.awq:Awq",
     "gptq": "qexport.calibration.gptq:Gptq",
     "weight-only": "qexport.passes.weight_only:WeightOnly",
     "nf4": "qexport.passes.nf4:NF4",

@@ -1,10 +1,18 @@
-"""Groups for products whose number of inputs the wanted group does not divide."""
+"""Which products of a model a method rounds, each on a grid that fits its number of inputs."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
-from qexport.passes.groups import Grid, check_group
+import onnx_ir as ir
+
+from qexport.passes.base import Decision
+from qexport.passes.groups import Grid, as_matrix, check_group, misfit_groups
+from qexport.passes.lowbit import Choice, decision
+from qexport.passes.placement import Site
+from qexport.passes.qdq import needs_half
+from qexport.passes.target import Target
 
 STEP = 16  # groups are multiples of it, which every kernel for blocks takes
 
@@ -24,3 +32,27 @@ def fitted(grid: Grid, k: int, node: str, *, fit: bool) -> Grid:
         grid = next((replace(grid, group=size) for size in smaller if k % size == 0), grid)
     check_group(grid, k, node)
     return grid
+
+
+def choose_grids(
+    model: ir.Model, choice: Choice, wanted: Grid, target: Target, *, fit: bool
+) -> tuple[dict[Site, Grid], list[Decision]]:
+    """The products to round, each with its grid, and why others are not.
+
+    Raises:
+        UsageError: As :func:`fitted`.
+    """
+    sites, refused = choice.linears(model)
+    readers = Counter(site.node.inputs[1] for site in sites)
+    grids = {}
+    for site in sites:
+        weight = as_matrix(site)
+        grid = fitted(wanted, len(weight), site.node.name or "", fit=fit)
+        reason = misfit_groups(weight, grid, half=needs_half(target, site.kernel.dtype))
+        if readers[site.node.inputs[1]] > 1:
+            reason = "several products read its weight"
+        if reason is None:
+            grids[site] = grid
+        else:
+            refused.append(decision(site.node, "skipped", reason))
+    return grids, refused

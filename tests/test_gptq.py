@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.calibration.data import open_dataset, sample_digest
-from qexport.calibration.gptq import ROUNDING_KEY, UNSEEN, Gptq, every
+from qexport.calibration.few_bits import UNSEEN, every
+from qexport.calibration.gptq import ROUNDING_KEY, Gptq
 from qexport.calibration.gram import by_tap, grams
 from qexport.calibration.spec import DataSpec, input_specs
 from qexport.errors import UsageError

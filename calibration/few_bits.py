@@ -1,0 +1,82 @@
+"""What passes share that choose how weights in few bits are rounded, by the Gram matrices of what they read."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Literal
+
+import onnx_ir as ir
+
+from qexport.calibration.data import Dataset
+from qexport.calibration.gram import Gram, Tap, measure
+from qexport.errors import UsageError
+from qexport.passes.base import Decision, Pass
+from qexport.passes.fit import choose_grids
+from qexport.passes.groups import Grid
+from qexport.passes.lowbit import Choice
+from qexport.passes.placement import Site
+from qexport.passes.target import find_target
+
+UNSEEN = "not calibrated: no sample reached it"
+
+
+@dataclass(frozen=True)
+class FewBits(Pass):
+    """Options of a pass that works for ``weight-only``, which has to be given the same grid."""
+
+    data: Dataset | None = field(default=None, metadata={"bound": True})
+    advance: Callable[[], None] = field(default=lambda: None, metadata={"bound": True})
+    target: str = "tensorrt-rtx"
+    samples: int = 128
+    bits: Literal[8, 4, 3] = 4
+    group: int = 128
+    """Inputs that share a scale; 0 gives one scale to each output channel."""
+    fit: bool = False
+    """Whether a product whose inputs the group does not divide takes the largest multiple of 16 below it that does."""
+    symmetric: bool = True
+    """Whether there are no zero points; engines take none."""
+    min_dim: int = 32
+    """Smallest K and N of a product worth storing in few bits."""
+    head: bool = True
+    """Whether the product that makes an output of the model is stored in few bits too."""
+    keep: tuple[str, ...] = ()
+    """Names of nodes that are left alone; weight-only must keep them too if they are to stay in float."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 1), ("group", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    def chosen(self, model: ir.Model) -> tuple[dict[Site, Grid], list[Decision]]:
+        """The products to look at, each with its grid, and why others are not.
+
+        Raises:
+            UsageError: There is no data; a group fits not; a name in ``keep`` is no node's.
+        """
+        if self.data is None:
+            raise UsageError(
+                f"{type(self).__name__.lower()} needs calibration data", hint="give real samples with --calib"
+            )
+        choice, wanted = Choice(self.min_dim, self.keep, self.head), Grid(self.bits, self.group, self.symmetric)
+        return choose_grids(model, choice, wanted, find_target(self.target), fit=self.fit)
+
+    def measured(self, rounds: Sequence[Sequence[Tap]], model: ir.Model) -> Iterator[tuple[Tap, Gram]]:
+        """Gram matrices of one round after the other, each of the model as it is by then."""
+        assert self.data is not None
+        advance = every(len(rounds), self.advance)
+        for taps in rounds:
+            yield from measure(model, taps, islice(self.data, self.samples), advance).items()
+
+
+def every(count: int, advance: Callable[[], None]) -> Callable[[], None]:
+    """Call ``advance`` at every ``count``-th call: the progress of one round over the samples, for many."""
+    calls = itertools.count(1)
+
+    def tick() -> None:
+        if next(calls) % count == 0:
+            advance()
+
+    return tick
