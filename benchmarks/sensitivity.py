@@ -1,12 +1,17 @@
-"""What the defaults of ``calibrate`` and ``quantize`` cost and buy, on the STS-B dev split."""
+"""What the defaults of ``calibrate`` and ``quantize`` cost and buy, on the STS-B dev split; what each layer loses."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from itertools import takewhile
 
 import measure
 
 from qexport.exporter.load import Source, load_source
+from qexport.exporter.options import BuildOptions
+from qexport.exporter.precision.lab import Question
+from qexport.exporter.precision.sensitivity import analyse
 from qexport.exporter.quality import compare
 from qexport.exporter.recipe import instantiate, load_recipe, override
 from qexport.exporter.samples import Samples, open_samples
@@ -20,6 +25,7 @@ NOTE = (
     "all-MiniLM-L6-v2, STS-B dev, 1500 pairs; 512 calibration sentences from STS-B train. Cosine to fp32's embedding. "
     "The rows are before the cast to half precision; a node whose output has a lower SQNR than min_sqnr stays in float."
 )
+EXCERPT = "64 sentences of STS-B dev"
 
 
 def main() -> None:
@@ -32,6 +38,35 @@ def main() -> None:
         if thresholds:
             rows += list(measured(source, target, "mse", thresholds))
     measure.report("sensitivity", rows, NOTE)
+    report_layers()
+
+
+def report_layers() -> None:
+    """The tables of ``qexport sensitivity`` for both kinds of integers."""
+    data = measure.SAMPLES / "data"
+    groups, layers = [], []
+    for target in TARGETS:
+        began = time.perf_counter()
+        asked = BuildOptions(target=target)
+        question = Question(
+            measure.minilm_folder(), "int8", data / "stsb-calibration.csv", data / "stsb-dev.csv", asked
+        )
+        found = analyse(question)
+        seconds = time.perf_counter() - began
+        groups += [
+            {"target": target, "left in float": row.left_out, "tensors": row.tensors, "SQNR, dB": f"{row.sqnr:.1f}"}
+            | {"mean cosine": f"{row.cosine_mean:.3f}", "worst cosine": f"{row.cosine_worst:.3f}"}
+            for row in found.activations
+        ]
+        worst = found.layers[0]
+        layers.append(
+            {"target": target, "layers": len(found.layers), "most sensitive": worst.node}
+            | {"its SQNR, dB": f"{worst.sqnr:.1f}", "rank correlation": f"{found.correlation:.2f}"}
+            | {"seconds, all of it": f"{seconds:.0f}"}
+        )
+    measure.report("activations", groups, f"all-MiniLM-L6-v2, all activations in 8 bits but one group, {EXCERPT}.")
+    note = f"all-MiniLM-L6-v2, each layer alone in 8 bits against its Fisher estimate, {EXCERPT}."
+    measure.report("layers", layers, note)
 
 
 def measured(source: Source, target: str, method: str, thresholds: tuple[int, ...]) -> Iterator[measure.Row]:
@@ -40,10 +75,11 @@ def measured(source: Source, target: str, method: str, thresholds: tuple[int, ..
     data = measure.SAMPLES / "data"
     samples = open_samples(source, recipe, data / "stsb-calibration.csv", data / "stsb-dev.csv")
     steps = instantiate(recipe, {"data": samples.calibration})
-    calibrated, _ = run(source.model, [step for step in steps if step[0] not in ("quantize", "half")])
+    before = takewhile(lambda step: not step[1].quantizes, steps)
+    calibrated, _ = run(source.model, before)
     for threshold in thresholds:
         chosen = override(recipe, [f"quantize.min_sqnr={threshold}"])
-        last = [step for step in instantiate(chosen, {"data": samples.calibration}) if step[0] == "quantize"]
+        last = [step for step in instantiate(chosen, {"data": samples.calibration}) if step[1].quantizes]
         result, records = run(calibrated, last)
         kept = sum("SQNR" in decision.reason for decision in records[0].decisions)
         yield (

@@ -194,6 +194,15 @@ def test_products_of_one_tensor_are_a_region_and_a_residual_addition_ends_one():
     assert {node.name for node in found[1].layers} == {"f", "t", "u"}
 
 
+def test_integers_flow_into_a_residual_addition_and_no_farther():
+    text = """g (float[n, 4, 5, 5] x) => (float[n, 4, 5, 5] b) {
+        c = Conv(x, w)  a = Add(c, x)  r = Relu(a)  d = Conv(r, w)  e = Relu(d)  f = Conv(e, w)  b = Add(f, r) }"""
+    model = graph_of(text, w=np.ones((4, 4, 1, 1)))
+    regions = find_regions(model.graph, {"c", "a", "d", "f", "b"})
+    assert [region.nodes for region in regions] == [("c", "a"), ("d", "f", "b")]
+    assert [region.name for region in regions] == ["c and 1 more", "d and 2 more"]
+
+
 def test_a_mask_is_no_residual_although_later_scores_come_from_it():
     text = """g (float[n, 4] x, bool[n, 4] m) => (float[n, 4] z) {
         f = Cast <to = 1> (m)  s1 = Add(x, f)  p1 = Softmax(s1)  o = MatMul(p1, w)  d = Mul(o, c)  s2 = Add(d, f)
