@@ -9,6 +9,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.passes.axes import Ids, only_along
+from qexport.passes.extreme import EXTREME_KEY
+from qexport.passes.range import RANGE_KEY
 
 ACTIVATION_KEY = "qexport.activation"
 Channels = NDArray[np.floating]  # [channels]
@@ -37,10 +39,15 @@ class Activation:
 
 
 def transform(value: ir.Value, ids: Ids, scale: Channels, offset: Channels) -> None:
-    """Let the statistics of a value follow what was done to its channels: ``(x - offset[ids]) / scale[ids]``."""
-    known = activation_of(value)
+    """Let the statistics of a value follow what was done to its channels: ``(x - offset[ids]) / scale[ids]``.
+
+    What was measured of the whole value is forgotten.
+    """
+    for key in (RANGE_KEY, EXTREME_KEY):
+        value.meta.pop(key, None)
+    known = value.meta.pop(ACTIVATION_KEY, None)
     along = None if known is None else only_along(ids, known.axis)
-    if known is None or along is None:
+    if not isinstance(known, Activation) or along is None:
         return
     s = np.append(scale, 1.0)[along].astype(np.float32)
     c = np.append(offset, 0.0)[along].astype(np.float32)

@@ -25,11 +25,12 @@ from numpy.typing import NDArray
 from qexport.passes.activation import ACTIVATION_KEY, Activation, activation_of, transform
 from qexport.passes.base import Decision, Outcome, Pass
 from qexport.passes.flood import largest_of_ties
-from qexport.passes.match import add_constant, maker
+from qexport.passes.match import add_constant, check_names, maker
 from qexport.passes.offsets import Offset, find_offset, find_readers
 from qexport.passes.placement import Site, plan
 from qexport.passes.target import find_target
 
+UNSEEN = "no sample was observed at its input"
 MIN_GAIN = 0.98  # of the range that is left; what is centred already is left alone
 MIN_SUB_GAIN = 0.9  # a Sub must be worth its time
 
@@ -46,14 +47,15 @@ class Shift(Pass):
 
     def call(self, model: ir.Model) -> Outcome:
         """Shift what ``observe`` has looked at; what cannot be shifted is left alone with a reason."""
+        check_names(self.keep, model)
         target = find_target(self.target)
         sub = self.sub and target.activation == "int8"
         decisions: list[Decision] = []
         for value, sites in by_value(plan(model, target).roots).items():
             known = activation_of(value)
-            if known is None or any(site.node.name in self.keep for site in sites):
+            if any(site.node.name in self.keep for site in sites):
                 continue
-            action, reason = _shift(value, known, sub=sub)
+            action, reason = ("skipped", UNSEEN) if known is None else _shift(value, known, sub=sub)
             node = sites[0].node
             decisions.append(Decision(node.name or "", node.op_type, action, reason))
         return Outcome(model, any(d.action == "folded" for d in decisions), tuple(decisions))
@@ -96,7 +98,7 @@ def _centre(known: Activation, ties: NDArray[np.int64]) -> NDArray[np.float64]:
     """
     high, low = largest_of_ties(ties, known.high), -largest_of_ties(ties, -known.low)
     reach = (high - low).max(initial=0.0) / 2
-    return np.clip(0.0, high - reach, low + reach)
+    return np.asarray(np.clip(0.0, high - reach, low + reach), np.float64)
 
 
 def _left(known: Activation, offset: NDArray[np.float64]) -> float:
@@ -109,13 +111,13 @@ def _left(known: Activation, offset: NDArray[np.float64]) -> float:
 def _leave_sub(value: ir.Value, known: Activation, readers: Offset, offset: NDArray[np.float64]) -> None:
     """Subtract in a node of its own, for the products alone."""
     products = [term.reader for term in readers.terms if term.reader is not None]
-    readers.apply(offset)
-    numbers = offset.astype(np.float32)
+    dtype = np.float32 if value.dtype is None else value.dtype.numpy()
+    numbers = offset.astype(dtype)
+    readers.apply(numbers.astype(np.float64))  # what the Sub takes off, rounded as it is
     rank = len(value.shape) if value.shape is not None else 1
     if known.axis >= 0:  # an image: channels in front of what comes last
         numbers = numbers.reshape([-1] + [1] * (rank - known.axis - 1))
-    dtype = np.float32 if value.dtype is None else value.dtype.numpy()
-    constant = add_constant(products[0], f"{value.name}/offset", numbers.astype(dtype))
+    constant = add_constant(products[0], f"{value.name}/offset", numbers)
     node = ir.node("Sub", [value, constant], name=f"{maker(value).name}/Sub")
     centred = node.outputs[0]
     centred.name, centred.type = f"{value.name}/centred", ir.TensorType(value.dtype or ir.DataType.FLOAT)
@@ -125,5 +127,5 @@ def _leave_sub(value: ir.Value, known: Activation, readers: Offset, offset: NDAr
     body.insert_after(maker(value), node)
     for product in products:
         product.replace_input_with(0, centred)
-    c = numbers.reshape(-1)
+    c = numbers.reshape(-1).astype(np.float32)
     centred.meta[ACTIVATION_KEY] = Activation(known.axis, known.low - c, known.high - c, known.rows - c)

@@ -30,13 +30,16 @@ from qexport.passes.channels import Fold, find_fold
 from qexport.passes.flood import Slot
 from qexport.passes.match import check_names
 from qexport.passes.placement import Site, plan
-from qexport.passes.shift import by_value
-from qexport.passes.sources import NORMS, copy_norm, leave_mul
+from qexport.passes.shift import UNSEEN, by_value
+from qexport.passes.sources import copy_norm, is_norm, leave_mul
 from qexport.passes.target import find_target
 from qexport.passes.trial import Trial
 
 ALPHAS = np.linspace(0.2, 0.9, 15)
+COARSE = 3  # of which so many lie between two that are tried first
+MIN_ROWS = 8  # fewer tell nothing of those that were not seen
 PRODUCTS = ("MatMul", "Gemm")
+SMOOTHED_KEY = "qexport.smoothed"
 Scale = NDArray[np.float64]  # [channels]
 
 
@@ -63,10 +66,11 @@ class Smooth(Pass):
     def __post_init__(self) -> None:
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise UsageError(f"alpha is {self.alpha:g}, expected a number from 0 to 1", where="smooth.alpha")
-        for name, least in (("headroom", 1.0), ("floor", 0.0), ("gain", 0.0)):
-            if not getattr(self, name) >= least:
+        for name, least, most in (("headroom", 1, 10), ("floor", 0, 1), ("gain", 0, 1)):
+            told = getattr(self, name)
+            if not least <= told <= most:
                 raise UsageError(
-                    f"{name} is {getattr(self, name):g}, expected {least:g} or more", where=f"smooth.{name}"
+                    f"{name} is {told:g}, expected a number from {least} to {most}", where=f"smooth.{name}"
                 )
 
     def call(self, model: ir.Model) -> Outcome:
@@ -75,20 +79,25 @@ class Smooth(Pass):
         decisions = []
         for value, sites in by_value(plan(model, find_target(self.target)).roots).items():
             readers = [site for site in sites if site.node.op_type in PRODUCTS]
-            if activation_of(value) is None or not readers or any(site.node.name in self.keep for site in sites):
+            if not readers or any(site.node.name in self.keep for site in sites):
                 continue
-            action, reason = self._smooth(value, readers)
             node = readers[0].node
+            if all(site.node.meta.get(SMOOTHED_KEY) == self for site in readers):
+                action, reason = "skipped", "decided by an earlier run"
+            else:
+                action, reason = self._smooth(value, readers)
             decisions.append(Decision(node.name or "", node.op_type, action, reason))
         return Outcome(model, any(d.action == "folded" for d in decisions), tuple(decisions))
 
     def _smooth(self, value: ir.Value, sites: Sequence[Site]) -> tuple[str, str]:
         """What was done to ``value``, and how or why."""
         known = activation_of(value)
-        assert known is not None
+        if known is None:
+            return "skipped", UNSEEN
         found = find_fold(value, known.axis, known.low.size)
         if isinstance(found, Fold):
             scale, reason = self._scale(known, found, sites)
+            _mark(sites, self)
             if scale is None:
                 return "skipped", reason
             found.apply(scale)
@@ -100,6 +109,7 @@ class Smooth(Pass):
             return "skipped", found
         alone = _readers(sites, known.low.size)
         scale, reason = self._scale(known, alone, sites)
+        _mark(sites, self)
         if scale is None:
             return "skipped", reason
         alone.apply(scale)
@@ -108,10 +118,9 @@ class Smooth(Pass):
 
     def _source(self, value: ir.Value) -> Callable[[ir.Value, Sequence[ir.Node], Scale, Activation], None] | None:
         """What can divide a value for its products alone, if the options allow for any."""
-        node = value.producer()
-        if self.split and node is not None and node.op_type in NORMS:
+        if self.split and is_norm(value):
             return copy_norm
-        return leave_mul if self.mul and node is not None else None
+        return leave_mul if self.mul and value.producer() is not None else None
 
     def _scale(self, known: Activation, fold: Fold, sites: Sequence[Site]) -> tuple[Scale | None, str]:
         """The scale of each channel with what was chosen, or ``None`` with the reason to leave them."""
@@ -119,12 +128,29 @@ class Smooth(Pass):
         x = np.maximum(x, self.floor * x.max(initial=0.0))
         if self.alpha is not None:
             return migrate(x, w, self.alpha), f"alpha {self.alpha:g}"
+        if len(known.rows) < MIN_ROWS:
+            return None, "too few samples to search alpha"
         trial = Trial(known, [_matrix(site) for site in sites], self.headroom)
-        errors = {float(alpha): trial.error(migrate(x, w, alpha)) for alpha in ALPHAS}
-        best = min(errors, key=lambda alpha: errors[alpha])
-        if not errors[best] < (1 - self.gain) * trial.error(np.ones_like(x)):
+        best, error = search(lambda alpha: trial.error(migrate(x, w, alpha)))
+        if not error < (1 - self.gain) * trial.error(np.ones_like(x)):
             return None, "smoothing would not lower its error"
         return migrate(x, w, best), f"alpha {best:.2g}, searched"
+
+
+def search(error: Callable[[float], float]) -> tuple[float, float]:
+    """The best of ``ALPHAS`` with its error: every third is tried, then those around the best of them."""
+    errors = {index: error(float(ALPHAS[index])) for index in range(0, len(ALPHAS), COARSE)}
+    coarse = min(errors, key=lambda index: errors[index])
+    for index in range(max(0, coarse - COARSE + 1), min(len(ALPHAS), coarse + COARSE)):
+        errors[index] = errors[index] if index in errors else error(float(ALPHAS[index]))
+    best = min(errors, key=lambda index: errors[index])
+    return float(ALPHAS[best]), errors[best]
+
+
+def _mark(sites: Sequence[Site], step: Smooth) -> None:
+    """Remember what was decided, so that a second run does not decide again about its own result."""
+    for site in sites:
+        site.node.meta[SMOOTHED_KEY] = step
 
 
 def migrate(x: Scale, w: Scale, alpha: float) -> Scale:

@@ -9,10 +9,20 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.passes.activation import ACTIVATION_KEY, Activation
-from qexport.passes.match import add_constant, array, maker
+from qexport.passes.match import add_constant, array, maker, producer
 
 NORMS = {"LayerNormalization": (1, 2), "RMSNormalization": (1,), "SimplifiedLayerNormalization": (1,)}
 """Norms and where their parameters are."""
+
+
+def is_norm(value: ir.Value) -> bool:
+    """Whether ``value`` is what a normalization with constant parameters makes."""
+    node = producer(value, *NORMS)
+    return (
+        node is not None
+        and value.index() == 0
+        and all(given is None or array(given) is not None for given in node.inputs[1:])
+    )
 
 
 def copy_norm(value: ir.Value, readers: Sequence[ir.Node], scale: NDArray[np.float64], known: Activation) -> None:

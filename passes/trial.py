@@ -41,7 +41,13 @@ class Trial:
         for one, other in ((0, 1), (1, 0)):
             seen, unseen = self._halves[one] / s, self._halves[other] / s
             reach = float(np.abs(seen).max(initial=1e-30)) * self._headroom
-            total += min(self._clipped(unseen, reach * clip, stored, other) for clip in CLIPS)
+            best = np.inf
+            for clip in CLIPS:
+                found = self._clipped(unseen, reach * clip, stored, other)
+                if not found < best:
+                    break  # clipping more only gets worse from here
+                best = found
+            total += best
         return total / 2
 
     def _clipped(self, x: NDArray[np.float32], reach: float, stored: list[NDArray[np.float32]], half: int) -> float:
