@@ -35,7 +35,7 @@ class FewBits(Pass):
     group: int = 128
     """Inputs that share a scale; 0 gives one scale to each output channel."""
     fit: bool = False
-    """Whether a product whose inputs the group does not divide takes the largest multiple of 16 below it that does."""
+    """Whether the group is halved, down to 16, for a product whose inputs it does not divide."""
     symmetric: bool = True
     """Whether there are no zero points; engines take none."""
     min_dim: int = 32

@@ -14,24 +14,25 @@ from qexport.passes.placement import Site
 from qexport.passes.qdq import needs_half
 from qexport.passes.target import Target
 
-STEP = 16  # groups are multiples of it, which every kernel for blocks takes
+SMALLEST = 16  # group that every kernel for blocks takes
 
 
 def fitted(grid: Grid, k: int, node: str, *, fit: bool) -> Grid:
     """The grid for a product with ``k`` inputs.
 
-    With ``fit``, a group that does not divide k becomes the largest multiple of 16 below it that does: 704 inputs in
-    groups of 128 are stored in groups of 64. Smaller groups cost space and lose nothing.
+    With ``fit``, a group that does not divide k is halved until it does, down to 16: 704 inputs in groups of 128 are
+    stored in groups of 64. Smaller groups cost space and lose nothing.
 
     Raises:
         UsageError: No group fits, or ``grid.group`` does not divide k and ``fit`` is off; names the node and groups
             that do.
     """
-    if fit and grid.group and k % grid.group:
-        smaller = range(grid.group - grid.group % STEP, 0, -STEP)
-        grid = next((replace(grid, group=size) for size in smaller if k % size == 0), grid)
-    check_group(grid, k, node)
-    return grid
+    size = grid.group
+    while fit and size and k % size and size % 2 == 0 and size // 2 >= SMALLEST:
+        size //= 2
+    found = grid if size and k % size else replace(grid, group=size)
+    check_group(found, k, node)
+    return found
 
 
 def choose_grids(

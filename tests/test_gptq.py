@@ -287,7 +287,7 @@ def test_memory_is_flat_in_the_number_of_samples():
     assert peak(120) < 1.3 * peak(40)
 
 
-def test_weight_only_takes_the_largest_multiple_of_16_below_a_group_that_does_not_divide():
+def test_weight_only_halves_a_group_until_it_divides_if_asked():
     model = model_from(w=normal(64, 176), v=normal(176, 48))
     WeightOnly(target="ort-cpu", format="dequantize", group=128, fit=True)(model)
     blocks = [n.attributes["block_size"].value for n in model.graph if n.op_type == "DequantizeLinear"]
@@ -295,3 +295,5 @@ def test_weight_only_takes_the_largest_multiple_of_16_below_a_group_that_does_no
     odd = model_from(w=normal(64, 40), v=normal(40, 48))
     with pytest.raises(UsageError, match="does not divide the 40 inputs"):
         WeightOnly(target="ort-cpu", group=64, fit=True)(odd)
+    with pytest.raises(UsageError, match="group 100 does not divide the 64 inputs"):
+        WeightOnly(target="ort-cpu", group=100, fit=True)(odd)
