@@ -4,7 +4,8 @@
 change of what the model computes. Sources take it in (the bias of a norm, a product or a convolution, a constant that
 is added, a table); products that read the value get ``c W`` added to their bias; a residual sum gets it back through
 the bias of its other branch. Between source and reader it goes through reshapes, transposes and splits, and from the
-result of an attention to its values, because attention weights sum to one.
+result of an attention to its values, because attention weights sum to one. (A position that may look at nothing at all
+is padding; a fused Attention has zeros there, which become others.)
 
 Source: Wei et al. 2023, "Outlier Suppression+", section 4.1 (channel-wise shifting).
 """
