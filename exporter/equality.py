@@ -10,6 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.calibration.execute import open_model
+from qexport.calibration.spec import MASK
 from qexport.errors import BuildFailed
 from qexport.passes.base import Pass
 from qexport.passes.pipeline import Step
@@ -85,7 +86,21 @@ class EqualityProof:
 
     def _run(self, model: ir.Model) -> Outputs:
         session = open_model(model)
-        return [session.run(feed) for feed in self.feeds]
+        return [_visible(session.run(feed), feed) for feed in self.feeds]
+
+
+def _visible(outputs: dict[str, NDArray[np.generic]], feed: Feed) -> dict[str, NDArray[np.generic]]:
+    """The outputs without the positions that the attention mask hides: nobody reads them, rounding may tear at them."""
+    mask = feed.get(MASK)
+    if mask is None or mask.ndim != 2:
+        return outputs
+    hidden = mask == 0
+    return {
+        name: np.where(hidden.reshape(*mask.shape, *[1] * (array.ndim - 2)), np.zeros_like(array), array)
+        if array.shape[:2] == mask.shape
+        else array
+        for name, array in outputs.items()
+    }
 
 
 def _computes_in_half(model: ir.Model) -> bool:

@@ -125,3 +125,33 @@ def test_a_model_in_half_precision_may_round_as_float16_does_but_no_more():
     assert 1e-4 < watcher.errors[0] < 2e-3
     with pytest.raises(BuildFailed, match="allowed 5e-03"):
         run(ir.from_proto(proto), [("scale", Scale(1.02))], [EqualityProof(feeds)])
+
+
+def test_positions_that_the_mask_hides_do_not_count(monkeypatch):
+    text = """g (float[b, s, 2] x, int64[b, s] attention_mask) => (float[b, s, 2] y) { y = Identity(x) }"""
+    model = ir.from_proto(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]> {text}'))
+    feed = {"x": np.ones((1, 3, 2), np.float32), "attention_mask": np.array([[1, 1, 0]])}
+
+    @dataclass(frozen=True)
+    class Spoil(Pass):
+        where: int
+
+        def call(self, model: ir.Model) -> Outcome:
+            noise = np.zeros((1, 3, 2), np.float32)
+            noise[0, self.where] = 1e-3
+            node = model.graph.node(0)
+            value = ir.Value(name="noise", const_value=ir.tensor(noise, name="noise"))
+            model.graph.register_initializer(value)
+            model.graph.remove(node)
+            add = ir.node("Add", [node.inputs[0], value])
+            add.outputs[0].name, model.graph.outputs[0].name = "y", "old"
+            add.outputs[0].type, add.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
+            model.graph.append(add)
+            model.graph.outputs[0] = add.outputs[0]
+            return Outcome(model, True)
+
+    proof = EqualityProof([feed])
+    run(model, [("spoil", Spoil(2))], [proof])
+    assert proof.errors == [0.0]
+    with pytest.raises(BuildFailed, match="changed the outputs"):
+        run(model, [("spoil", Spoil(1))], [EqualityProof([feed])])
