@@ -18,8 +18,12 @@ LAYERS = {
     "ConvInteger": (0, 1),
     "QLinearMatMul": (0, 3),
     "QLinearConv": (0, 3),
+    "MatMulIntegerToFloat": (0, 1),
 }
 """Operators that do the arithmetic, with the inputs that are multiplied."""
+
+_CONTRIBUTED = {"MatMulIntegerToFloat": "com.microsoft"}
+"""Those that are not ONNX's own, and whose they are."""
 
 _TRANSPARENT = {"Transpose", "Reshape", "Cast", "Identity", "Squeeze", "Unsqueeze", "Flatten"}
 """Operators that stand between a DequantizeLinear and its layer without computing anything."""
@@ -85,7 +89,7 @@ def inspect_model(model: ir.Model) -> Summary:
     stored: Counter[str] = Counter()
     for tensor in filter(None, tensors):
         stored[_name(tensor.dtype)] += tensor.nbytes
-    layers = tuple(_layer(node) for node in nodes if node.op_type in LAYERS and node.domain == "")
+    layers = tuple(_layer(node) for node in nodes if _is_layer(node))
     graph = seen.graph
     return Summary(
         inputs=tuple(_port(value) for value in graph.inputs if value.name not in graph.initializers),
@@ -103,7 +107,7 @@ def inspect_model(model: ir.Model) -> Summary:
 
 def _with_types(model: ir.Model) -> ir.Model:
     """Return a model whose values have types: the same one, or a clone on which they were inferred."""
-    factors = (node.inputs[i] for node in _all_nodes(model) if node.op_type in LAYERS for i in _factors(node))
+    factors = (node.inputs[i] for node in _all_nodes(model) if _is_layer(node) for i in _factors(node))
     if all(value is None or stored_type(value) is not None for value in factors):
         return model
     clone = model.clone()
@@ -132,6 +136,10 @@ def _quantized_type(value: ir.Value) -> ir.DataType | None:
         return node.inputs[2].dtype
     code = node.attributes.get_int("output_dtype", 0)
     return ir.DataType(code) if code else ir.DataType.UINT8
+
+
+def _is_layer(node: ir.Node) -> bool:
+    return node.op_type in LAYERS and node.domain == _CONTRIBUTED.get(node.op_type, "")
 
 
 def _layer(node: ir.Node) -> Layer:

@@ -33,6 +33,8 @@ class Target:
         min_channels: Smallest number of input channels of a convolution worth quantizing.
         residual_add: Which inputs of a residual Add behind a convolution are quantized: ``skip``, where the other one
             fuses into the convolution; ``both``, where the Add itself has integer kernels; ``none``.
+        integer_products: Whether onnxruntime's MatMulIntegerToFloat (uint8 x int8, float bias and output) is fast.
+        plain_residuals: Whether a residual sum before LayerNormalization has to be kept from being merged with it.
         formats: What else it reads: ``int4`` (blocked DequantizeLinear), ``nbits`` (onnxruntime's MatMulNBits), ``fp8``
             (float8e4m3fn Q/DQ), ``bfloat16``, ``dynamic`` (ranges per call), ``qlinear`` (integer-only operators),
             ``nf4`` (MatMulBnb4).
@@ -49,6 +51,8 @@ class Target:
     min_dim: int = 16
     min_channels: int = 16
     residual_add: Literal["none", "skip", "both"] = "skip"
+    integer_products: bool = False
+    plain_residuals: bool = False
     formats: frozenset[str] = frozenset()
 
     def demand(self, wanted: str, where: str = "") -> None:
@@ -99,6 +103,8 @@ TARGETS = {
             "gather",
             residual_add="both",
             attention=True,
+            integer_products=True,
+            plain_residuals=True,
             formats=_CPU_FORMATS,
         ),
         Target(
