@@ -153,9 +153,9 @@ def images() -> Iterable[dict[str, Any]]:
     return images.batches(RESNET / "calibration.npz")
 
 
-def minilm(target: str, folder: Path, calibration: Path = SENTENCES) -> dict[str, Any]:
+def minilm(target: str, folder: Path, calibration: Path = SENTENCES, recipe: str = "int8") -> dict[str, Any]:
     """Our main road with the sentence encoder."""
-    return ours(measure.minilm_folder(), "int8", target, folder, calibration)
+    return ours(measure.minilm_folder(), recipe, target, folder, calibration)
 
 
 def resnet(target: str, folder: Path, calibration: Path = RESNET / "calibration.npz") -> dict[str, Any]:
@@ -167,6 +167,8 @@ METHODS: dict[str, Callable[..., dict[str, Any]]] = {
     "float": exported,
     "qexport-tensorrt-rtx": partial(minilm, "tensorrt-rtx"),
     "qexport-ort-cpu": partial(minilm, "ort-cpu"),
+    "qexport-float32-ort-cpu": partial(minilm, "ort-cpu", recipe="float32"),
+    "qexport-int8-dynamic": partial(minilm, "ort-cpu", recipe="int8-dynamic"),
     "ort-s8-minmax": partial(static, FLOAT, by_length, {}),
     "ort-s8-minmax-linears": partial(static, FLOAT, by_length, {"linears": True}),
     "ort-s8-entropy": partial(static, FLOAT, at_64, {"method": "Entropy"}),
