@@ -32,11 +32,13 @@ from qexport.passes.range import HALF_QUANTIZERS, SQNR_KEY, beyond_half, range_o
 from qexport.passes.target import Target, find_target
 from qexport.passes.weights import misfit
 
-__all__ = ["KEPT", "NOT_CALIBRATED", "Quantize", "float_type", "needs_half", "quantized_nodes"]
+__all__ = ["KEPT", "NOT_CALIBRATED", "STAY_KEY", "Quantize", "float_type", "needs_half", "quantized_nodes"]
 
 MIN_TABLE = 1 << 16  # elements; below it an int8 table saves nothing worth a node
 NOT_CALIBRATED = "not calibrated: no sample reached it"
 KEPT = "kept in float by name"
+STAY_KEY = "qexport.stay"
+"""Metadata of a node: why it should stay in float, where a pass before this one has found a reason."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,9 @@ class _Rules:
     def _site(self, site: Site) -> str | None:
         if site.node.name in self.keep:
             return KEPT
+        told = site.node.meta.get(STAY_KEY)
+        if isinstance(told, str):
+            return told
         ranges = [range_of(value) for value in site.values]
         if any(span is None for span in ranges):
             return NOT_CALIBRATED
