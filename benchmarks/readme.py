@@ -1,4 +1,4 @@
-"""Copy the tables of ``results/*.md`` into README.md, between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``."""
+"""Copy ``results/*.md`` into the pages, between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import re
 
 import measure
 
+PAGES = ("README.md", "docs/benchmarks.md")
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
 
 
 def fill(match: re.Match[str]) -> str:
-    """The block with its table; empty where nothing was measured."""
+    """The block with its table; one that was never measured says so."""
     path = measure.RESULTS / f"{match[2]}.md"
-    return match[1] + (path.read_text(encoding="utf-8") if path.is_file() else "") + match[3]
+    table = path.read_text(encoding="utf-8") if path.is_file() else "Not measured yet.\n"
+    return match[1] + table + match[3]
 
 
 def main() -> None:
     """Fill every block."""
-    path = measure.ROOT / "README.md"
-    path.write_text(BLOCK.sub(fill, path.read_text(encoding="utf-8")), encoding="utf-8")
+    for name in PAGES:
+        path = measure.ROOT / name
+        path.write_text(BLOCK.sub(fill, path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
