@@ -43,8 +43,8 @@ class Calibrate(Pass):
     advance: Callable[[], None] = field(default=lambda: None, metadata={"bound": True})
     store: Store = field(default=Store(), metadata={"bound": True})
     target: str = "tensorrt-rtx"
-    method: str = "mse"
-    """minmax, percentile, entropy, mse or output-mse."""
+    method: str = "output-mse"
+    """output-mse, or by the values alone: minmax, percentile, entropy, mse."""
     samples: int = 512
     attention: bool = False
     """Whether products of two computed tensors are measured too; needed by quantize.attention."""
@@ -95,6 +95,11 @@ class Calibrate(Pass):
 def _least_output_error(known: Statistics, readers: list[Site], target: Target) -> Range:
     """The clip with the least relative error at the outputs of everything that reads the value.
 
+    There are two such errors: that of each row by itself, and that of all rows together, in which a few large rows
+    decide. Either alone ruins a model now and then: sentence encoders have rows a hundred times the others, which the
+    first would clip, and all that the second would see. So a clip is rated by how many times the least it makes of
+    each.
+
     Ranges are shares of the extremes of all samples, while the rows that rate them are few and hardly ever hold those
     extremes: what a range clips is judged by rows it was not derived from. Where no reader has a weight, as in a
     product of two computed tensors, the value itself decides (``mse``).
@@ -103,18 +108,20 @@ def _least_output_error(known: Statistics, readers: list[Site], target: Target) 
     pieces = known.excerpts.stacked()
     layers = [Layer(site, pieces, target) for site in readers if site.weight is not None]
 
-    def loss(shares: NDArray[np.float64]) -> NDArray[np.float64]:
+    def losses(shares: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Of all readers, for each share: of the rows, each by itself, and of all rows together."""
         spans = [Range(low * share, high * share) for share in shares]
-        rated = [found.mean(axis=1) for layer in layers if (found := layer.losses(spans)).size]
-        return np.sum(rated, axis=0) if rated else np.zeros(0)
+        found = [rated for layer in layers if (rated := layer.losses(spans)).size]
+        return np.sum(found, axis=0) if found else np.zeros((2, 0))
 
     stretches = FORMATS[target.activation].stretches
     coarse = np.concatenate([COARSE, stretches[1:]])
-    rough = loss(coarse)
+    rough = losses(coarse)
     if not rough.size:
         return METHODS["mse"](known.histogram, target.activation)
-    fine = np.minimum(coarse[int(rough.argmin())] + FINE, stretches[-1])
-    share = float(fine[int(loss(fine).argmin())])
+    best = np.maximum(rough.min(axis=1, keepdims=True), 1e-30)
+    fine = np.minimum(coarse[int((rough / best).sum(axis=0).argmin())] + FINE, stretches[-1])
+    share = float(fine[int((losses(fine) / best).sum(axis=0).argmin())])
     return Range(low * share, high * share)
 
 

@@ -41,14 +41,17 @@ class Layer:
         return [float(error.sum() / max(power.sum(), 1e-30)) for error in errors]
 
     def losses(self, spans: Sequence[Range]) -> NDArray[np.float64]:
-        """Squared output error of every row over the squared output of that row, ``[spans, rows]``.
+        """Relative squared output error: mean over rows of each row's own, and of all rows together, ``[2, spans]``.
 
         A row is one position of a product, one window of a convolution. What reads the output mostly normalizes each
         position by itself, so a small error of a small row is worth a large error of a large one: on sentence encoders
         a few rows are a hundred times the others, and the sum of absolute errors would see nothing else.
         """
         power, errors = self._rows(spans)
-        return np.array([error / (power + QUIET * power.mean() + 1e-30) for error in errors])
+        if not errors:
+            return np.zeros((2, 0))
+        each = [float((error / (power + QUIET * power.mean() + 1e-30)).mean()) for error in errors]
+        return np.array([each, [float(error.sum() / max(power.sum(), 1e-30)) for error in errors]])
 
     def _rows(self, spans: Sequence[Range]) -> tuple[NDArray[np.float64], list[NDArray[np.float64]]]:
         """Squared output of every row, and squared error for each range."""

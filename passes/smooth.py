@@ -56,8 +56,8 @@ class Smooth(Pass):
     """Channels smaller than this share of the largest one are scaled as if they had it."""
     gain: float = 0.05
     """How much smaller a search must find the error (as a share) before it smooths at all."""
-    split: bool = False
-    """Whether products get their own copy of a norm that others read too."""
+    split: bool | None = None
+    """Whether products get their own copy of a norm that others read too; unset: on engines, which fuse norms."""
     mul: bool = False
     """Whether a Mul may stay where the scale cannot be folded."""
     keep: tuple[str, ...] = ()
@@ -118,23 +118,28 @@ class Smooth(Pass):
 
     def _source(self, value: ir.Value) -> Callable[[ir.Value, Sequence[ir.Node], Scale, Activation], None] | None:
         """What can divide a value for its products alone, if the options allow for any."""
-        if self.split and is_norm(value):
+        split = find_target(self.target).engine is not None if self.split is None else self.split
+        if split and is_norm(value):
             return copy_norm
         return leave_mul if self.mul and value.producer() is not None else None
 
     def _scale(self, known: Activation, fold: Fold, sites: Sequence[Site]) -> tuple[Scale | None, str]:
         """The scale of each channel with what was chosen, or ``None`` with the reason to leave them."""
-        x, w = fold.largest(known.reach), fold.weight_reach()
-        x = np.maximum(x, self.floor * x.max(initial=0.0))
+        w = fold.weight_reach()
+
+        def scale(reach: NDArray[np.floating], alpha: float) -> Scale:
+            x = fold.largest(reach)
+            return migrate(np.maximum(x, self.floor * x.max(initial=0.0)), w, alpha)
+
         if self.alpha is not None:
-            return migrate(x, w, self.alpha), f"alpha {self.alpha:g}"
+            return scale(known.reach, self.alpha), f"alpha {self.alpha:g}"
         if len(known.rows) < MIN_ROWS:
             return None, "too few samples to search alpha"
         trial = Trial(known, [_matrix(site) for site in sites], self.headroom)
-        best, error = search(lambda alpha: trial.error(migrate(x, w, alpha)))
-        if not error < (1 - self.gain) * trial.error(np.ones_like(x)):
+        best, error = search(lambda alpha: trial.error(lambda reach: scale(reach, alpha)))
+        if not error < (1 - self.gain) * trial.error(np.ones_like):
             return None, "smoothing would not lower its error"
-        return migrate(x, w, best), f"alpha {best:.2g}, searched"
+        return scale(known.reach, best), f"alpha {best:.2g}, searched"
 
 
 def search(error: Callable[[float], float]) -> tuple[float, float]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qexport.passes.activation import Activation
 from qexport.passes.weights import quantize_weight
+
+Rule = Callable[[NDArray[np.float32]], NDArray[np.float64]]
+"""The largest magnitude of each channel -> its scale, ``[K]``."""
 
 TAIL = 0.02  # share of the rows that count as the worst
 CLIPS = (1.0, 0.85, 0.7, 0.55)  # shares of the range that the quantizer may choose from
@@ -30,20 +33,21 @@ class Trial:
         self._truths = [[half @ w for w in weights] for half in self._halves]
         self._power = [max(float(np.square(y).sum(axis=1).mean()), 1e-30) for y in map(np.hstack, self._truths)]
 
-    def error(self, scale: NDArray[np.float64]) -> float:
-        """Relative squared output error over rows that the range was not taken from: mean plus mean of the worst."""
-        s = scale.astype(np.float32)
-        stored = []
-        for w in self._weights:
-            integers, steps = quantize_weight(w * s[:, None], 1)
-            stored.append(integers.astype(np.float32) * steps)
+    def error(self, rule: Rule) -> float:
+        """Relative squared output error over rows that neither scales nor range were taken from.
+
+        Mean plus mean of the worst. ``rule`` makes the scales from the largest magnitude of each channel; it is given
+        that of one half of the rows and judged by the other, so that what suits the rows it saw only does not count.
+        """
         total = 0.0
         for one, other in ((0, 1), (1, 0)):
-            seen, unseen = self._halves[one] / s, self._halves[other] / s
-            reach = float(np.abs(seen).max(initial=1e-30)) * self._headroom
+            magnitudes = np.abs(self._halves[one])
+            s = rule(magnitudes.max(axis=0, initial=0.0)).astype(np.float32)
+            reach = float((magnitudes / s).max(initial=1e-30)) * self._headroom
+            stored = [_rounded(w * s[:, None]) for w in self._weights]
             best = np.inf
             for clip in CLIPS:
-                found = self._clipped(unseen, reach * clip, stored, other)
+                found = self._clipped(self._halves[other] / s, reach * clip, stored, other)
                 if not found < best:
                     break  # clipping more only gets worse from here
                 best = found
@@ -58,3 +62,8 @@ class Trial:
             noise += np.square(rounded @ w - truth).sum(axis=1)
         worst = np.sort(noise)[-max(1, int(TAIL * len(noise))) :]
         return float((noise.mean() + worst.mean()) / self._power[half])
+
+
+def _rounded(w: NDArray[np.float32]) -> NDArray[np.float32]:
+    integers, steps = quantize_weight(w, 1)
+    return integers.astype(np.float32) * steps

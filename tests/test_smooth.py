@@ -15,7 +15,7 @@ from qexport.errors import UsageError
 from qexport.exporter.equality import distance
 from qexport.exporter.load import load_model
 from qexport.exporter.recipe import instantiate, load_recipe, override
-from qexport.passes.activation import activation_of
+from qexport.passes.activation import Activation, activation_of
 from qexport.passes.pipeline import run
 from qexport.passes.quantize import Quantize
 from qexport.passes.smooth import ALPHAS, Smooth, migrate, search
@@ -120,11 +120,24 @@ def test_search_finds_what_a_fine_grid_finds(data):
     kernels = [numbers_of(model, "w"), numbers_of(model, "v")]
     most = np.abs(np.hstack(kernels)).max(axis=1).astype(np.float64)
     trial = Trial(known, kernels, 1.1)
-    found, error = search(lambda alpha: trial.error(migrate(known.reach.astype(np.float64), most, alpha)))
-    every = [trial.error(migrate(known.reach.astype(np.float64), most, alpha)) for alpha in ALPHAS]
+
+    def rated(alpha):
+        return trial.error(lambda reach: migrate(reach.astype(np.float64), most, alpha))
+
+    found, error = search(rated)
+    every = [rated(alpha) for alpha in ALPHAS]
     assert error <= min(every) * 1.05
     assert found in ALPHAS
-    assert error < trial.error(np.ones(32)) / 4
+    assert error < trial.error(np.ones_like) / 4
+
+
+def test_what_suits_only_the_rows_that_were_seen_is_not_smoothed():
+    rows = np.random.default_rng(3).standard_normal((64, 48)).astype(np.float32)
+    weight = np.random.default_rng(4).standard_normal((48, 32)).astype(np.float32)
+    most = np.abs(weight).max(axis=1).astype(np.float64)
+    trial = Trial(Activation(-1, rows.min(0), rows.max(0), rows), [weight], 1.1)
+    strong = trial.error(lambda reach: migrate(reach.astype(np.float64), most, 0.9))
+    assert strong > trial.error(np.ones_like) * 1.5
 
 
 @pytest.mark.parametrize("valley", [0.2, 0.41, 0.65, 0.9])
@@ -183,7 +196,7 @@ def test_what_is_known_of_the_values_is_what_is_seen_of_them_afterwards(data, te
 )
 def test_what_cannot_be_folded_is_left_alone_with_a_reason(data, text, reason):
     model = build(text)
-    outcome = smoothed(model, data)
+    outcome = smoothed(model, data, split=False)
     assert [(d.action, d.reason) for d in outcome.decisions] == [("skipped", reason)]
     assert not outcome.modified
 
@@ -192,7 +205,9 @@ def test_what_cannot_be_folded_is_left_alone_with_a_reason(data, text, reason):
     ("text", "options", "more"),
     [
         (POST, {"split": True}, {"LayerNormalization": 1}),
-        (POST, {"mul": True}, {"Mul": 1}),
+        (POST, {}, {"LayerNormalization": 1}),
+        (POST, {"target": "ort-cpu"}, {}),
+        (POST, {"mul": True, "split": False}, {"Mul": 1}),
         (POST, {"split": True, "mul": True}, {"LayerNormalization": 1}),
         (GELU, {"split": True}, {}),
         (GELU, {"mul": True}, {"Mul": 1}),
@@ -326,7 +341,7 @@ def test_minilm_is_smoothed_with_no_mul_left(minilm, outlier_model, target):
     data = outlier_model.Samples(
         {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)} for ids in rows
     )
-    before, after, decisions = pipeline(minilm, data, target, "smooth.alpha=0.5")
+    before, after, decisions = pipeline(minilm, data, target, "smooth.alpha=0.5", "smooth.split=false")
     assert ops(before) == ops(after)
     folded = [d.node for d in decisions if d.action == "folded"]
     assert len(folded) == 6
