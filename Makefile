@@ -35,7 +35,11 @@ budgets: $(READY)
 bench: $(READY) $(MINILM_READY)
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/resnet20.py
+	$(BIN)/python benchmarks/recipes.py
+	$(BIN)/python benchmarks/ablation.py
 	$(BIN)/python benchmarks/sensitivity.py
+	$(BIN)/python benchmarks/weight_only.py
+	$(BIN)/python benchmarks/outliers.py
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/startup.py

@@ -65,7 +65,7 @@ Step = Callable[[Any], Any]
 def methods(data: Any) -> Iterator[tuple[str, str, Sequence[Step]]]:
     """Name, target and passes of each row."""
     for target in (ENGINE, CPU):
-        calibrate, seen = Calibrate(data=data, target=target), Observe(data=data, target=target)
+        calibrate, seen = Calibrate(data=data, target=target, method="minmax"), Observe(data=data, target=target)
         plain = Quantize(target=target, min_sqnr=0.0)
         yield "int8 on every sum, norm input and linear", target, [calibrate, plain, everywhere(data)]
         yield "int8 linears, per consumer", target, [calibrate, plain]

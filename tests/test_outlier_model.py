@@ -66,7 +66,7 @@ def score(outlier_model, truth, unseen):
 
 
 def plain(data, target="ort-cpu", **options):
-    return Calibrate(data=data, target=target), Quantize(target=target, **options)
+    return Calibrate(data=data, target=target, method="minmax"), Quantize(target=target, **options)
 
 
 def relative(one, other):

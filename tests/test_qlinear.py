@@ -338,8 +338,8 @@ def test_resnet20_in_integers_chooses_as_in_pairs(samples):
     assert np.square(found - literal).sum() < 1e-3 * np.square(literal).sum()
 
 
-def test_the_recipe_puts_the_step_behind_quantize_and_names_its_target():
+def test_the_recipe_puts_the_step_behind_all_that_change_weights_and_names_its_target():
     recipe = load_recipe("int8-qlinear")
     names = [step.pass_ for step in recipe.step]
-    assert names.index("qlinear") == names.index("quantize") + 1
+    assert names.index("qlinear") == names.index("correct-bias") + 1
     assert recipe.export.target == "ort-cpu"

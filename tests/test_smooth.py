@@ -284,7 +284,8 @@ def sqnr(outlier_model, wide):
     return measure
 
 
-OFF = ("observe.enabled=false", "shift.enabled=false", "smooth.enabled=false")
+OFF = [f"{step}.enabled=false" for step in ("observe", "shift", "smooth", "triage", "correct-bias")]
+OFF.append("calibrate.method=minmax")  # plain int8 as in textbooks
 ALL = "quantize.min_sqnr=-100.0"  # nothing may stay in float because it is bad
 
 
