@@ -77,9 +77,12 @@ class Awq(FewBits):
         half = any(needs_half(target, site.kernel.dtype) for site in sites)
         weights = [as_matrix(site) for site in sites]
 
+        powers = [max(gram.error(weight), 1e-30) for weight in weights]
+
         def error(scale: Scale) -> float:
             """Squared output error over squared output, summed over the products."""
-            return sum(rounding_error(weight, scale, gram, grid, half=half) for weight in weights)
+            pairs = zip(weights, powers, strict=True)
+            return sum(rounding_error(weight, scale, gram, grid, half=half) / power for weight, power in pairs)
 
         errors = {float(alpha): error(strength(gram, fold, alpha)) for alpha in ALPHAS}
         best = min(errors, key=lambda alpha: errors[alpha])
@@ -97,10 +100,10 @@ def strength(gram: Gram, fold: Fold, alpha: float) -> Scale:
 
 
 def rounding_error(weight: Matrix, scale: Scale, gram: Gram, grid: Grid, *, half: bool) -> float:
-    """Squared output error over squared output of ``weight`` rounded as ``s W`` and read through ``x / s``."""
+    """Squared output error of ``weight`` rounded as ``s W`` and read through ``x / s``."""
     wide = scale.astype(np.float32)[:, None]
     rounded = quantize_groups(weight * wide, grid, half=half).dequantize() / wide
-    return gram.error(weight - rounded) / max(gram.error(weight), 1e-30)
+    return gram.error(weight - rounded)
 
 
 def _apply(fold: Fold, scale: Scale, sites: Sequence[Site]) -> None:
