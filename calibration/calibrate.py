@@ -29,8 +29,8 @@ OUTPUT_MSE = "output-mse"
 CONVOLUTIONS = ("Conv", "ConvTranspose")
 PATCH = 12  # side of the windows that images are rated on
 WHOLE_ROWS: Window = ()
-COARSE = np.linspace(0.3, 1.0, 15)  # candidate clips of output-mse, as shares of the extremes
-FINE = np.linspace(-0.04, 0.04, 9)  # what is tried around the best of them
+COARSE = np.linspace(0.3, 1.0, 8)  # candidate clips of output-mse, as shares of the extremes
+FINE = np.linspace(-0.08, 0.08, 5)  # what is tried around the best of them
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from qexport.passes.weights import quantize_weight
 Rule = Callable[[NDArray[np.float32]], NDArray[np.float64]]
 """The largest magnitude of each channel -> its scale, ``[K]``."""
 
+ROWS = 256  # that are tried, where more are known
 TAIL = 0.02  # share of the rows that count as the worst
 CLIPS = (1.0, 0.85, 0.7, 0.55)  # shares of the range that the quantizer may choose from
 
@@ -27,7 +28,8 @@ class Trial:
     """
 
     def __init__(self, known: Activation, weights: Sequence[NDArray[np.float32]], headroom: float) -> None:
-        self._halves = known.rows[::2], known.rows[1::2]
+        rows = known.rows[:: max(1, len(known.rows) // ROWS)]
+        self._halves = rows[::2], rows[1::2]
         self._weights = weights
         self._headroom = headroom
         self._truths = [[half @ w for w in weights] for half in self._halves]

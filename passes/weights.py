@@ -11,6 +11,7 @@ from qexport.passes.formats import FORMATS, Format, Kind
 from qexport.passes.range import LARGEST_SCALE, SMALLEST_FLOAT32, SMALLEST_SCALE, half_precision
 
 MIN_CHANNEL_SQNR = 20.0  # dB; a channel with a scale of its own has about 40 in int8, 32 in fp8
+AT_ONCE = 1 << 20  # elements that are rounded together
 MAX_COARSE = 0.25  # share of channels
 ZERO_IN_HALF = 2.0**-25  # what float16 rounds to zero
 
@@ -31,7 +32,7 @@ def quantize_weight(
         scales = [_scale(wanted * np.float32(stretch), half) for stretch in numbers.stretches]
         noise = [_noise(w, numbers.encode(_steps(w, tried, axis)), tried, axis) for tried in scales]
         scale = np.take_along_axis(np.stack(scales), np.argmin(noise, axis=0)[None], axis=0)[0]
-    return numbers.encode(_steps(w, scale, axis)), scale
+    return _encode(w, scale, axis, numbers), scale
 
 
 def misfit(weight: NDArray[np.generic], axis: int, *, half: bool, kind: Kind = "int8") -> str | None:
@@ -65,13 +66,26 @@ def _others(w: NDArray[np.float32], axis: int) -> tuple[int, ...]:
 
 def _wanted(w: NDArray[np.float32], axis: int, numbers: Format) -> NDArray[np.float32]:
     """The largest magnitude of each channel, over the largest number."""
-    return np.asarray(np.abs(w).max(axis=_others(w, axis), initial=0.0) / np.float32(numbers.reach), np.float32)
+    others = _others(w, axis)
+    most = np.maximum(w.max(axis=others, initial=0.0), -w.min(axis=others, initial=0.0))
+    return np.asarray(most / np.float32(numbers.reach), np.float32)
 
 
 def _scale(wanted: NDArray[np.float32], half: bool) -> NDArray[np.float32]:
     if half:
         return half_precision(wanted)
     return np.asarray(np.where(wanted == 0, SMALLEST_SCALE, np.maximum(wanted, SMALLEST_FLOAT32)), np.float32)
+
+
+def _encode(w: NDArray[np.float32], scale: NDArray[np.float32], axis: int, numbers: Format) -> NDArray[np.generic]:
+    """The stored numbers, some channels at a time: a table of words would be held several times over at once."""
+    stored = np.empty(w.shape, numbers.stored)
+    rows, made = np.moveaxis(w, axis, 0), np.moveaxis(stored, axis, 0)
+    count = max(1, AT_ONCE // max(1, rows[0].size if len(rows) else 1))
+    for start in range(0, len(rows), count):
+        part = slice(start, start + count)
+        made[part] = numbers.encode(_steps(rows[part], scale[part], 0))
+    return stored
 
 
 def _steps(w: NDArray[np.float32], scale: NDArray[np.float32], axis: int) -> NDArray[np.float32]:

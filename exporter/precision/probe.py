@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -45,7 +46,7 @@ class Port:
         inputs: The computed tensors it reads.
         probe: The input of the probed model that holds the error.
         dtype: Type of the error.
-        local: The layer alone, quantized.
+        local: Opens the layer alone, quantized; not before it runs, or all weights would be held once more.
     """
 
     node: str
@@ -55,7 +56,7 @@ class Port:
     inputs: tuple[str, ...]
     probe: str
     dtype: np.dtype[Any]
-    local: Session
+    local: Callable[[], Session]
 
 
 class Preset(Session):
@@ -118,7 +119,7 @@ class Probe:
             wanted = sorted({name for port in group for name in (port.raw, *port.inputs)} & self._taps)
             values = {**feeds, **self._injecting({}).run(feeds, wanted)}
             for port in group:
-                found = port.local.run({name: values[name] for name in port.inputs})[port.output]
+                found = port.local().run({name: values[name] for name in port.inputs})[port.output]
                 error = found.astype(np.float32) - values[port.raw].astype(np.float32)
                 yield port, error.astype(port.dtype)
 
@@ -144,8 +145,8 @@ class _Locals:
         self._made = {value.name for node in model.graph for value in node.outputs}
         self._made |= {value.name for value in model.graph.inputs}
 
-    def cut(self, inputs: Sequence[str], output: str) -> Session | None:
-        """A session from ``inputs`` to ``output``; ``None`` where the quantized model does not know one of them."""
+    def cut(self, inputs: Sequence[str], output: str) -> Callable[[], Session] | None:
+        """What opens ``inputs`` to ``output``; ``None`` where the quantized model does not know one of them."""
         if not self._made.issuperset([*inputs, output]) or not inputs:
             return None
         try:
@@ -156,7 +157,9 @@ class _Locals:
         for value in (*graph.inputs, *graph.outputs):
             value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
         functions = tuple(self._model.functions.values())
-        return open_model(ir.Model(graph, ir_version=self._model.ir_version, functions=functions), self._options)
+        return partial(
+            open_model, ir.Model(graph, ir_version=self._model.ir_version, functions=functions), self._options
+        )
 
 
 def _add_port(graph: ir.Graph, node: ir.Node, names: Names, layers: _Locals) -> Port | None:

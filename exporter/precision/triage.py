@@ -1,4 +1,4 @@
-"""Find the layer that would cost more than all others together, so that it stays in float.
+"""Find the layer that would cost as much as many others together, so that it stays in float.
 
 Each layer that ``quantize`` would store is quantized alone on a few calibration samples, by injecting its own error
 into the float model, and the error at the model's output is measured. Local errors cannot tell: on sentence encoders
@@ -29,20 +29,22 @@ from qexport.passes.pipeline import run
 from qexport.passes.quantize import STAY_KEY, Quantize
 from qexport.passes.target import find_target
 
-OUTWEIGHS = "its error outweighs all others"
+OUTWEIGHS = "its error outweighs others"
+SHARES = {True: 0.3, False: 0.5}  # by whether the rest computes in half precision
 
 
 @dataclass(frozen=True)
 class Triage(Pass):
-    """Let a layer stay in float whose error at the output outweighs that of all others together."""
+    """Let a layer stay in float whose error at the output outweighs that of many others together."""
 
     exact: ClassVar[bool] = True
 
     data: Dataset | None = field(default=None, metadata={"bound": True})
     advance: Callable[[], None] = field(default=lambda: None, metadata={"bound": True})
     target: str = "tensorrt-rtx"
-    share: float = 0.5
-    """How much of the sum of all layers' errors one of them must cause, from 0 to 1."""
+    share: float | None = None
+    """How much of the sum of all layers' errors one of them must cause, from 0 to 1; unset: 0.3 where what stays in
+    float computes in half precision, 0.5 where it does not and costs four times an integer layer."""
     most: int = 1
     """How many layers may stay in float for that reason."""
     excerpt: int = 16
@@ -51,7 +53,7 @@ class Triage(Pass):
     """As in quantize.format."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
+        if self.share is not None and not 0 <= self.share <= 1:
             raise UsageError(f"share is {self.share:g}, expected a number from 0 to 1", where="triage.share")
 
     def call(self, model: ir.Model) -> Outcome:
@@ -60,7 +62,8 @@ class Triage(Pass):
             raise UsageError("triage needs calibration data", hint="give real samples with --calib")
         before = {node.name or "": node.meta.pop(STAY_KEY, None) for node in model.graph}
         errors = self._errors(model)
-        found = dominant(errors, self.share, self.most)
+        half = find_target(self.target).rest == "float16"
+        found = dominant(errors, self.share if self.share is not None else SHARES[half], self.most)
         decisions = []
         for node in model.graph:
             if node.name in found:
