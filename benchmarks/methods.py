@@ -43,7 +43,9 @@ def ours(model: Path, recipe: str, target: str, folder: Path, calibration: Path)
     """``qexport.build`` without any flag but the target."""
     import qexport
     from qexport.exporter.options import BuildOptions
+    from qexport.runtime.memory import return_freed_blocks
 
+    return_freed_blocks()  # as the command line does
     watch = Watch()
     without = ("export.engine=false",) if target == "tensorrt" else ()  # its builder needs a GPU
     options = BuildOptions(target=target, output=folder, progress=watch, set=without)
@@ -169,6 +171,9 @@ METHODS: dict[str, Callable[..., dict[str, Any]]] = {
     "qexport-ort-cpu": partial(minilm, "ort-cpu"),
     "qexport-float32-ort-cpu": partial(minilm, "ort-cpu", recipe="float32"),
     "qexport-int8-dynamic": partial(minilm, "ort-cpu", recipe="int8-dynamic"),
+    "qexport-smoothquant-o1": partial(minilm, "ort-cpu", recipe="smoothquant-o1"),
+    "qexport-smoothquant-o2": partial(minilm, "ort-cpu", recipe="smoothquant-o2"),
+    "qexport-smoothquant-o3": partial(minilm, "tensorrt-rtx", recipe="smoothquant-o3"),
     "ort-s8-minmax": partial(static, FLOAT, by_length, {}),
     "ort-s8-minmax-linears": partial(static, FLOAT, by_length, {"linears": True}),
     "ort-s8-entropy": partial(static, FLOAT, at_64, {"method": "Entropy"}),

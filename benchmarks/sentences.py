@@ -7,7 +7,7 @@ Sentences are truncated at 128 tokens, sorted by length, run in batches of 32 pa
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 MAX_LENGTH = 128
 BATCH = 32
+HIDDEN = "last_hidden_state"  # of the model's outputs, the one that is pooled
 Feeds = dict[str, NDArray[Any]]
 Embeddings = NDArray[np.float32]  # [sentences, hidden]
 
@@ -63,9 +64,14 @@ def embed(model: Path, tokens: Sequence[Sequence[int]]) -> Embeddings:
     settings.log_severity_level = 4
     session = ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
+    return pooled_by(lambda feeds: session.run([HIDDEN], {name: feeds[name] for name in names})[0], tokens)
+
+
+def pooled_by(run: Callable[[Feeds], NDArray[Any]], tokens: Sequence[Sequence[int]]) -> Embeddings:
+    """Embeddings of all sentences by whatever computes the hidden states of a batch."""
     rows: dict[int, Embeddings] = {}
     for chosen, feeds in batches(tokens):
-        (hidden,) = session.run(["last_hidden_state"], {name: feeds[name] for name in names})
+        hidden = run(feeds)
         mask = feeds["attention_mask"][..., None]
         pooled = (hidden.astype(np.float32) * mask).sum(1) / mask.sum(1)
         rows |= dict(zip(chosen.tolist(), pooled / np.linalg.norm(pooled, axis=1, keepdims=True), strict=True))
@@ -74,20 +80,26 @@ def embed(model: Path, tokens: Sequence[Sequence[int]]) -> Embeddings:
 
 def score(reference: Path, models: Sequence[Path]) -> list[dict[str, float]]:
     """Spearman x100 on the STS-B test split, mean and worst cosine to ``reference``, for every model."""
+    tokens, gold = test_split()
+    truth = embed(reference, tokens)
+    return [judge(embed(model, tokens), truth, gold) for model in models]
+
+
+def judge(found: Embeddings, truth: Embeddings, gold: Sequence[float]) -> dict[str, float]:
+    """What embeddings of the pairs' first and then second sentences are worth beside those of the float model."""
     from scipy.stats import spearmanr
 
+    pairs = (found[: len(gold)] * found[len(gold) :]).sum(1)
+    cosine = (found * truth).sum(1)
+    spearman = 100 * float(spearmanr(pairs, gold).statistic)
+    return {"spearman": spearman, "mean": float(cosine.mean()), "worst": float(cosine.min())}
+
+
+def test_split() -> tuple[list[list[int]], list[float]]:
+    """Tokens of the first sentences of STS-B test, then of the second ones, and the score of each pair."""
     path = SAMPLES / "data/stsb-test.csv"
     gold = [float(text) for text in read_column(path, "score")]
-    tokens = tokenize(read_column(path, "sentence1") + read_column(path, "sentence2"))
-    truth = embed(reference, tokens)
-    scores = []
-    for model in models:
-        found = embed(model, tokens)
-        pairs = (found[: len(gold)] * found[len(gold) :]).sum(1)
-        cosine = (found * truth).sum(1)
-        spearman = 100 * float(spearmanr(pairs, gold).statistic)
-        scores.append({"spearman": spearman, "mean": float(cosine.mean()), "worst": float(cosine.min())})
-    return scores
+    return tokenize(read_column(path, "sentence1") + read_column(path, "sentence2")), gold
 
 
 def calibration_tokens() -> list[list[int]]:
