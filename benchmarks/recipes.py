@@ -57,7 +57,9 @@ def build(model: str, recipe: str, target: str) -> dict[str, Any]:
     """One row, in this process."""
     import qexport
     from qexport.exporter.options import BuildOptions
+    from qexport.runtime.memory import return_freed_blocks
 
+    return_freed_blocks()  # as the command line does
     source, calibration, evaluation = MODELS[model]
     start = time.perf_counter()
     options = BuildOptions(target=target, output=measure.WORK / f"recipes/{model}-{recipe}-{target}")

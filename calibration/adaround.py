@@ -52,6 +52,7 @@ class AdaRound(Pass):
     """Learn which way weights are rounded, for the least error of each layer's output."""
 
     exact: ClassVar[bool] = False
+    one_at_a_time: ClassVar[bool] = True
 
     data: Dataset | None = field(default=None, metadata={"bound": True})
     advance: Callable[[], None] = field(default=lambda: None, metadata={"bound": True})

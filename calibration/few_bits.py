@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Literal
+from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
@@ -26,6 +26,8 @@ UNSEEN = "not calibrated: no sample reached it"
 @dataclass(frozen=True)
 class FewBits(Pass):
     """Options of a pass that works for ``weight-only``, which has to be given the same grid."""
+
+    one_at_a_time: ClassVar[bool] = True
 
     data: Dataset | None = field(default=None, metadata={"bound": True})
     advance: Callable[[], None] = field(default=lambda: None, metadata={"bound": True})

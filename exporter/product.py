@@ -13,6 +13,7 @@ from qexport.exporter.load import Source
 from qexport.exporter.options import BuildOptions
 from qexport.exporter.recipe import Recipe, instantiate
 from qexport.exporter.samples import Samples, calibration_passes
+from qexport.exporter.threads import OneThread
 from qexport.passes.base import Pass
 from qexport.passes.pipeline import Step, run
 
@@ -85,9 +86,10 @@ def run_recipe(source: Source, recipe: Recipe, samples: Samples, asked: BuildOpt
     proof, watch = EqualityProof(samples.proof, samples.made_up), _Watch()
     size = 0 if samples.calibration is None else len(samples.calibration)
     total = sum(min(size, asked_for) for asked_for in calibration_passes(recipe)) or None
-    with asked.progress.stage("recipe", total) as advance:
+    threads = OneThread()
+    with asked.progress.stage("recipe", total) as advance, threads:
         steps = instantiate(recipe, {"data": samples.calibration, "advance": advance, "store": Store(asked.cache)})
-        model, records = run(source.model, steps, [proof, watch])
+        model, records = run(source.model, steps, [proof, watch, threads])
     plain = proof.before_inexact or model
     snapshot = None if watch.model is None else Snapshot(watch.model, tuple(steps[watch.seen :]), watch.seen)
     return Product(model, tuple(records), tuple(proof.errors), plain, tuple(proof.warnings), snapshot)
@@ -101,7 +103,8 @@ def requantize(product: Product, samples: Samples, keep: Collection[str]) -> Pro
     old = product.steps[snapshot.before :]
     steps = [(name, _keeping(step, record, keep)) for (name, step), record in zip(snapshot.steps, old, strict=True)]
     proof = EqualityProof(samples.proof)
-    model, records = run(snapshot.model, steps, [proof])
+    with OneThread() as threads:
+        model, records = run(snapshot.model, steps, [proof, threads])
     before = snapshot.before
     return replace(
         product,

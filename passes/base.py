@@ -43,6 +43,8 @@ class Pass(ir.passes.InPlacePass):
 
     exact: ClassVar[bool] = True
     """Whether the model must compute the same numbers afterwards; the build proves it on real inputs."""
+    one_at_a_time: ClassVar[bool] = False
+    """Whether it works through layers in turn, so that matrix products may have all threads to themselves."""
     quantizes: ClassVar[bool] = False
     """Whether it stores numbers in fewer bits by scales of its own, which a quantized model must not go through."""
 

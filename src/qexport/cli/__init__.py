@@ -16,6 +16,7 @@ import click
 
 from qexport import __version__
 from qexport.errors import QexportError, ResourceExhausted, UsageError, printable
+from qexport.runtime.memory import return_freed_blocks
 
 COMMANDS = ("build", "sensitivity", "plan", "check", "inspect", "recipe", "doctor")
 """Each is a module of this package with a click command of the same name."""
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Run the command line; return the exit code."""
     _survive_encodings()
+    return_freed_blocks()
     logging.getLogger("onnxscript").addHandler(logging.NullHandler())  # its notes are for its own developers
     flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
     _end_by_exception(signal.SIGTERM)
