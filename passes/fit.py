@@ -21,7 +21,8 @@ def fitted(grid: Grid, k: int, node: str, *, fit: bool) -> Grid:
     """The grid for a product with ``k`` inputs.
 
     With ``fit``, a group that does not divide k is halved until it does, down to 16: 704 inputs in groups of 128 are
-    stored in groups of 64. Smaller groups cost space and lose nothing.
+    stored in groups of 64. Smaller groups cost space and lose nothing. Where none divides k, and k is at most twice the
+    group, all inputs share a scale, as 172 do.
 
     Raises:
         UsageError: No group fits, or ``grid.group`` does not divide k and ``fit`` is off; names the node and groups
@@ -30,6 +31,8 @@ def fitted(grid: Grid, k: int, node: str, *, fit: bool) -> Grid:
     size = grid.group
     while fit and size and k % size and size % 2 == 0 and size // 2 >= SMALLEST:
         size //= 2
+    if fit and size and k % size and k <= 2 * grid.group:
+        size = 0
     found = grid if size and k % size else replace(grid, group=size)
     check_group(found, k, node)
     return found

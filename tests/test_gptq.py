@@ -294,6 +294,13 @@ def test_weight_only_halves_a_group_until_it_divides_if_asked():
     assert sorted(blocks) == [16, 64]
     odd = model_from(w=normal(64, 40), v=normal(40, 48))
     with pytest.raises(UsageError, match="does not divide the 40 inputs"):
-        WeightOnly(target="ort-cpu", group=64, fit=True)(odd)
-    with pytest.raises(UsageError, match="group 100 does not divide the 64 inputs"):
-        WeightOnly(target="ort-cpu", group=100, fit=True)(odd)
+        WeightOnly(target="ort-cpu", group=16, fit=True)(odd)
+    with pytest.raises(UsageError, match="group 24 does not divide the 64 inputs"):
+        WeightOnly(target="ort-cpu", group=24, fit=True)(odd)
+
+
+def test_few_inputs_that_no_group_divides_share_a_scale_if_asked():
+    model = model_from(w=normal(64, 172), v=normal(172, 48))
+    WeightOnly(target="tensorrt-rtx", format="dequantize", group=128, fit=True)(model)
+    scales = {n.inputs[0].name: tuple(n.inputs[1].shape) for n in model.graph if n.op_type == "DequantizeLinear"}
+    assert sorted(scales.values()) == [(1, 172), (48,)]  # groups of 64 for 64 inputs, one for each column of 172

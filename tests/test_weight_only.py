@@ -387,7 +387,7 @@ def test_a_recipe_needs_no_data_and_its_result_is_close(small, recipe, cosine, t
 
 
 def test_a_recipe_whose_group_does_not_fit_publishes_nothing(small):
-    options = BuildOptions(output=small / "out", set=("weight-only.group=96",))
+    options = BuildOptions(output=small / "out", set=("weight-only.group=48",))
     with pytest.raises(UsageError, match="does not divide the 128 inputs"):
         qexport.build(small / "model.onnx", recipe="int4-weights", options=options)
     assert not (small / "out").exists()
