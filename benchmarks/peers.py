@@ -66,10 +66,10 @@ ROWS = {
     "inc": Row("neural-compressor static, its default", "inc", module="onnx_neural_compressor"),
     "inc-s8": Row("neural-compressor s8, linear layers", "inc-s8-linears", module="onnx_neural_compressor"),
     "inc-u8": Row("neural-compressor u8, linear layers", "inc-u8-linears", module="onnx_neural_compressor"),
-    "inc-s8-smooth": Row("neural-compressor s8 SmoothQuant", "inc-s8-smooth", module="onnx_neural_compressor"),
-    "inc-u8-smooth": Row("neural-compressor u8 SmoothQuant", "inc-u8-smooth", module="onnx_neural_compressor"),
-    "nncf-onnx": Row("NNCF s8 SmoothQuant, ONNX", "nncf-onnx", module="nncf"),
-    "nncf": Row("NNCF transformer preset, OpenVINO", "nncf", "openvino", "nncf"),
+    "inc-s8-smooth": Row("neural-compressor s8 SmoothQuant 0.8", "inc-s8-smooth", module="onnx_neural_compressor"),
+    "inc-u8-smooth": Row("neural-compressor u8 SmoothQuant 0.8", "inc-u8-smooth", module="onnx_neural_compressor"),
+    "nncf-onnx": Row("NNCF s8 SmoothQuant 0.95, ONNX", "nncf-onnx", module="nncf"),
+    "nncf": Row("NNCF SmoothQuant 0.95 (its default), OpenVINO", "nncf", "openvino", "nncf"),
     "nncf-smooth": Row("NNCF SmoothQuant 0.7, OpenVINO", "nncf-smooth", "openvino", "nncf"),
     "nncf-smooth-bf16": Row("the same, the rest in bf16", "nncf-smooth", "openvino-bf16", "nncf"),
 }
@@ -173,12 +173,12 @@ def stored_test() -> list[list[int]]:
 
 
 def answer(python: str, *arguments: str) -> dict[str, Any]:
-    """The last line that ``peer.py`` prints."""
+    """The object that ``peer.py`` prints; some tools print after it."""
     command = [python, "-W", "ignore", str(measure.HERE / "peer.py"), *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=peer.PLACE, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(arguments)} failed with exit code {done.returncode}")
-    said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    said: dict[str, Any] = json.loads(next(text for text in reversed(done.stdout.splitlines()) if text[:1] == "{"))
     return said
 
 
