@@ -234,15 +234,20 @@ def serve(runtime: str, model: Path) -> None:
         print(time.perf_counter() - start, flush=True)
 
 
+def answer(facts: Mapping[str, Any]) -> None:
+    """Print an object on a line of its own: progress bars leave theirs unfinished."""
+    print("\n" + json.dumps(facts))
+
+
 def main(arguments: Sequence[str]) -> None:
     """Do one thing."""
     verb, subject, *places = arguments
     if verb == "serve":
         serve(subject, Path(places[0]))
     elif verb == "embed":
-        print(json.dumps(embed(subject, *map(Path, places))))
+        answer(embed(subject, *map(Path, places)))
     else:
-        print(json.dumps(quantize(subject, Path(places[0]))))
+        answer(quantize(subject, Path(places[0])))
 
 
 if __name__ == "__main__":
