@@ -56,8 +56,8 @@ class Smooth(Pass):
     """Channels smaller than this share of the largest one are scaled as if they had it."""
     gain: float = 0.05
     """How much smaller a search must find the error (as a share) before it smooths at all."""
-    split: bool | None = None
-    """Whether products get their own copy of a norm that others read too; unset: on engines, which fuse norms."""
+    split: bool = True
+    """Whether products get their own copy of a norm that others read too."""
     mul: bool = False
     """Whether a Mul may stay where the scale cannot be folded."""
     keep: tuple[str, ...] = ()
@@ -118,8 +118,7 @@ class Smooth(Pass):
 
     def _source(self, value: ir.Value) -> Callable[[ir.Value, Sequence[ir.Node], Scale, Activation], None] | None:
         """What can divide a value for its products alone, if the options allow for any."""
-        split = find_target(self.target).engine is not None if self.split is None else self.split
-        if split and is_norm(value):
+        if self.split and is_norm(value):
             return copy_norm
         return leave_mul if self.mul and value.producer() is not None else None
 

@@ -206,7 +206,7 @@ def test_what_cannot_be_folded_is_left_alone_with_a_reason(data, text, reason):
     [
         (POST, {"split": True}, {"LayerNormalization": 1}),
         (POST, {}, {"LayerNormalization": 1}),
-        (POST, {"target": "ort-cpu"}, {}),
+        (POST, {"target": "ort-cpu"}, {"LayerNormalization": 1}),
         (POST, {"mul": True, "split": False}, {"Mul": 1}),
         (POST, {"split": True, "mul": True}, {"LayerNormalization": 1}),
         (GELU, {"split": True}, {}),
