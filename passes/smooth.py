@@ -3,8 +3,8 @@
 ``x W`` becomes ``(x / s) (s W)`` with ``s_j = max|x_j|^a / max|W_j|^(1 - a)``, and ``1 / s`` is folded into whatever
 makes x (see ``channels``): norms, products, convolutions, through layout operators, Relu, attention values and the
 linear branch of gated layers. Where that is impossible the value is left alone with a reason: a Gelu, for instance, is
-not homogeneous. Two options widen what is possible: ``split`` gives the products a copy of a norm that others read
-too, and ``mul`` leaves one Mul.
+not homogeneous. Where others read a norm too, the products get a copy of it (``split``); with ``mul``, one Mul may be
+left for what nothing takes in.
 
 ``a`` is fixed, or searched for each value. The search asks how a static symmetric int8 quantizer would do on samples
 that its range was not taken from, by the mean *and* the worst rows: smoothing brings every channel as near to the clip

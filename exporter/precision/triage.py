@@ -11,7 +11,7 @@ Network Quantization", section 3.6.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import ClassVar, Literal
@@ -40,7 +40,6 @@ class Triage(Pass):
     exact: ClassVar[bool] = True
 
     data: Dataset | None = field(default=None, metadata={"bound": True})
-    advance: Callable[[], None] = field(default=lambda: None, metadata={"bound": True})
     target: str = "tensorrt-rtx"
     share: float | None = None
     """How much of the sum of all layers' errors one of them must cause, from 0 to 1; unset: 0.3 where what stays in
