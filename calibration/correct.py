@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from qexport.calibration.collect import numbered, stream
 from qexport.calibration.data import Dataset, Sample
 from qexport.calibration.layers import kernel_of
+from qexport.calibration.literal import dequantized
 from qexport.calibration.patches import Patch, patch_of
 from qexport.errors import UsageError
 from qexport.passes.base import Decision, Outcome, Pass
@@ -76,17 +77,25 @@ class Quantized:
         node: The product or convolution.
         value: Its input in float; ``seen`` is the same through its quantizer.
         seen: What the node reads.
-        kernel: The float weight, ``[groups, K, N / groups]`` with K the inputs of one output.
-        stored: What the stored weight stands for, likewise.
         patch: The walk of a convolution.
     """
 
     node: ir.Node
     value: ir.Value
     seen: ir.Value
-    kernel: Array
-    stored: Array
     patch: Patch | None = None
+
+    def kernel(self) -> Array:
+        """The float weight, ``[groups, K, N / groups]`` with K the inputs of one output."""
+        held = kernel_of(self.node)
+        assert held is not None
+        return _as_rows(self.node, held)
+
+    def stored(self) -> Array:
+        """What the stored weight stands for, likewise; made anew each time, since all of them take much memory."""
+        held = producer(self.node.inputs[1], "DequantizeLinear")
+        assert held is not None
+        return _as_rows(self.node, dequantized(held))
 
 
 class Means:
@@ -110,7 +119,7 @@ class Means:
         held = self._counts > 0
         counts = self._counts[held]
         before, after = (np.stack(side)[held] / counts[:, None] for side in self._sums)
-        return _product(after, layer.stored) - _product(before, layer.kernel), counts
+        return _product(after, layer.stored()) - _product(before, layer.kernel()), counts
 
 
 def measure(
@@ -198,28 +207,9 @@ def _open(node: ir.Node) -> Quantized | None:
     reader = producer(seen, "DequantizeLinear")
     made = None if reader is None else producer(reader.inputs[0], "QuantizeLinear")
     value = seen if made is None else made.inputs[0]
-    stored = dequantized(held)
-    if value is None or stored.shape != kernel.shape:
+    if value is None or dequantized(held).shape != kernel.shape:
         return None
-    patch = patch_of(node, kernel.shape) if node.op_type == "Conv" else None
-    return Quantized(node, value, seen, _as_rows(node, kernel), _as_rows(node, stored), patch)
-
-
-def dequantized(node: ir.Node) -> Array:
-    """The numbers that a DequantizeLinear of a constant makes: per tensor, per axis or in blocks along an axis."""
-    codes, scale, zero = (array(value) for value in (*node.inputs, None)[:3])
-    assert codes is not None
-    assert scale is not None
-    axis, block = node.attributes.get_int("axis", 1) % max(codes.ndim, 1), node.attributes.get_int("block_size", 0)
-
-    def wide(numbers: NDArray[Any]) -> Array:
-        exact: Array = numbers.astype(np.float32).astype(np.float64)
-        if numbers.ndim == 1 and numbers.size > 1:
-            return exact.reshape([-1 if i == axis else 1 for i in range(codes.ndim)])
-        return np.repeat(exact, block, axis)[tuple(slice(size) for size in codes.shape)] if block else exact
-
-    steps: Array = codes.astype(np.float32).astype(np.float64)
-    return (steps if zero is None else steps - wide(zero)) * wide(scale)
+    return Quantized(node, value, seen, patch_of(node, kernel.shape) if node.op_type == "Conv" else None)
 
 
 def _as_rows(node: ir.Node, weight: NDArray[Any]) -> Array:

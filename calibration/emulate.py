@@ -30,26 +30,35 @@ def computes_in(model: ir.Model, dtypes: tuple[ir.DataType, ...] = SHORT) -> boo
     return any(value.dtype in dtypes for node in model.graph for value in node.outputs)
 
 
-def emulated(model: ir.Model) -> ir.Model:
-    """Return ``model`` in float32, every value that was of 16 bits rounded to them; values keep their names.
+def emulate(model: ir.Model, dtypes: tuple[ir.DataType, ...] = SHORT) -> None:
+    """Turn ``model``, in place, to float32, every value that was of 16 bits rounded to them; values keep their names.
 
-    Types of inputs and outputs stay. A model with control flow or functions is returned as it is.
+    Types of inputs and outputs stay. A model that makes no values of ``dtypes``, or has control flow or functions,
+    stays as it is.
     """
     if model.functions or any(node.graph is not model.graph for node in model.graph.all_nodes()):
-        return model
-    work = model.clone()
-    names = Names(work.graph)
-    for value in work.graph.initializers.values():
-        _widen_constant(value)
-    for value in work.graph.inputs:
+        return
+    if not computes_in(model, dtypes):
+        return
+    names = Names(model.graph)
+    for value in model.graph.initializers.values():
+        if not _looked_up(value):
+            _widen_constant(value)
+    for value in model.graph.inputs:
         if value.dtype in SHORT and not value.is_initializer():
-            _replace_uses(value, _cast(work.graph, value, _F32, names, None))
-    for node in list(work.graph):
+            _replace_uses(value, _cast(model.graph, value, _F32, names, None))
+    for node in list(model.graph):
         _widen_attributes(node)
         for value in node.outputs:
             if value.dtype in SHORT:
-                _round(work.graph, node, value, names)
-    return work
+                _round(model.graph, node, value, names)
+
+
+def _looked_up(value: ir.Value) -> bool:
+    """Whether a constant is only a table that rows are taken from: these are widened after, not all of it before."""
+    users = value.uses()
+    taken = (use.node.op_type == "Gather" and use.node.domain == "" and use.idx == 0 for use in users)
+    return bool(users) and not value.is_graph_output() and all(taken)
 
 
 def _widen_constant(value: ir.Value) -> None:
@@ -73,6 +82,13 @@ def _round(graph: ir.Graph, node: ir.Node, value: ir.Value, names: Names) -> Non
     """Let ``node`` make float32, and everybody read it rounded under the old name."""
     short, name = value.dtype, value.name or ""
     assert short is not None
+    if node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[0].dtype in SHORT:
+        if not value.is_graph_output():
+            value.name = names.fresh(f"{name}/rows")
+            wide = _cast(graph, value, _F32, names, node)
+            _replace_uses(value, wide)
+            wide.name = name
+        return
     value.type = ir.TensorType(_F32)
     if node.op_type in _KEEPS and not value.is_graph_output():
         return

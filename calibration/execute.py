@@ -10,7 +10,8 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.calibration.emulate import SHORT, computes_in, emulated
+from qexport.calibration.emulate import SHORT, emulate
+from qexport.calibration.literal import dequantize_weights
 from qexport.runtime.session import Session, SessionOptions
 
 SHARED_FROM = 4096  # bytes; smaller tensors travel inside the model, where constant folding sees them
@@ -25,16 +26,22 @@ def open_model(model: ir.Model, options: SessionOptions | None = None, taps: Seq
     ``options`` ask for a literal run.
     """
     asked = options or SessionOptions()
-    emulate = SHORT if asked.literal else (ir.DataType.BFLOAT16,)
-    if asked.providers[0] == "CPUExecutionProvider" and computes_in(model, emulate):
-        model = emulated(model)
-    proto, weights = skeleton(model, taps)
+    work = model.clone()
+    if asked.literal:
+        dequantize_weights(work, taps)
+    if asked.providers[0] == "CPUExecutionProvider":
+        emulate(work, SHORT if asked.literal else (ir.DataType.BFLOAT16,))
+    proto, weights = take_apart(work, taps)
     return Session(proto.SerializeToString(), options, weights)
 
 
-def skeleton(model: ir.Model, taps: Sequence[str] = ()) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
-    """Take a model apart: the graph with its small constants, and its large weights by name, not copied."""
-    work = model.clone()
+def skeleton(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
+    """Return the graph with its small constants, and its large weights by name, not copied."""
+    return take_apart(model.clone())
+
+
+def take_apart(work: ir.Model, taps: Sequence[str] = ()) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
+    """Do the same in place: afterwards nothing but the returned arrays holds the weights."""
     _add_outputs(work.graph, taps)
     weights: dict[str, NDArray[Any]] = {}
     for name, value in work.graph.initializers.items():

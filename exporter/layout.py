@@ -13,7 +13,7 @@ from qexport.calibration.spec import MASK, Sample
 from qexport.errors import ModelInvalid
 from qexport.runtime.session import Session
 
-BATCH = 32
+BATCH = 16
 ELEMENTS = 1 << 22  # of all outputs together in one run, unless a single sample has more
 Feeds: TypeAlias = dict[str, NDArray[Any]]
 Vectors: TypeAlias = NDArray[np.float64]  # [samples of a batch, everything else flattened]

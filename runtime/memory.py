@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of mallopt(3)
-_BLOCK = 128 << 10  # bytes; where glibc starts, before it learns to keep ever larger blocks
+_BLOCK = 4 << 20  # bytes; smaller ones come and go by the thousand, and a mapping of its own costs each its page faults
 
 
 def return_freed_blocks() -> bool:
-    """Let every block of 128 KiB or more be a mapping of its own; whether the C library could be told.
+    """Let every block of 4 MiB or more be a mapping of its own; whether the C library could be told.
 
     Weights come and go in a build. glibc keeps what was freed, up to 32 MiB a block, in a heap full of holes: a tenth
     of the peak of a build. For processes that are ours; a service decides for itself.

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.calibration.calibrate import Calibrate
-from qexport.calibration.correct import NO_BIAS, CorrectBias, correction, dequantized
+from qexport.calibration.correct import NO_BIAS, CorrectBias, correction
 from qexport.calibration.data import sample_digest
 from qexport.calibration.execute import open_model
+from qexport.calibration.literal import dequantized
 from qexport.errors import UsageError
 from qexport.passes.quantize import Quantize
 from qexport.passes.range import RANGE_KEY, Range
