@@ -159,8 +159,10 @@ def row_sums(layer: Quantized, value: NDArray[Any]) -> tuple[Array, int]:
     The rows of a convolution are its patches, one for each output position; zero padding is part of them.
     """
     exact = value.astype(np.float32, copy=False)
-    chunks = [exact.reshape(-1, value.shape[-1])] if layer.patch is None else list(layer.patch.rows(exact))
-    return np.sum([rows.sum(axis=0, dtype=np.float64) for rows in chunks], axis=0), sum(map(len, chunks))
+    if layer.patch is not None:
+        return layer.patch.sums(exact)
+    rows = exact.reshape(-1, value.shape[-1])
+    return rows.sum(axis=0, dtype=np.float64), len(rows)
 
 
 def _product(rows: Array, weight: Array) -> Array:

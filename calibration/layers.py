@@ -72,7 +72,7 @@ class Layer:
 
         def error(span: Range) -> NDArray[np.float64]:
             quantizer = integers_for(span, self.target.activation)
-            found = (rounded(quantizer.apply(piece).astype(np.float32)) for piece in self.pieces)
+            found = (rounded(quantizer.apply(piece)) for piece in self.pieces)
             return np.concatenate([_squares(y - z) for y, z in zip(truth, found, strict=True)])
 
         return power, [error(span) for span in spans]

@@ -28,7 +28,7 @@ def dequantize_weights(model: ir.Model, keep: Collection[str] = ()) -> None:
         if made.is_graph_output() or made.dtype is None:
             continue
         tensor = ir.tensor(dequantized(node).astype(made.dtype.numpy(), copy=False), name=made.name)
-        value = ir.val(str(made.name), made.dtype, tensor.shape, const_value=tensor)
+        value = ir.val(str(made.name), made.dtype, tensor.numpy().shape, const_value=tensor)
         read = list(node.inputs)
         made.replace_all_uses_with(value)
         model.graph.remove(node, safe=True)

@@ -38,9 +38,7 @@ class Patch:
         A kernel ``[M, C, ...]`` reshaped to ``[M, -1]`` has its numbers in the same order.
         """
         axes = tuple(range(2, image.ndim))
-        reach = tuple((side - 1) * step + 1 for side, step in zip(self.kernel, self.dilations, strict=True))
-        padded = np.pad(image, [(0, 0), (0, 0), *self._padding(image.shape[2:], reach)])
-        windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axes)
+        windows = np.lib.stride_tricks.sliding_window_view(self._padded(image), self._reach(), axes)
         places = tuple(slice(None, None, step) for step in self.strides)
         inside = tuple(slice(None, None, step) for step in self.dilations)
         windows = np.moveaxis(windows[(slice(None), slice(None), *places, *inside)], 1, len(axes) + 1)
@@ -50,6 +48,24 @@ class Patch:
         for picture in windows:
             for start in range(0, len(picture), step):
                 yield np.ascontiguousarray(picture[start : start + step], np.float32).reshape(-1, columns)
+
+    def sums(self, image: Floats) -> tuple[NDArray[np.float64], int]:
+        """The sum of all those rows and how many they are, one spatial axis after the other and without any row."""
+        total, count = self._padded(image).sum(axis=0, dtype=np.float64), len(image)  # [C, ...]
+        for axis, (side, reach) in enumerate(zip(self.kernel, self._reach(), strict=True), start=1):
+            stride, dilation = self.strides[axis - 1], self.dilations[axis - 1]
+            places = (total.shape[axis] - reach) // stride + 1
+            starts = range(0, side * dilation, dilation)
+            lines = (np.arange(start, start + (places - 1) * stride + 1, stride) for start in starts)
+            total = np.stack([total.take(line, axis).sum(axis=axis) for line in lines], axis=axis)
+            count *= places
+        return total.reshape(-1), count
+
+    def _reach(self) -> tuple[int, ...]:
+        return tuple((side - 1) * step + 1 for side, step in zip(self.kernel, self.dilations, strict=True))
+
+    def _padded(self, image: Floats) -> Floats:
+        return np.pad(image, [(0, 0), (0, 0), *self._padding(image.shape[2:], self._reach())])
 
     def _padding(self, sides: Sequence[int], reach: Sequence[int]) -> list[tuple[int, int]]:
         if self.auto == "VALID":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -43,13 +44,17 @@ class Integers:
         """The zero point as QuantizeLinear takes it; its type is that of the result."""
         return np.array(self.zero_point, FORMATS[self.kind].stored)
 
-    def apply(self, x: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Quantize and dequantize; the division is in float32, as in a runtime, so that ties fall the same way."""
-        numbers = FORMATS[self.kind]
-        low, high = numbers.limits
-        with np.errstate(over="ignore"):  # what overflows saturates below
-            steps = numbers.nearest(np.asarray(x, np.float32) / np.float32(self.scale)).astype(np.float64)
-        return np.asarray((np.clip(steps + self.zero_point, low, high) - self.zero_point) * self.scale)
+    def apply(self, x: NDArray[np.floating]) -> NDArray[Any]:
+        """Quantize and dequantize; returns float32 for float32, as a runtime computes it, and float64 for float64.
+
+        The division is in float32 in any case, so that ties fall where a runtime lets them fall.
+        """
+        numbers, wide = FORMATS[self.kind], np.asarray(x).dtype == np.float64
+        low, high = (limit - self.zero_point for limit in numbers.limits)
+        with np.errstate(over="ignore"):  # what overflows saturates
+            steps = np.asarray(numbers.nearest(np.asarray(x, np.float32) / np.float32(self.scale)))
+            clipped = np.clip(steps, low, high, out=steps)
+        return clipped.astype(np.float64) * self.scale if wide else np.multiply(clipped, np.float32(self.scale))
 
 
 def half_precision(scale: NDArray[np.floating] | float) -> NDArray[np.float32]:

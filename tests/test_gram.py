@@ -170,6 +170,9 @@ def test_patches_in_one_and_three_dimensions_match_a_loop(side, stride, dilation
     places = range(0, padded.shape[2] - (side - 1) * dilation, stride)
     wanted = [picture[:, i : i + side * dilation : dilation].ravel() for picture in padded for i in places]
     np.testing.assert_array_equal(np.concatenate(list(walk.rows(x))), np.stack(wanted))
+    total, count = walk.sums(x)
+    assert count == len(wanted)
+    np.testing.assert_allclose(total, np.sum(wanted, axis=0, dtype=np.float64), atol=1e-5)
     cube = Patch((side,) * 3, (stride,) * 3, (dilation,) * 3, (pad,) * 6)
     assert next(cube.rows(np.ones((1, 2, 9, 9, 9), np.float32))).shape[1] == 2 * side**3
 
