@@ -12,7 +12,7 @@ from qexport.calibration.calibrate import Calibrate
 from qexport.calibration.observe import Observe
 from qexport.passes.base import Pass
 from qexport.passes.dynamic import Dynamic
-from qexport.passes.outliers import LlmInt8
+from qexport.passes.llm_int8 import LlmInt8
 from qexport.passes.quantize import Quantize
 from qexport.passes.smooth import Smooth
 

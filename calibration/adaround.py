@@ -23,7 +23,8 @@ from qexport.calibration.layers import KERNEL_KEY
 from qexport.calibration.rounding import Steps, learn
 from qexport.errors import UsageError
 from qexport.passes.base import Decision, Outcome, Pass
-from qexport.passes.groups import (
+from qexport.passes.match import add_constant, check_names, sweep
+from qexport.passes.numbers.groups import (
     CODES_KEY,
     Codes,
     Grid,
@@ -33,12 +34,11 @@ from qexport.passes.groups import (
     misfit_groups,
     quantize_groups,
 )
-from qexport.passes.lowbit import Choice
-from qexport.passes.match import add_constant, check_names, sweep
+from qexport.passes.numbers.weights import misfit, quantize_weight
 from qexport.passes.placement import Site, plan
-from qexport.passes.qdq import needs_half
 from qexport.passes.target import Target, find_target
-from qexport.passes.weights import misfit, quantize_weight
+from qexport.passes.writing.lowbit import Choice
+from qexport.passes.writing.qdq import needs_half
 
 ON_GRID = "its weights lie on the grid already"
 UNSEEN = "not calibrated: no sample reached it"

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 
 from qexport.calibration.few_bits import UNSEEN, FewBits
 from qexport.calibration.gram import Gram, by_tap, groups
-from qexport.passes.activation import transform
 from qexport.passes.base import Outcome
-from qexport.passes.channels import Fold, find_fold
-from qexport.passes.groups import Grid, Matrix, as_matrix, quantize_groups
-from qexport.passes.lowbit import decision
+from qexport.passes.folding.activation import transform
+from qexport.passes.folding.channels import Fold, find_fold
+from qexport.passes.numbers.groups import Grid, Matrix, as_matrix, quantize_groups
 from qexport.passes.placement import Site
-from qexport.passes.qdq import needs_half
 from qexport.passes.target import find_target
+from qexport.passes.writing.lowbit import decision
+from qexport.passes.writing.qdq import needs_half
 
 DONE = "scaled already"
 SCALED_KEY = "qexport.awq"

@@ -20,9 +20,9 @@ from qexport.calibration.methods import METHODS
 from qexport.calibration.store import Store
 from qexport.errors import UsageError
 from qexport.passes.base import Outcome, Pass
-from qexport.passes.formats import FORMATS
+from qexport.passes.numbers.formats import FORMATS
+from qexport.passes.numbers.range import RANGE_KEY, SQNR_KEY, Range
 from qexport.passes.placement import Plan, Site, plan
-from qexport.passes.range import RANGE_KEY, SQNR_KEY, Range
 from qexport.passes.target import Target, find_target
 
 OUTPUT_MSE = "output-mse"

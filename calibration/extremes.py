@@ -20,8 +20,8 @@ from qexport.calibration.collect import Values, numbered, stream
 from qexport.calibration.data import Dataset, Sample
 from qexport.errors import DataInvalid
 from qexport.passes.base import Decision, Outcome, Pass
-from qexport.passes.extreme import EXTREME_KEY, extreme_of
 from qexport.passes.match import Names, constant
+from qexport.passes.numbers.extreme import EXTREME_KEY, extreme_of
 from qexport.passes.target import find_target
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)

@@ -14,11 +14,11 @@ from qexport.calibration.data import Dataset
 from qexport.calibration.gram import Gram, Tap, measure
 from qexport.errors import UsageError
 from qexport.passes.base import Decision, Pass
-from qexport.passes.fit import choose_grids
-from qexport.passes.groups import Grid
-from qexport.passes.lowbit import Choice
+from qexport.passes.numbers.groups import Grid
 from qexport.passes.placement import Site
 from qexport.passes.target import find_target
+from qexport.passes.writing.fit import choose_grids
+from qexport.passes.writing.lowbit import Choice
 
 UNSEEN = "not calibrated: no sample reached it"
 

@@ -18,13 +18,13 @@ import onnx_ir as ir
 from qexport.calibration.few_bits import UNSEEN, FewBits
 from qexport.calibration.gram import Gram, by_tap, groups
 from qexport.passes.base import Decision, Outcome
-from qexport.passes.gptq_core import Rounding, gptq
-from qexport.passes.groups import CODES_KEY, Codes, Grid, as_matrix, codes_of, quantize_groups
-from qexport.passes.lowbit import decision
 from qexport.passes.match import add_constant, sweep
+from qexport.passes.numbers.gptq import Rounding, gptq
+from qexport.passes.numbers.groups import CODES_KEY, Codes, Grid, as_matrix, codes_of, quantize_groups
 from qexport.passes.placement import Site
-from qexport.passes.qdq import needs_half
 from qexport.passes.target import Target, find_target
+from qexport.passes.writing.lowbit import decision
+from qexport.passes.writing.qdq import needs_half
 
 ROUNDING_KEY = "qexport.rounding"
 

@@ -10,11 +10,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.errors import BuildFailed
-from qexport.passes.formats import FORMATS
+from qexport.passes.numbers.formats import FORMATS
+from qexport.passes.numbers.range import Range, integers_for
+from qexport.passes.numbers.weights import quantize_weight
 from qexport.passes.placement import Site
-from qexport.passes.range import Range, integers_for
 from qexport.passes.target import Target
-from qexport.passes.weights import quantize_weight
 from qexport.runtime.session import Session, SessionOptions
 
 KERNEL_KEY = "qexport.kernel"

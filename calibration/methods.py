@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qexport.calibration.histogram import Histogram
-from qexport.passes.formats import FORMATS, Kind
-from qexport.passes.range import Range, integers_for
+from qexport.passes.numbers.formats import FORMATS, Kind
+from qexport.passes.numbers.range import Range, integers_for
 
 Method = Callable[[Histogram, Kind], Range]
 

@@ -19,8 +19,8 @@ from qexport.calibration.collect import numbered, stream
 from qexport.calibration.data import Dataset
 from qexport.calibration.excerpts import Excerpts
 from qexport.errors import DataInvalid, UsageError
-from qexport.passes.activation import ACTIVATION_KEY, Activation, activation_of
 from qexport.passes.base import Outcome, Pass
+from qexport.passes.folding.activation import ACTIVATION_KEY, Activation, activation_of
 from qexport.passes.placement import Site, plan
 from qexport.passes.target import find_target
 

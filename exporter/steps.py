@@ -45,7 +45,7 @@ _HOMES = {
     "weight-only": "qexport.passes.weight_only:WeightOnly",
     "nf4": "qexport.passes.nf4:NF4",
     "dynamic": "qexport.passes.dynamic:Dynamic",
-    "llm-int8": "qexport.passes.outliers:LlmInt8",
+    "llm-int8": "qexport.passes.llm_int8:LlmInt8",
     "stabilize": "qexport.passes.stabilize:Stabilize",
     "adaround": "qexport.calibration.adaround:AdaRound",
     "correct-bias": "qexport.calibration.correct:CorrectBias",

@@ -16,11 +16,11 @@ import onnx_ir as ir
 
 from qexport.passes.base import Decision, Outcome, Pass
 from qexport.passes.match import check_names
-from qexport.passes.per_call import NEEDS, Granularity, PerCall, unfit
 from qexport.passes.placement import Site, plan
 from qexport.passes.quantize import KEPT
-from qexport.passes.quantized import quantized_nodes
 from qexport.passes.target import find_target
+from qexport.passes.writing.per_call import NEEDS, Granularity, PerCall, unfit
+from qexport.passes.writing.quantized import quantized_nodes
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.errors import UsageError
-from qexport.passes.activation import ACTIVATION_KEY
 from qexport.passes.base import Decision, Outcome, Pass
+from qexport.passes.folding.activation import ACTIVATION_KEY
 from qexport.passes.match import SHARED, add_constant, array, constant, sweep, visit
-from qexport.passes.range import RANGE_KEY, SQNR_KEY
+from qexport.passes.numbers.range import RANGE_KEY, SQNR_KEY
 
 LAYERS = ("Conv", "Gemm")
 HOMOGENEOUS = ("Relu", "LeakyRelu", "PRelu", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Identity")

@@ -26,12 +26,12 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from qexport.errors import UsageError
 from qexport.passes.base import Decision, Outcome, Pass
-from qexport.passes.extreme import extreme_of
-from qexport.passes.half_cast import Caster
-from qexport.passes.half_digits import positions, squares
-from qexport.passes.half_rules import FORMATS, Format, beyond, near_zero, no_form, overflow, values_of
+from qexport.passes.casting.cast import Caster
+from qexport.passes.casting.digits import positions, squares
+from qexport.passes.casting.rules import FORMATS, Format, beyond, near_zero, no_form, overflow, values_of
 from qexport.passes.match import check_names
-from qexport.passes.range import HALF_QUANTIZERS
+from qexport.passes.numbers.extreme import extreme_of
+from qexport.passes.numbers.range import HALF_QUANTIZERS
 from qexport.passes.stabilize import soften
 from qexport.passes.target import find_target
 

@@ -19,9 +19,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.passes.base import Decision, Outcome, Pass
-from qexport.passes.islands import CONTRIB
 from qexport.passes.match import add_constant, array, consumer, dims, maker, operands, producer, replace
 from qexport.passes.target import find_target
+from qexport.passes.writing.islands import CONTRIB
 
 OP = "MatMulIntegerToFloat"
 Float = NDArray[np.float32]

@@ -19,10 +19,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.passes.base import Outcome, Pass
-from qexport.passes.groups import Matrix, as_matrix
-from qexport.passes.lowbit import AXIS_OPSET, SCALED, Choice, Editor, decision, is_scaled
+from qexport.passes.numbers.groups import Matrix, as_matrix
 from qexport.passes.placement import Site
 from qexport.passes.target import find_target
+from qexport.passes.writing.lowbit import AXIS_OPSET, SCALED, Choice, Editor, decision, is_scaled
 
 LEVELS = np.array(
     [

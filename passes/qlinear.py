@@ -23,9 +23,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.passes.base import Decision, Outcome, Pass
-from qexport.passes.islands import CLIPS, CONTRIB, FORMS, Form, Island, Numbers, find_island
 from qexport.passes.match import Names, array, producer, sweep
 from qexport.passes.target import find_target
+from qexport.passes.writing.islands import CLIPS, CONTRIB, FORMS, Form, Island, Numbers, find_island
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,14 @@ import onnx_ir as ir
 
 from qexport.errors import UsageError
 from qexport.passes.base import Decision, Outcome, Pass
-from qexport.passes.formats import FORMATS
 from qexport.passes.match import check_names, constant
+from qexport.passes.numbers.formats import FORMATS
+from qexport.passes.numbers.range import HALF_QUANTIZERS, SQNR_KEY, beyond_half, range_of
+from qexport.passes.numbers.weights import misfit
 from qexport.passes.placement import Site, plan, residual_sites
-from qexport.passes.qdq import Editor, float_type, needs_half
-from qexport.passes.quantized import quantized_nodes
-from qexport.passes.range import HALF_QUANTIZERS, SQNR_KEY, beyond_half, range_of
 from qexport.passes.target import Target, find_target
-from qexport.passes.weights import misfit
+from qexport.passes.writing.qdq import Editor, float_type, needs_half
+from qexport.passes.writing.quantized import quantized_nodes
 
 __all__ = ["KEPT", "NOT_CALIBRATED", "STAY_KEY", "Quantize", "float_type", "needs_half", "quantized_nodes"]
 

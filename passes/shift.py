@@ -22,11 +22,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.passes.activation import ACTIVATION_KEY, Activation, activation_of, transform
 from qexport.passes.base import Decision, Outcome, Pass
-from qexport.passes.flood import largest_of_ties
+from qexport.passes.folding.activation import ACTIVATION_KEY, Activation, activation_of, transform
+from qexport.passes.folding.flood import largest_of_ties
+from qexport.passes.folding.offsets import Offset, find_offset, find_readers
 from qexport.passes.match import add_constant, check_names, maker
-from qexport.passes.offsets import Offset, find_offset, find_readers
 from qexport.passes.placement import Site, plan
 from qexport.passes.target import find_target
 

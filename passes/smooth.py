@@ -24,16 +24,16 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.errors import UsageError
-from qexport.passes.activation import Activation, activation_of, transform
 from qexport.passes.base import Decision, Outcome, Pass
-from qexport.passes.channels import Fold, find_fold
-from qexport.passes.flood import Slot
+from qexport.passes.folding.activation import Activation, activation_of, transform
+from qexport.passes.folding.channels import Fold, find_fold
+from qexport.passes.folding.flood import Slot
+from qexport.passes.folding.sources import copy_norm, is_norm, leave_mul
+from qexport.passes.folding.trial import Trial
 from qexport.passes.match import check_names
 from qexport.passes.placement import Site, plan
 from qexport.passes.shift import UNSEEN, by_value
-from qexport.passes.sources import copy_norm, is_norm, leave_mul
 from qexport.passes.target import find_target
-from qexport.passes.trial import Trial
 
 ALPHAS = np.linspace(0.2, 0.9, 15)
 COARSE = 3  # of which so many lie between two that are tried first

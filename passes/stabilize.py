@@ -17,8 +17,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.passes.base import Decision, Outcome, Pass
-from qexport.passes.extreme import EXTREME_KEY
 from qexport.passes.match import add_constant, constant, sweep
+from qexport.passes.numbers.extreme import EXTREME_KEY
 
 HIDDEN = 2.0**14
 _SOFTMAX = frozenset({"Softmax"})

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from qexport.errors import UsageError
-from qexport.passes.formats import Kind
+from qexport.passes.numbers.formats import Kind
 
 
 @dataclass(frozen=True, slots=True)

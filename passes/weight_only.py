@@ -5,8 +5,8 @@
 2. Where it has a kernel for them: ``x, W -> MatMul`` becomes ``x, integers, scales -> MatMulNBits``; the bias of a
    Gemm becomes an Add.
 
-Codes that an earlier pass left on a weight (:func:`qexport.passes.groups.codes_of`) are stored as they are, others
-are rounded to the nearest here. Codes of 3 bits are stored in 4: no target computes with a narrower type.
+Codes that an earlier pass left on a weight (:func:`qexport.passes.numbers.groups.codes_of`) are stored as they are,
+others are rounded to the nearest here. Codes of 3 bits are stored in 4: no target computes with a narrower type.
 """
 
 from __future__ import annotations
@@ -18,13 +18,21 @@ import onnx_ir as ir
 
 from qexport.errors import UsageError
 from qexport.passes.base import Decision, Outcome, Pass
-from qexport.passes.fit import fitted
-from qexport.passes.groups import SMALLEST_GROUP, Grid, as_matrix, check_group, codes_of, misfit_groups, quantize_groups
-from qexport.passes.lowbit import AXIS_OPSET, BLOCK_OPSET, SCALED, Choice, Editor, decision, is_scaled
+from qexport.passes.numbers.groups import (
+    SMALLEST_GROUP,
+    Grid,
+    as_matrix,
+    check_group,
+    codes_of,
+    misfit_groups,
+    quantize_groups,
+)
 from qexport.passes.placement import Site
-from qexport.passes.qdq import needs_half
-from qexport.passes.stored import Dequantize, NBits, Writer, kernel_block
 from qexport.passes.target import Target, find_target
+from qexport.passes.writing.fit import fitted
+from qexport.passes.writing.lowbit import AXIS_OPSET, BLOCK_OPSET, SCALED, Choice, Editor, decision, is_scaled
+from qexport.passes.writing.qdq import needs_half
+from qexport.passes.writing.stored import Dequantize, NBits, Writer, kernel_block
 
 Format = Literal["dequantize", "nbits"]
 

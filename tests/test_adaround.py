@@ -13,11 +13,11 @@ from qexport.calibration.layers import kernel_of
 from qexport.calibration.patches import Patch
 from qexport.calibration.rounding import Steps, learn
 from qexport.errors import UsageError
-from qexport.passes.groups import codes_of
+from qexport.passes.numbers.groups import codes_of
+from qexport.passes.numbers.range import RANGE_KEY, Range
+from qexport.passes.numbers.weights import quantize_weight
 from qexport.passes.quantize import Quantize
-from qexport.passes.range import RANGE_KEY, Range
 from qexport.passes.weight_only import WeightOnly
-from qexport.passes.weights import quantize_weight
 
 RNG = np.random.default_rng(0)
 PLAIN = "g (float[n, s, 48] x) => (float[n, s, 40] y) { y = MatMul(x, w) }"

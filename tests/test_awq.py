@@ -8,8 +8,8 @@ from qexport.calibration.data import sample_digest
 from qexport.calibration.few_bits import UNSEEN
 from qexport.calibration.gram import Gram
 from qexport.errors import UsageError
-from qexport.passes.channels import Fold
-from qexport.passes.groups import Grid
+from qexport.passes.folding.channels import Fold
+from qexport.passes.numbers.groups import Grid
 from qexport.passes.weight_only import WeightOnly
 from qexport.runtime.session import Session, SessionOptions
 

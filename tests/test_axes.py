@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qexport.passes.axes import DOWN, FREE, UP, channel_ids, only_along, regroup, spread
+from qexport.passes.folding.axes import DOWN, FREE, UP, channel_ids, only_along, regroup, spread
 
 
 def known(shape, name="x"):

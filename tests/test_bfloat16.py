@@ -15,8 +15,8 @@ from qexport.calibration.execute import open_model
 from qexport.errors import GateFailed, UsageError
 from qexport.exporter.engine import EngineOptions, build_engine
 from qexport.passes.half import Half
+from qexport.passes.numbers.range import RANGE_KEY, Range
 from qexport.passes.quantize import Quantize
-from qexport.passes.range import RANGE_KEY, Range
 from qexport.runtime.session import SessionOptions
 
 RNG = np.random.default_rng(0)

@@ -11,7 +11,7 @@ from qexport.calibration.data import sample_digest
 from qexport.calibration.excerpts import LIMIT, Excerpts
 from qexport.calibration.store import Store
 from qexport.errors import DataInvalid, UsageError
-from qexport.passes.range import RANGE_KEY, SQNR_KEY
+from qexport.passes.numbers.range import RANGE_KEY, SQNR_KEY
 
 RNG = np.random.default_rng(0)
 TAPS = {"x": (), "r": ()}

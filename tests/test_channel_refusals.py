@@ -5,7 +5,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from qexport.passes.channels import Fold, find_fold
+from qexport.passes.folding.channels import Fold, find_fold
 from qexport.passes.match import array
 
 RNG = np.random.default_rng(0)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.calibration.execute import open_model
-from qexport.passes.channels import Fold, find_fold
+from qexport.passes.folding.channels import Fold, find_fold
 from qexport.passes.match import array
 
 SIZES = {"k": 8, "n": 6, "h": 4, "d": 2}

@@ -11,8 +11,8 @@ from qexport.calibration.data import sample_digest
 from qexport.calibration.execute import open_model
 from qexport.calibration.literal import dequantized
 from qexport.errors import UsageError
+from qexport.passes.numbers.range import RANGE_KEY, Range
 from qexport.passes.quantize import Quantize
-from qexport.passes.range import RANGE_KEY, Range
 from qexport.runtime.session import SessionOptions
 
 RNG = np.random.default_rng(0)

@@ -11,7 +11,7 @@ from onnxruntime import quantization
 
 from qexport.errors import UsageError
 from qexport.passes.dynamic import Dynamic
-from qexport.passes.quantized import quantized_nodes
+from qexport.passes.writing.quantized import quantized_nodes
 
 RNG = np.random.default_rng(0)
 GRANULARITIES = ("tensor", "token")

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from qexport.errors import UsageError
 from qexport.passes.equalize import Equalize, factors
+from qexport.passes.numbers.range import RANGE_KEY, Range
 from qexport.passes.quantize import Quantize
-from qexport.passes.range import RANGE_KEY, Range
 
 RNG = np.random.default_rng(0)
 CHAIN = """g (float[n, 16, 12, 12] x) => (float y) {

@@ -10,7 +10,7 @@ from qexport.calibration.data import sample_digest
 from qexport.calibration.extremes import Extremes, observe
 from qexport.errors import DataInvalid
 from qexport.exporter.recipe import instantiate, load_recipe, needs, override
-from qexport.passes.extreme import EXTREME_KEY, extreme_of
+from qexport.passes.numbers.extreme import EXTREME_KEY, extreme_of
 from qexport.passes.pipeline import run
 
 RNG = np.random.default_rng(0)

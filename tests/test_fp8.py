@@ -20,12 +20,20 @@ from qexport.calibration.methods import METHODS, mse
 from qexport.calibration.spec import sample_digest
 from qexport.errors import UsageError
 from qexport.exporter.engine import EngineOptions, build_engine
-from qexport.passes.formats import FORMATS
 from qexport.passes.half import Half
+from qexport.passes.numbers.formats import FORMATS
+from qexport.passes.numbers.range import (
+    RANGE_KEY,
+    SMALLEST_SCALE,
+    SQNR_KEY,
+    Range,
+    beyond_half,
+    half_precision,
+    integers_for,
+)
+from qexport.passes.numbers.weights import misfit, quantize_weight
 from qexport.passes.quantize import Quantize
-from qexport.passes.range import RANGE_KEY, SMALLEST_SCALE, SQNR_KEY, Range, beyond_half, half_precision, integers_for
 from qexport.passes.target import TARGETS
-from qexport.passes.weights import misfit, quantize_weight
 from qexport.runtime.session import Session, SessionOptions
 
 E4M3 = ml_dtypes.float8_e4m3fn

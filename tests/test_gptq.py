@@ -15,10 +15,10 @@ from qexport.calibration.gram import by_tap, grams
 from qexport.calibration.spec import DataSpec, input_specs
 from qexport.errors import UsageError
 from qexport.exporter.load import load_source
-from qexport.passes.gptq_core import Rounding, gptq, inverse_factor
-from qexport.passes.groups import Grid, as_matrix, codes_of, decode, encode, quantize_groups, scales_for
-from qexport.passes.lowbit import Choice
+from qexport.passes.numbers.gptq import Rounding, gptq, inverse_factor
+from qexport.passes.numbers.groups import Grid, as_matrix, codes_of, decode, encode, quantize_groups, scales_for
 from qexport.passes.weight_only import WeightOnly
+from qexport.passes.writing.lowbit import Choice
 from qexport.runtime.session import Session, SessionOptions
 
 RNG = np.random.default_rng(0)

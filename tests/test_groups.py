@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.errors import UsageError
-from qexport.passes.groups import (
+from qexport.passes.numbers.groups import (
     CODES_KEY,
     Grid,
     as_matrix,

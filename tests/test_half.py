@@ -9,8 +9,8 @@ from safetensors.numpy import save_file
 
 from qexport.exporter.load import load_model
 from qexport.passes.half import Half
+from qexport.passes.numbers.range import RANGE_KEY, Range
 from qexport.passes.quantize import Quantize
-from qexport.passes.range import RANGE_KEY, Range
 
 RNG = np.random.default_rng(0)
 F16, F32 = ir.DataType.FLOAT16, ir.DataType.FLOAT

@@ -9,8 +9,8 @@ from onnx.reference import ReferenceEvaluator
 
 from qexport.calibration.emulate import emulate
 from qexport.errors import UsageError
-from qexport.passes.extreme import EXTREME_KEY
 from qexport.passes.half import Half
+from qexport.passes.numbers.extreme import EXTREME_KEY
 
 RNG = np.random.default_rng(0)
 F16 = ir.DataType.FLOAT16

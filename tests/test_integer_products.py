@@ -13,8 +13,8 @@ from qexport.exporter.options import BuildOptions
 from qexport.exporter.precision.lab import Question, open_lab
 from qexport.exporter.precision.layers import measure_groups, open_probe
 from qexport.passes.integer_products import IntegerProducts
+from qexport.passes.numbers.range import RANGE_KEY, Range
 from qexport.passes.quantize import Quantize
-from qexport.passes.range import RANGE_KEY, Range
 
 RNG = np.random.default_rng(0)
 K, N = 32, 24

@@ -9,11 +9,11 @@ from onnx.reference import ReferenceEvaluator
 
 from qexport.errors import UsageError
 from qexport.exporter.engine import EngineOptions, build_engine
-from qexport.passes.activation import ACTIVATION_KEY, Activation
 from qexport.passes.dynamic import Dynamic
+from qexport.passes.folding.activation import ACTIVATION_KEY, Activation
 from qexport.passes.half import Half
-from qexport.passes.outliers import LlmInt8
-from qexport.passes.range import Range, integers_for
+from qexport.passes.llm_int8 import LlmInt8
+from qexport.passes.numbers.range import Range, integers_for
 
 RNG = np.random.default_rng(0)
 OUTLIERS = (3, 17)

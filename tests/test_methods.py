@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from qexport.calibration.histogram import Histogram
 from qexport.calibration.methods import METHODS, entropy, minmax, mse, percentile, squared_error
-from qexport.passes.range import Range, integers_for
+from qexport.passes.numbers.range import Range, integers_for
 
 
 def histogram_of(x):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import qexport
 from qexport.errors import UsageError
 from qexport.exporter.options import BuildOptions
-from qexport.passes.groups import Grid, quantize_groups
 from qexport.passes.nf4 import LEVELS, NF4, quantize_magnitudes, quantize_nf4
+from qexport.passes.numbers.groups import Grid, quantize_groups
 from qexport.passes.target import TARGETS
 
 RNG = np.random.default_rng(0)

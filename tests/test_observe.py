@@ -8,10 +8,10 @@ import pytest
 from qexport.calibration.execute import open_model
 from qexport.calibration.observe import ROWS, Observe
 from qexport.errors import DataInvalid, UsageError
-from qexport.passes.activation import Activation, activation_of, transform
-from qexport.passes.axes import channel_ids
-from qexport.passes.extreme import EXTREME_KEY
-from qexport.passes.range import RANGE_KEY, Range
+from qexport.passes.folding.activation import Activation, activation_of, transform
+from qexport.passes.folding.axes import channel_ids
+from qexport.passes.numbers.extreme import EXTREME_KEY
+from qexport.passes.numbers.range import RANGE_KEY, Range
 
 RNG = np.random.default_rng(0)
 TEXT = """<ir_version: 10, opset_import: ["" : 21]> g (float[n, s, 16] x) => (float[n, s, 16] y, float[n, s, 16] z)

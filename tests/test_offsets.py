@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.calibration.execute import open_model
-from qexport.passes.flood import largest_of_ties
-from qexport.passes.offsets import Offset, find_offset, find_readers
+from qexport.passes.folding.flood import largest_of_ties
+from qexport.passes.folding.offsets import Offset, find_offset, find_readers
 
 RNG = np.random.default_rng(0)
 

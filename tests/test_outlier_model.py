@@ -7,9 +7,9 @@ import pytest
 
 from qexport.calibration.calibrate import Calibrate
 from qexport.calibration.observe import Observe
-from qexport.passes.activation import activation_of
 from qexport.passes.dynamic import Dynamic
-from qexport.passes.outliers import LlmInt8
+from qexport.passes.folding.activation import activation_of
+from qexport.passes.llm_int8 import LlmInt8
 from qexport.passes.quantize import Quantize
 from qexport.passes.smooth import Smooth
 

@@ -16,9 +16,9 @@ from qexport.exporter.options import BuildOptions
 from qexport.exporter.product import run_recipe
 from qexport.exporter.recipe import load_recipe
 from qexport.exporter.samples import open_samples
+from qexport.passes.numbers.range import RANGE_KEY, Range
 from qexport.passes.qlinear import QLinear
 from qexport.passes.quantize import Quantize
-from qexport.passes.range import RANGE_KEY, Range
 
 RNG = np.random.default_rng(0)
 

@@ -7,9 +7,9 @@ from onnx.reference import ReferenceEvaluator
 
 from qexport.errors import UsageError
 from qexport.passes.half import Half
+from qexport.passes.numbers.range import RANGE_KEY, SQNR_KEY, Range, integers_for
 from qexport.passes.placement import plan
 from qexport.passes.quantize import Quantize, quantized_nodes
-from qexport.passes.range import RANGE_KEY, SQNR_KEY, Range, integers_for
 from qexport.passes.target import TARGETS, find_target
 
 RNG = np.random.default_rng(0)

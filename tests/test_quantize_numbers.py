@@ -7,10 +7,10 @@ import onnxruntime as ort
 import pytest
 
 from qexport.passes.half import Half
+from qexport.passes.numbers.range import LARGEST_SCALE, RANGE_KEY, Range, integers_for
+from qexport.passes.numbers.weights import misfit, quantize_weight
 from qexport.passes.quantize import Quantize
-from qexport.passes.range import LARGEST_SCALE, RANGE_KEY, Range, integers_for
 from qexport.passes.target import TARGETS, find_target
-from qexport.passes.weights import misfit, quantize_weight
 
 RNG = np.random.default_rng(0)
 F16 = np.finfo(np.float16)

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qexport.passes.range import Range, half_precision, integers_for
-from qexport.passes.weights import quantize_weight
+from qexport.passes.numbers.range import Range, half_precision, integers_for
+from qexport.passes.numbers.weights import quantize_weight
 
 BOUNDS = st.tuples(st.floats(-1e4, 0, width=32), st.floats(0, 1e4, width=32))
 

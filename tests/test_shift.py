@@ -14,7 +14,7 @@ from qexport.errors import UsageError
 from qexport.exporter.equality import distance
 from qexport.exporter.load import load_model
 from qexport.exporter.recipe import instantiate, load_recipe, override
-from qexport.passes.activation import activation_of
+from qexport.passes.folding.activation import activation_of
 from qexport.passes.pipeline import run
 from qexport.passes.shift import Shift
 

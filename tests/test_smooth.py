@@ -15,11 +15,11 @@ from qexport.errors import UsageError
 from qexport.exporter.equality import distance
 from qexport.exporter.load import load_model
 from qexport.exporter.recipe import instantiate, load_recipe, override
-from qexport.passes.activation import Activation, activation_of
+from qexport.passes.folding.activation import Activation, activation_of
+from qexport.passes.folding.trial import Trial
 from qexport.passes.pipeline import run
 from qexport.passes.quantize import Quantize
 from qexport.passes.smooth import ALPHAS, Smooth, migrate, search
-from qexport.passes.trial import Trial
 
 RNG = np.random.default_rng(0)
 HEAD = '<ir_version: 10, opset_import: ["" : 23]> g (float[n, s, 32] x) => '

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.calibration.emulate import emulate
-from qexport.passes.extreme import EXTREME_KEY
 from qexport.passes.half import Half
+from qexport.passes.numbers.extreme import EXTREME_KEY
 from qexport.passes.stabilize import HIDDEN, Stabilize
 
 LOWEST = float(np.finfo(np.float32).min)

@@ -9,10 +9,10 @@ import qexport
 from qexport.errors import UsageError
 from qexport.exporter.engine import EngineOptions, build_engine
 from qexport.exporter.options import BuildOptions
-from qexport.passes.groups import CODES_KEY, Codes, Grid, quantize_groups
 from qexport.passes.half import Half
-from qexport.passes.stored import kernel_block, pack_nbits
+from qexport.passes.numbers.groups import CODES_KEY, Codes, Grid, quantize_groups
 from qexport.passes.weight_only import WeightOnly
+from qexport.passes.writing.stored import kernel_block, pack_nbits
 
 RNG = np.random.default_rng(0)
 PRODUCT = "g (float[n, {k}] x) => (float[n, 48] y) {{ y = MatMul(x, w) }}"

@@ -4,8 +4,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+from qexport.passes.numbers.range import RANGE_KEY, Range
 from qexport.passes.quantize import Quantize
-from qexport.passes.range import RANGE_KEY, Range
 from qexport.passes.widen_bias import WidenBias
 
 RNG = np.random.default_rng(0)

@@ -23,8 +23,8 @@ from qexport.exporter.precision.probe import Preset, side_by_side
 from qexport.exporter.precision.residual import Residual, find_residuals
 from qexport.exporter.precision.yardstick import Score, Tally
 from qexport.passes.match import Names, constant
+from qexport.passes.numbers.range import Range, integers_for
 from qexport.passes.placement import CHANNEL_AXIS
-from qexport.passes.range import Range, integers_for
 from qexport.passes.target import Target
 from qexport.runtime.session import Session, SessionOptions
 

@@ -16,8 +16,8 @@ from qexport.exporter.precision.layers import correlation, estimate, measure_gro
 from qexport.exporter.precision.regions import Region, label
 from qexport.exporter.precision.yardstick import Score
 from qexport.exporter.recipe import instantiate, override
+from qexport.passes.numbers.range import SQNR_KEY
 from qexport.passes.pipeline import run
-from qexport.passes.range import SQNR_KEY
 from qexport.runtime.profile import profile
 from qexport.runtime.session import SessionOptions
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.passes.activation import Activation
-from qexport.passes.weights import quantize_weight
+from qexport.passes.folding.activation import Activation
+from qexport.passes.numbers.weights import quantize_weight
 
 Rule = Callable[[NDArray[np.float32]], NDArray[np.float64]]
 """The largest magnitude of each channel -> its scale, ``[K]``."""

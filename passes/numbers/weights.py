@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.passes.formats import FORMATS, Format, Kind
-from qexport.passes.range import LARGEST_SCALE, SMALLEST_FLOAT32, SMALLEST_SCALE, half_precision
+from qexport.passes.numbers.formats import FORMATS, Format, Kind
+from qexport.passes.numbers.range import LARGEST_SCALE, SMALLEST_FLOAT32, SMALLEST_SCALE, half_precision
 
 MIN_CHANNEL_SQNR = 20.0  # dB; a channel with a scale of its own has about 40 in int8, 32 in fp8
 AT_ONCE = 1 << 20  # elements that are rounded together

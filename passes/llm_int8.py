@@ -27,17 +27,17 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.errors import UsageError
-from qexport.passes.activation import Activation, activation_of
 from qexport.passes.base import Decision, Outcome, Pass
 from qexport.passes.dynamic import decision, refuse
+from qexport.passes.folding.activation import Activation, activation_of
 from qexport.passes.match import check_names, replace, sweep
-from qexport.passes.per_call import FLOAT, NEEDS, PerCall, matrix, unfit
+from qexport.passes.numbers.range import HALF_QUANTIZERS, RANGE_KEY, Range, beyond_half
+from qexport.passes.numbers.weights import misfit
 from qexport.passes.placement import Site, plan
-from qexport.passes.qdq import float_type, needs_half
 from qexport.passes.quantize import KEPT
-from qexport.passes.range import HALF_QUANTIZERS, RANGE_KEY, Range, beyond_half
 from qexport.passes.target import Target, find_target
-from qexport.passes.weights import misfit
+from qexport.passes.writing.per_call import FLOAT, NEEDS, PerCall, matrix, unfit
+from qexport.passes.writing.qdq import float_type, needs_half
 
 Columns = NDArray[np.int64]  # of the activation, ascending
 NOT_OBSERVED = "not observed: no sample reached it"

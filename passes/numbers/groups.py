@@ -15,8 +15,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.errors import UsageError
+from qexport.passes.numbers.range import LARGEST_SCALE, SMALLEST_FLOAT32, SMALLEST_SCALE, half_precision
 from qexport.passes.placement import Site
-from qexport.passes.range import LARGEST_SCALE, SMALLEST_FLOAT32, SMALLEST_SCALE, half_precision
 
 CODES_KEY = "qexport.codes"
 SMALLEST_GROUP = 16  # no kernel has a smaller one

@@ -9,12 +9,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.passes.base import Decision
-from qexport.passes.formats import FORMATS, Kind
 from qexport.passes.match import Names, constant, sweep
+from qexport.passes.numbers.formats import FORMATS, Kind
+from qexport.passes.numbers.range import integers_for, range_of
+from qexport.passes.numbers.weights import quantize_weight
 from qexport.passes.placement import Site
-from qexport.passes.range import integers_for, range_of
 from qexport.passes.target import Target
-from qexport.passes.weights import quantize_weight
 
 
 def needs_half(target: Target, dtype: ir.DataType) -> bool:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qexport.passes.axes import channel_ids
-from qexport.passes.channel_rules import consume, produce
-from qexport.passes.flood import Blocked, Flood, Fold, Fork
+from qexport.passes.folding.axes import channel_ids
+from qexport.passes.folding.channel_rules import consume, produce
+from qexport.passes.folding.flood import Blocked, Flood, Fold, Fork
 from qexport.passes.match import dims
 
 __all__ = ["Fold", "find_fold"]

@@ -9,8 +9,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from qexport.passes.extreme import extreme_of
 from qexport.passes.match import constant
+from qexport.passes.numbers.extreme import extreme_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.passes.half_rules import FILL, TYPE_ATTRIBUTES, Format, filling, is_float
+from qexport.passes.casting.rules import FILL, TYPE_ATTRIBUTES, Format, filling, is_float
 from qexport.passes.match import Names, constant, sweep
 
 _F32 = ir.DataType.FLOAT

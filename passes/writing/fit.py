@@ -8,11 +8,11 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from qexport.passes.base import Decision
-from qexport.passes.groups import Grid, as_matrix, check_group, misfit_groups
-from qexport.passes.lowbit import Choice, decision
+from qexport.passes.numbers.groups import Grid, as_matrix, check_group, misfit_groups
 from qexport.passes.placement import Site
-from qexport.passes.qdq import needs_half
 from qexport.passes.target import Target
+from qexport.passes.writing.lowbit import Choice, decision
+from qexport.passes.writing.qdq import needs_half
 
 SMALLEST = 16  # group that every kernel for blocks takes
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.passes.groups import Codes, Grid, Matrix, Scales, Zeros, decode, encode, scales_for
+from qexport.passes.numbers.groups import Codes, Grid, Matrix, Scales, Zeros, decode, encode, scales_for
 
 MORE_DAMPING = 10.0  # factor of the next trial where H is not positive definite
 LEAST_DAMPING = 1e-6

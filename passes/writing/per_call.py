@@ -28,11 +28,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.passes.match import array, replace
+from qexport.passes.numbers.range import SMALLEST_FLOAT32
+from qexport.passes.numbers.weights import misfit, quantize_weight
 from qexport.passes.placement import Site
-from qexport.passes.qdq import Editor, float_type
-from qexport.passes.range import SMALLEST_FLOAT32
 from qexport.passes.target import Target
-from qexport.passes.weights import misfit, quantize_weight
+from qexport.passes.writing.qdq import Editor, float_type
 
 Granularity = Literal["tensor", "token"]
 NEEDS = {"tensor": 11, "token": 21}

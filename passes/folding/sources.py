@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.passes.activation import ACTIVATION_KEY, Activation
+from qexport.passes.folding.activation import ACTIVATION_KEY, Activation
 from qexport.passes.match import add_constant, array, maker, producer
 
 NORMS = {"LayerNormalization": (1, 2), "RMSNormalization": (1,), "SimplifiedLayerNormalization": (1,)}

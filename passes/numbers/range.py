@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.passes.formats import FORMATS, Kind
+from qexport.passes.numbers.formats import FORMATS, Kind
 
 RANGE_KEY = "qexport.range"
 SQNR_KEY = "qexport.sqnr"

@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterator
 
 import onnx_ir as ir
 
-from qexport.passes.extreme import extreme_of
-from qexport.passes.half_rules import MOVES, Format, is_float
+from qexport.passes.casting.rules import MOVES, Format, is_float
 from qexport.passes.match import constant, scalar
+from qexport.passes.numbers.extreme import extreme_of
 
 _WHOLE = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.UINT64, ir.DataType.UINT32, ir.DataType.INT16)
 _ARITHMETIC = frozenset(

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.passes.axes import FREE, Ids, spread
+from qexport.passes.folding.axes import FREE, Ids, spread
 from qexport.passes.match import Dims, add_constant, array, dims, maker, sweep
 
 FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from qexport.passes.attention_rules import attention_down, attention_up
-from qexport.passes.axes import DOWN, UP, Ids, only_along
-from qexport.passes.flood import FLOATS, Blocked, Flood, Fork
+from qexport.passes.folding.attention_rules import attention_down, attention_up
+from qexport.passes.folding.axes import DOWN, UP, Ids, only_along
+from qexport.passes.folding.flood import FLOATS, Blocked, Flood, Fork
 from qexport.passes.match import array, dims
 
 VECTOR = "a product with a vector"

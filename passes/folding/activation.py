@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.passes.axes import Ids, only_along
-from qexport.passes.extreme import EXTREME_KEY
-from qexport.passes.range import RANGE_KEY
+from qexport.passes.folding.axes import Ids, only_along
+from qexport.passes.numbers.extreme import EXTREME_KEY
+from qexport.passes.numbers.range import RANGE_KEY
 
 ACTIVATION_KEY = "qexport.activation"
 Channels = NDArray[np.floating]  # [channels]

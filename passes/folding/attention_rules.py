@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qexport.passes.axes import Ids
-from qexport.passes.flood import Blocked, Flood
+from qexport.passes.folding.axes import Ids
+from qexport.passes.folding.flood import Blocked, Flood
 from qexport.passes.match import dims
 
 STATE = {"Attention": (4, 5, 6), "MultiHeadAttention": (3, 6, 7, 8, 9)}

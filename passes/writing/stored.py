@@ -9,10 +9,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.passes.groups import Codes, Grid
-from qexport.passes.lowbit import Editor
+from qexport.passes.numbers.groups import Codes, Grid
 from qexport.passes.placement import Site
 from qexport.passes.target import Target
+from qexport.passes.writing.lowbit import Editor
 
 KERNEL_BLOCKS = (256, 128, 64, 32, 16)  # what MatMulNBits computes with
 ENGINE_BLOCKS = (128, 64, 32, 16)  # what engines have a fused 4-bit kernel for, whatever the size of a channel

@@ -19,9 +19,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.passes import channel_rules
-from qexport.passes.axes import Ids, channel_ids, only_along, spread
-from qexport.passes.flood import Blocked, Flood
+from qexport.passes.folding import channel_rules
+from qexport.passes.folding.axes import Ids, channel_ids, only_along, spread
+from qexport.passes.folding.flood import Blocked, Flood
 from qexport.passes.match import Dims, add_constant, array, consumer, dims, producer, sweep
 
 NO_BIAS = "a product without a bias reads it"

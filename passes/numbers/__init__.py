@@ -1,0 +1,1 @@
+"""Ranges, formats and grids: which number stands for which value."""

@@ -1,0 +1,1 @@
+"""What quantizing passes write into a graph."""
