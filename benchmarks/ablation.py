@@ -20,8 +20,8 @@ import onnx_ir as ir
 import sentences
 from numpy.typing import NDArray
 
-from qexport.calibration.execute import open_model
-from qexport.calibration.store import Store
+from qexport.calibration.running.execute import open_model
+from qexport.calibration.statistics.store import Store
 from qexport.exporter.load import Source, load_source
 from qexport.exporter.recipe import Recipe, instantiate, load_recipe, override
 from qexport.exporter.samples import open_samples

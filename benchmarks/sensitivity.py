@@ -12,7 +12,7 @@ from qexport.exporter.load import Source, load_source
 from qexport.exporter.options import BuildOptions
 from qexport.exporter.precision.lab import Question
 from qexport.exporter.precision.sensitivity import analyse
-from qexport.exporter.quality import compare
+from qexport.exporter.proof.quality import compare
 from qexport.exporter.recipe import instantiate, load_recipe, override
 from qexport.exporter.samples import Samples, open_samples
 from qexport.passes.pipeline import run

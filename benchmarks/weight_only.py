@@ -10,7 +10,7 @@ import measure
 
 from qexport.calibration.gptq import ROUNDING_KEY
 from qexport.exporter.load import Source, load_source
-from qexport.exporter.quality import compare
+from qexport.exporter.proof.quality import compare
 from qexport.exporter.recipe import Recipe, instantiate, load_recipe, override
 from qexport.exporter.samples import Samples, open_samples
 from qexport.passes.pipeline import run

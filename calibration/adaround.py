@@ -17,10 +17,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.calibration.data import Dataset
-from qexport.calibration.gram import by_tap, grams
 from qexport.calibration.layers import KERNEL_KEY
+from qexport.calibration.reading.data import Dataset
 from qexport.calibration.rounding import Steps, learn
+from qexport.calibration.statistics.gram import by_tap, grams
 from qexport.errors import UsageError
 from qexport.passes.base import Decision, Outcome, Pass
 from qexport.passes.match import add_constant, check_names, sweep

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.calibration.few_bits import UNSEEN, FewBits
-from qexport.calibration.gram import Gram, by_tap, groups
+from qexport.calibration.statistics.gram import Gram, by_tap, groups
 from qexport.passes.base import Outcome
 from qexport.passes.folding.activation import transform
 from qexport.passes.folding.channels import Fold, find_fold

@@ -12,12 +12,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.calibration.collect import Statistics, collect, workers
-from qexport.calibration.data import Dataset
-from qexport.calibration.excerpts import Window
 from qexport.calibration.layers import KERNEL_KEY, Layer, sqnr
-from qexport.calibration.methods import METHODS
-from qexport.calibration.store import Store
+from qexport.calibration.reading.data import Dataset
+from qexport.calibration.statistics.collect import Statistics, collect, workers
+from qexport.calibration.statistics.excerpts import Window
+from qexport.calibration.statistics.methods import METHODS
+from qexport.calibration.statistics.store import Store
 from qexport.errors import UsageError
 from qexport.passes.base import Outcome, Pass
 from qexport.passes.numbers.formats import FORMATS

@@ -23,11 +23,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.calibration.collect import numbered, stream
-from qexport.calibration.data import Dataset, Sample
 from qexport.calibration.layers import kernel_of
-from qexport.calibration.literal import dequantized
-from qexport.calibration.patches import Patch, patch_of
+from qexport.calibration.reading.data import Dataset, Sample
+from qexport.calibration.running.literal import dequantized
+from qexport.calibration.statistics.collect import numbered, stream
+from qexport.calibration.statistics.patches import Patch, patch_of
 from qexport.errors import UsageError
 from qexport.passes.base import Decision, Outcome, Pass
 from qexport.passes.match import Names, add_constant, array, consumer, operands, producer, sweep

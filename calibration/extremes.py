@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from qexport.calibration.collect import Values, numbered, stream
-from qexport.calibration.data import Dataset, Sample
+from qexport.calibration.reading.data import Dataset, Sample
+from qexport.calibration.statistics.collect import Values, numbered, stream
 from qexport.errors import DataInvalid
 from qexport.passes.base import Decision, Outcome, Pass
 from qexport.passes.match import Names, constant

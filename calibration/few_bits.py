@@ -10,8 +10,8 @@ from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
-from qexport.calibration.data import Dataset
-from qexport.calibration.gram import Gram, Tap, measure
+from qexport.calibration.reading.data import Dataset
+from qexport.calibration.statistics.gram import Gram, Tap, measure
 from qexport.errors import UsageError
 from qexport.passes.base import Decision, Pass
 from qexport.passes.numbers.groups import Grid

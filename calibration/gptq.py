@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qexport.calibration.few_bits import UNSEEN, FewBits
-from qexport.calibration.gram import Gram, by_tap, groups
+from qexport.calibration.statistics.gram import Gram, by_tap, groups
 from qexport.passes.base import Decision, Outcome
 from qexport.passes.match import add_constant, sweep
 from qexport.passes.numbers.gptq import Rounding, gptq

@@ -15,9 +15,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.calibration.collect import numbered, stream
-from qexport.calibration.data import Dataset
-from qexport.calibration.excerpts import Excerpts
+from qexport.calibration.reading.data import Dataset
+from qexport.calibration.statistics.collect import numbered, stream
+from qexport.calibration.statistics.excerpts import Excerpts
 from qexport.errors import DataInvalid, UsageError
 from qexport.passes.base import Outcome, Pass
 from qexport.passes.folding.activation import ACTIVATION_KEY, Activation, activation_of

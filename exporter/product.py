@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from qexport.calibration.store import Store
-from qexport.exporter.equality import EqualityProof
+from qexport.calibration.statistics.store import Store
 from qexport.exporter.load import Source
 from qexport.exporter.options import BuildOptions
+from qexport.exporter.proof.equality import EqualityProof
 from qexport.exporter.recipe import Recipe, instantiate
 from qexport.exporter.samples import Samples, calibration_passes
 from qexport.exporter.threads import OneThread

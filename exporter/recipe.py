@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from qexport.calibration.spec import DataSpec
+from qexport.calibration.reading.spec import DataSpec
 from qexport.errors import QexportError, UsageError
 from qexport.exporter import toml
 from qexport.exporter.steps import PASSES, Table, check_option, find_pass, is_bound, is_required, suggest

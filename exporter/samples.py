@@ -12,18 +12,26 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.calibration.batching import batches
-from qexport.calibration.data import Dataset, DataSpec, FileDataset, InputSpec, Sample, input_specs, open_dataset
-from qexport.calibration.evaluation import open_evaluation
-from qexport.calibration.read_windows import SUFFIX as WINDOWED
-from qexport.calibration.read_windows import WindowSource
-from qexport.calibration.spec import MASK, scores_tokens, static_batch
-from qexport.calibration.tasks import Perplexity
+from qexport.calibration.reading.batching import batches
+from qexport.calibration.reading.data import (
+    Dataset,
+    DataSpec,
+    FileDataset,
+    InputSpec,
+    Sample,
+    input_specs,
+    open_dataset,
+)
+from qexport.calibration.reading.evaluation import open_evaluation
+from qexport.calibration.reading.spec import MASK, scores_tokens, static_batch
+from qexport.calibration.reading.tasks import Perplexity
+from qexport.calibration.reading.windows import SUFFIX as WINDOWED
+from qexport.calibration.reading.windows import WindowSource
 from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.families.builder import MAX_POSITIONS
-from qexport.exporter.layout import Feeds, fill
 from qexport.exporter.load import Source
-from qexport.exporter.quality import Judge, take
+from qexport.exporter.proof.layout import Feeds, fill
+from qexport.exporter.proof.quality import Judge, take
 from qexport.exporter.recipe import Recipe, derived_options, needs
 from qexport.exporter.steps import find_pass
 

@@ -16,8 +16,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from qexport.calibration.data import sample_digest
-from qexport.calibration.execute import open_model
+from qexport.calibration.reading.data import sample_digest
+from qexport.calibration.running.execute import open_model
 
 NORMS = {"LayerNormalization": (1, 2), "RMSNormalization": (1,)}  # inputs that scale with the output
 LINEARS = ("MatMul", "Gemm")

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.calibration.adaround import ON_GRID, AdaRound
-from qexport.calibration.data import sample_digest
 from qexport.calibration.layers import kernel_of
-from qexport.calibration.patches import Patch
+from qexport.calibration.reading.data import sample_digest
 from qexport.calibration.rounding import Steps, learn
+from qexport.calibration.statistics.patches import Patch
 from qexport.errors import UsageError
 from qexport.passes.numbers.groups import codes_of
 from qexport.passes.numbers.range import RANGE_KEY, Range

@@ -4,9 +4,9 @@ import onnx_ir as ir
 import pytest
 
 from qexport.calibration.awq import ALPHAS, SCALED_KEY, Awq, rounding_error, strength
-from qexport.calibration.data import sample_digest
 from qexport.calibration.few_bits import UNSEEN
-from qexport.calibration.gram import Gram
+from qexport.calibration.reading.data import sample_digest
+from qexport.calibration.statistics.gram import Gram
 from qexport.errors import UsageError
 from qexport.passes.folding.channels import Fold
 from qexport.passes.numbers.groups import Grid

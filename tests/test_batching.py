@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qexport.calibration.batching import batches
+from qexport.calibration.reading.batching import batches
 from qexport.errors import UsageError
 
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
 import qexport
-from qexport.calibration.emulate import computes_in, emulate
-from qexport.calibration.execute import open_model
+from qexport.calibration.running.emulate import computes_in, emulate
+from qexport.calibration.running.execute import open_model
 from qexport.errors import GateFailed, UsageError
-from qexport.exporter.engine import EngineOptions, build_engine
+from qexport.exporter.engines.engine import EngineOptions, build_engine
 from qexport.passes.half import Half
 from qexport.passes.numbers.range import RANGE_KEY, Range
 from qexport.passes.quantize import Quantize

@@ -16,7 +16,7 @@ import pytest
 
 import qexport
 from qexport.errors import GateFailed, ModelInvalid, QexportError, UsageError
-from qexport.exporter.engine import PLAN
+from qexport.exporter.engines.engine import PLAN
 from qexport.exporter.options import BuildOptions
 from qexport.exporter.summary import summary_lines
 

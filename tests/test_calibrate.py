@@ -6,10 +6,10 @@ import onnx_ir as ir
 import pytest
 
 from qexport.calibration.calibrate import Calibrate
-from qexport.calibration.collect import Statistics, collect
-from qexport.calibration.data import sample_digest
-from qexport.calibration.excerpts import LIMIT, Excerpts
-from qexport.calibration.store import Store
+from qexport.calibration.reading.data import sample_digest
+from qexport.calibration.statistics.collect import Statistics, collect
+from qexport.calibration.statistics.excerpts import LIMIT, Excerpts
+from qexport.calibration.statistics.store import Store
 from qexport.errors import DataInvalid, UsageError
 from qexport.passes.numbers.range import RANGE_KEY, SQNR_KEY
 
@@ -141,12 +141,12 @@ def test_a_stored_measurement_is_not_run_again(tmp_path, monkeypatch):
     model, data = model_from(), samples()
     first = calibrated(model, data, store=Store(tmp_path))
     assert len(list(tmp_path.iterdir())) == 1
-    monkeypatch.setattr("qexport.calibration.collect.open_model", None)
+    monkeypatch.setattr("qexport.calibration.statistics.collect.open_model", None)
     assert ranges(calibrated(model, data, store=Store(tmp_path))) == ranges(first)
 
 
 def test_a_killed_measurement_goes_on_where_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr("qexport.calibration.collect.JOURNAL_EVERY", 8)
+    monkeypatch.setattr("qexport.calibration.statistics.collect.JOURNAL_EVERY", 8)
     model, data = model_from(), samples(20)
 
     def kill_after(count):

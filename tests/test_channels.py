@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qexport.calibration.execute import open_model
+from qexport.calibration.running.execute import open_model
 from qexport.passes.folding.channels import Fold, find_fold
 from qexport.passes.match import array
 

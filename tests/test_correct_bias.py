@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from qexport.calibration.calibrate import Calibrate
 from qexport.calibration.correct import NO_BIAS, CorrectBias, correction
-from qexport.calibration.data import sample_digest
-from qexport.calibration.execute import open_model
-from qexport.calibration.literal import dequantized
+from qexport.calibration.reading.data import sample_digest
+from qexport.calibration.running.execute import open_model
+from qexport.calibration.running.literal import dequantized
 from qexport.errors import UsageError
 from qexport.passes.numbers.range import RANGE_KEY, Range
 from qexport.passes.quantize import Quantize

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from qexport.calibration.data import (
+from qexport.calibration.reading.data import (
     DataSpec,
     InputSpec,
     input_specs,

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.numpy import save, save_file
 
 from qexport.calibration import data as data_module
-from qexport.calibration.data import DataSpec, ImageSpec, InputSpec, open_dataset, sample_digest
+from qexport.calibration.reading.data import DataSpec, ImageSpec, InputSpec, open_dataset, sample_digest
 from qexport.errors import DataInvalid, IntegrityError, ResourceExhausted, UnsafeInput
 
 F32 = np.dtype(np.float32)

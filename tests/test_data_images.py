@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from qexport.calibration.data import DataSpec, ImageSpec, InputSpec, open_dataset
-from qexport.calibration.evaluation import open_evaluation
+from qexport.calibration.reading.data import DataSpec, ImageSpec, InputSpec, open_dataset
+from qexport.calibration.reading.evaluation import open_evaluation
 from qexport.errors import DataInvalid, ResourceExhausted
 
 F32 = np.dtype(np.float32)
@@ -170,7 +170,7 @@ def test_arrays_are_read_where_pillow_is_missing_and_a_folder_says_what_to_insta
     code = (
         "import sys; sys.modules['PIL'] = None\n"
         "import numpy as np\n"
-        "from qexport.calibration.data import *\n"
+        "from qexport.calibration.reading.data import *\n"
         "from qexport.errors import EnvironmentMismatch\n"
         "inputs, spec = (InputSpec('x', np.dtype('f4'), (None, 3, 4, 4)),), DataSpec(image=ImageSpec())\n"
         "assert len(open_dataset('data.npz', inputs, spec)) == 1\n"

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qexport.calibration.data import DataSpec, ImageSpec, InputSpec, open_dataset
-from qexport.calibration.evaluation import open_evaluation
+from qexport.calibration.reading.data import DataSpec, ImageSpec, InputSpec, open_dataset
+from qexport.calibration.reading.evaluation import open_evaluation
 from qexport.errors import DataInvalid, UnsafeInput
 
 F32, I64 = np.dtype(np.float32), np.dtype(np.int64)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from qexport.calibration.data import DataSpec, FileDataset, InputSpec, open_dataset
-from qexport.calibration.evaluation import open_evaluation
+from qexport.calibration.reading.data import DataSpec, FileDataset, InputSpec, open_dataset
+from qexport.calibration.reading.evaluation import open_evaluation
 from qexport.errors import DataInvalid
 
 F32, I64 = np.dtype(np.float32), np.dtype(np.int64)

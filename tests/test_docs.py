@@ -15,8 +15,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from qexport.calibration.data import open_dataset
-from qexport.calibration.spec import DataSpec, input_specs
+from qexport.calibration.reading.data import open_dataset
+from qexport.calibration.reading.spec import DataSpec, input_specs
 from qexport.cli import cli
 from qexport.errors import UsageError
 from qexport.exporter.recipe import Recipe, instantiate, list_recipes, load_recipe, needs, override

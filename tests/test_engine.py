@@ -12,7 +12,7 @@ from onnx import TensorProto as T
 from onnx import helper, numpy_helper
 
 from qexport.errors import BuildFailed, EnvironmentMismatch, ResourceExhausted, UsageError
-from qexport.exporter.engine import EngineOptions, build_engine, run_support
+from qexport.exporter.engines.engine import EngineOptions, build_engine, run_support
 
 SIZE = 64
 INT8 = np.int8(0)

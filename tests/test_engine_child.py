@@ -22,8 +22,8 @@ from onnx import helper
 
 import qexport.cli
 from qexport.errors import BuildFailed, EnvironmentMismatch, NativeCrash, QexportError, ResourceExhausted, UsageError
-from qexport.exporter.engine import EngineOptions, build_engine, load_module, run_support
-from qexport.exporter.engine_child import build_in_child
+from qexport.exporter.engines.child import build_in_child
+from qexport.exporter.engines.engine import EngineOptions, build_engine, load_module, run_support
 from qexport.exporter.options import BuildOptions
 from qexport.safe_io import digest_bytes, digest_file, publish
 
@@ -231,8 +231,8 @@ def test_a_build_hears_how_far_the_engine_is_in_hundredths(rtx, tmp_path):
 @pytest.mark.rtx
 def test_only_the_child_loads_the_library(rtx, model, plan):
     code = (
-        "import sys; from pathlib import Path; from qexport.exporter.engine import EngineOptions\n"
-        "from qexport.exporter.engine_child import build_in_child\n"
+        "import sys; from pathlib import Path; from qexport.exporter.engines.engine import EngineOptions\n"
+        "from qexport.exporter.engines.child import build_in_child\n"
         f"options = EngineOptions(profiles=({PROFILE!r},))\n"
         f"build_in_child(Path({str(model)!r}), 'tensorrt_rtx', options, Path({str(plan)!r}))\n"
         "assert 'tensorrt_rtx' not in sys.modules"
@@ -317,8 +317,8 @@ def test_ctrl_c_ends_the_child_and_is_raised(stand_in, model, plan):
 def test_a_child_ends_with_its_parent(stand_in, model, plan):
     package = stand_in("time.sleep(600)")
     code = (
-        "from pathlib import Path; from qexport.exporter.engine import EngineOptions\n"
-        "from qexport.exporter.engine_child import build_in_child\n"
+        "from pathlib import Path; from qexport.exporter.engines.engine import EngineOptions\n"
+        "from qexport.exporter.engines.child import build_in_child\n"
         f"build_in_child(Path({str(model)!r}), 'tensorrt', EngineOptions(), Path({str(plan)!r}))\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -8,9 +8,9 @@ import types
 import pytest
 
 from qexport.errors import EnvironmentMismatch, IntegrityError, UnsafeInput, UsageError
-from qexport.exporter.device import find_gpus, read_gpus
-from qexport.exporter.engine import load_module, load_plan, run_support
-from qexport.exporter.engine_messages import Messages, Phases, fraction, listed, readable
+from qexport.exporter.engines.device import find_gpus, read_gpus
+from qexport.exporter.engines.engine import load_module, load_plan, run_support
+from qexport.exporter.engines.messages import Messages, Phases, fraction, listed, readable
 from qexport.safe_io import digest_bytes
 
 # ------------------------------------------------------------ messages and progress
@@ -174,7 +174,7 @@ def test_a_plan_that_is_a_link_is_unsafe(artefact):
 
 
 def test_a_machine_without_driver_says_so(monkeypatch):
-    monkeypatch.setattr("qexport.exporter.device._LIBRARY", "libno-such-driver.so")
+    monkeypatch.setattr("qexport.exporter.engines.device._LIBRARY", "libno-such-driver.so")
     with pytest.raises(EnvironmentMismatch, match="no NVIDIA driver: libno-such-driver"):
         find_gpus()
 

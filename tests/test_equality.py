@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from qexport.errors import BuildFailed
-from qexport.exporter.equality import EqualityProof, distance
+from qexport.exporter.proof.equality import EqualityProof, distance
 from qexport.passes.base import Outcome, Pass
 from qexport.passes.cleanup import Cleanup
 from qexport.passes.pipeline import run

@@ -6,8 +6,8 @@ import onnx_ir as ir
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from qexport.calibration.data import sample_digest
 from qexport.calibration.extremes import Extremes, observe
+from qexport.calibration.reading.data import sample_digest
 from qexport.errors import DataInvalid
 from qexport.exporter.recipe import instantiate, load_recipe, needs, override
 from qexport.passes.numbers.extreme import EXTREME_KEY, extreme_of

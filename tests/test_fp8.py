@@ -15,11 +15,11 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from qexport.calibration.calibrate import Calibrate
-from qexport.calibration.histogram import Histogram
-from qexport.calibration.methods import METHODS, mse
-from qexport.calibration.spec import sample_digest
+from qexport.calibration.reading.spec import sample_digest
+from qexport.calibration.statistics.histogram import Histogram
+from qexport.calibration.statistics.methods import METHODS, mse
 from qexport.errors import UsageError
-from qexport.exporter.engine import EngineOptions, build_engine
+from qexport.exporter.engines.engine import EngineOptions, build_engine
 from qexport.passes.half import Half
 from qexport.passes.numbers.formats import FORMATS
 from qexport.passes.numbers.range import (

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qexport.calibration.data import open_dataset, sample_digest
 from qexport.calibration.few_bits import UNSEEN, every
 from qexport.calibration.gptq import ROUNDING_KEY, Gptq
-from qexport.calibration.gram import by_tap, grams
-from qexport.calibration.spec import DataSpec, input_specs
+from qexport.calibration.reading.data import open_dataset, sample_digest
+from qexport.calibration.reading.spec import DataSpec, input_specs
+from qexport.calibration.statistics.gram import by_tap, grams
 from qexport.errors import UsageError
 from qexport.exporter.load import load_source
 from qexport.passes.numbers.gptq import Rounding, gptq, inverse_factor

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qexport.calibration.gram import Gram, Tap, by_tap, cut, grams, groups, measure
-from qexport.calibration.patches import Patch
+from qexport.calibration.statistics.gram import Gram, Tap, by_tap, cut, grams, groups, measure
+from qexport.calibration.statistics.patches import Patch
 from qexport.errors import DataInvalid
 from qexport.passes.placement import Site, plan
 from qexport.passes.target import find_target
@@ -181,7 +181,7 @@ def test_large_images_are_walked_in_chunks(monkeypatch):
     walk = Patch((3, 3), (1, 1), (1, 1), (1, 1, 1, 1))
     image = normal(1, 4, 32, 32)
     whole = np.concatenate(list(walk.rows(image)))
-    monkeypatch.setattr("qexport.calibration.patches.CHUNK_BYTES", 32 * 36 * 4 * 2)
+    monkeypatch.setattr("qexport.calibration.statistics.patches.CHUNK_BYTES", 32 * 36 * 4 * 2)
     pieces = list(walk.rows(image))
     assert len(pieces) == 16
     np.testing.assert_array_equal(np.concatenate(pieces), whole)

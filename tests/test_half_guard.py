@@ -7,7 +7,7 @@ import onnxruntime as ort
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from qexport.calibration.emulate import emulate
+from qexport.calibration.running.emulate import emulate
 from qexport.errors import UsageError
 from qexport.passes.half import Half
 from qexport.passes.numbers.extreme import EXTREME_KEY

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qexport.calibration.histogram import OCTAVES, Histogram
+from qexport.calibration.statistics.histogram import OCTAVES, Histogram
 from qexport.errors import DataInvalid
 
 ARRAYS = hnp.arrays(

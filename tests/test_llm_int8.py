@@ -8,7 +8,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from qexport.errors import UsageError
-from qexport.exporter.engine import EngineOptions, build_engine
+from qexport.exporter.engines.engine import EngineOptions, build_engine
 from qexport.passes.dynamic import Dynamic
 from qexport.passes.folding.activation import ACTIVATION_KEY, Activation
 from qexport.passes.half import Half

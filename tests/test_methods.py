@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qexport.calibration.histogram import Histogram
-from qexport.calibration.methods import METHODS, entropy, minmax, mse, percentile, squared_error
+from qexport.calibration.statistics.histogram import Histogram
+from qexport.calibration.statistics.methods import METHODS, entropy, minmax, mse, percentile, squared_error
 from qexport.passes.numbers.range import Range, integers_for
 
 

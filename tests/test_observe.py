@@ -5,8 +5,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from qexport.calibration.execute import open_model
 from qexport.calibration.observe import ROWS, Observe
+from qexport.calibration.running.execute import open_model
 from qexport.errors import DataInvalid, UsageError
 from qexport.passes.folding.activation import Activation, activation_of, transform
 from qexport.passes.folding.axes import channel_ids

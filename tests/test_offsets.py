@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qexport.calibration.execute import open_model
+from qexport.calibration.running.execute import open_model
 from qexport.passes.folding.flood import largest_of_ties
 from qexport.passes.folding.offsets import Offset, find_offset, find_readers
 

@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import qexport
-from qexport.calibration.data import DataSpec, InputSpec, open_dataset
-from qexport.calibration.evaluation import open_evaluation
-from qexport.calibration.execute import open_model
-from qexport.calibration.spec import scores_tokens
-from qexport.calibration.tasks import Perplexity, token_losses
+from qexport.calibration.reading.data import DataSpec, InputSpec, open_dataset
+from qexport.calibration.reading.evaluation import open_evaluation
+from qexport.calibration.reading.spec import scores_tokens
+from qexport.calibration.reading.tasks import Perplexity, token_losses
+from qexport.calibration.running.execute import open_model
 from qexport.errors import DataInvalid, GateFailed, ResourceExhausted, UsageError
-from qexport.exporter.gates import check_gates
-from qexport.exporter.layout import ELEMENTS, find_layout
 from qexport.exporter.load import load_source
 from qexport.exporter.options import BuildOptions
-from qexport.exporter.quality import Judge, compare
+from qexport.exporter.proof.gates import check_gates
+from qexport.exporter.proof.layout import ELEMENTS, find_layout
+from qexport.exporter.proof.quality import Judge, compare
 from qexport.exporter.recipe import GatesSpec, load_recipe, override
 from qexport.exporter.result import Quality, TaskScore
 from qexport.exporter.samples import data_spec, open_samples
@@ -171,7 +171,7 @@ def test_what_is_no_running_text_is_refused(tmp_path, tokenizer, monkeypatch):
         open_dataset(tmp_path / "none.txt", FREE, spec, tokenizer=tokenizer)
     with pytest.raises(DataInvalid, match="needs a tokenizer"):
         open_dataset(tmp_path / "none.txt", FREE, spec)
-    monkeypatch.setattr("qexport.calibration.read_windows.MAX_TEXT_BYTES", 2)
+    monkeypatch.setattr("qexport.calibration.reading.windows.MAX_TEXT_BYTES", 2)
     with pytest.raises(ResourceExhausted):
         open_dataset(tmp_path / "bad.txt", FREE, spec, tokenizer=tokenizer)
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qexport.errors import DataInvalid, UsageError
-from qexport.exporter.profiles import check_profile, derive_profile
+from qexport.exporter.engines.profiles import check_profile, derive_profile
 
 
 def value(name, *axes):

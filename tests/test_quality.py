@@ -3,11 +3,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from qexport.calibration.spec import sample_digest
-from qexport.calibration.tasks import Top1
+from qexport.calibration.reading.spec import sample_digest
+from qexport.calibration.reading.tasks import Top1
 from qexport.errors import DataInvalid, GateFailed
-from qexport.exporter.latency import measure
-from qexport.exporter.quality import Judge, compare, layer_quality
+from qexport.exporter.proof.latency import measure
+from qexport.exporter.proof.quality import Judge, compare, layer_quality
 from qexport.passes.target import find_target
 
 RNG = np.random.default_rng(0)

@@ -11,8 +11,8 @@ import onnx_ir as ir
 import pytest
 
 import qexport.cli
-from qexport.calibration.execute import open_model
-from qexport.calibration.tasks import Spearman, Top1
+from qexport.calibration.reading.tasks import Spearman, Top1
+from qexport.calibration.running.execute import open_model
 from qexport.errors import EnvironmentMismatch, UsageError
 from qexport.exporter.options import BuildOptions
 from qexport.exporter.precision.activations import (
@@ -36,7 +36,7 @@ from qexport.exporter.precision.layers import correlation, measure_groups, open_
 from qexport.exporter.precision.publish import publish_sensitivity
 from qexport.exporter.precision.sensitivity import analyse
 from qexport.exporter.product import requantize
-from qexport.exporter.quality import Judge
+from qexport.exporter.proof.quality import Judge
 from qexport.passes.target import find_target
 
 TARGET = find_target("tensorrt-rtx")

@@ -8,11 +8,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from qexport.calibration.execute import open_model
 from qexport.calibration.observe import Observe
+from qexport.calibration.running.execute import open_model
 from qexport.errors import UsageError
-from qexport.exporter.equality import distance
 from qexport.exporter.load import load_model
+from qexport.exporter.proof.equality import distance
 from qexport.exporter.recipe import instantiate, load_recipe, override
 from qexport.passes.folding.activation import activation_of
 from qexport.passes.pipeline import run

@@ -9,11 +9,11 @@ import onnx_ir as ir
 import pytest
 
 from qexport.calibration.calibrate import Calibrate
-from qexport.calibration.execute import open_model
 from qexport.calibration.observe import Observe
+from qexport.calibration.running.execute import open_model
 from qexport.errors import UsageError
-from qexport.exporter.equality import distance
 from qexport.exporter.load import load_model
+from qexport.exporter.proof.equality import distance
 from qexport.exporter.recipe import instantiate, load_recipe, override
 from qexport.passes.folding.activation import Activation, activation_of
 from qexport.passes.folding.trial import Trial

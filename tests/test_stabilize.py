@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qexport.calibration.emulate import emulate
+from qexport.calibration.running.emulate import emulate
 from qexport.passes.half import Half
 from qexport.passes.numbers.extreme import EXTREME_KEY
 from qexport.passes.stabilize import HIDDEN, Stabilize

@@ -8,7 +8,7 @@ import scipy.stats
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from qexport.calibration.tasks import Spearman, Task, Top1, average_ranks, spearman
+from qexport.calibration.reading.tasks import Spearman, Task, Top1, average_ranks, spearman
 from qexport.errors import BuildFailed, DataInvalid
 
 numbers = st.integers(-4, 4).map(float)

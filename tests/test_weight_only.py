@@ -7,7 +7,7 @@ from onnx.reference import ReferenceEvaluator
 
 import qexport
 from qexport.errors import UsageError
-from qexport.exporter.engine import EngineOptions, build_engine
+from qexport.exporter.engines.engine import EngineOptions, build_engine
 from qexport.exporter.options import BuildOptions
 from qexport.passes.half import Half
 from qexport.passes.numbers.groups import CODES_KEY, Codes, Grid, quantize_groups

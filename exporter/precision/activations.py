@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from qexport.calibration.collect import collect
-from qexport.calibration.data import Sample
-from qexport.calibration.execute import open_model
-from qexport.calibration.methods import minmax
-from qexport.exporter.layout import Feeds, Vectors, fill, find_layout
+from qexport.calibration.reading.data import Sample
+from qexport.calibration.running.execute import open_model
+from qexport.calibration.statistics.collect import collect
+from qexport.calibration.statistics.methods import minmax
 from qexport.exporter.precision.excerpt import Excerpt
 from qexport.exporter.precision.probe import Preset, side_by_side
 from qexport.exporter.precision.residual import Residual, find_residuals
 from qexport.exporter.precision.yardstick import Score, Tally
+from qexport.exporter.proof.layout import Feeds, Vectors, fill, find_layout
 from qexport.passes.match import Names, constant
 from qexport.passes.numbers.range import Range, integers_for
 from qexport.passes.placement import CHANNEL_AXIS

@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.calibration.execute import open_model
+from qexport.calibration.running.execute import open_model
 from qexport.exporter.precision.regions import Region, label
 from qexport.runtime.profile import Kernel, profile
 from qexport.runtime.session import SessionOptions

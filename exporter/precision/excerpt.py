@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.calibration.batching import batches
-from qexport.calibration.data import Sample
-from qexport.calibration.tasks import Metric, Perplexity, Spearman, Top1
-from qexport.exporter.layout import Feeds
-from qexport.exporter.quality import Judge
+from qexport.calibration.reading.batching import batches
+from qexport.calibration.reading.data import Sample
+from qexport.calibration.reading.tasks import Metric, Perplexity, Spearman, Top1
+from qexport.exporter.proof.layout import Feeds
+from qexport.exporter.proof.quality import Judge
 
 BATCH = 8  # samples that run together: what layers read is held for as many
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.exporter.layout import Feeds, Vectors
 from qexport.exporter.precision.probe import Error, Port, Probe, side_by_side
+from qexport.exporter.proof.layout import Feeds, Vectors
 
 
 def fisher(

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from qexport.calibration.spec import input_specs, static_batch
+from qexport.calibration.reading.spec import input_specs, static_batch
 from qexport.errors import UsageError
 from qexport.exporter.admit import Limits
 from qexport.exporter.build import choose_recipe, refuse_newer, refuse_quantized
-from qexport.exporter.gates import check_judge
-from qexport.exporter.layout import Feeds
 from qexport.exporter.load import Source, load_source
 from qexport.exporter.options import BuildOptions
 from qexport.exporter.precision.bench import BuildBench
 from qexport.exporter.precision.excerpt import Excerpt, take_excerpt
 from qexport.exporter.product import Product, can_keep, run_recipe
-from qexport.exporter.quality import Judge
+from qexport.exporter.proof.gates import check_judge
+from qexport.exporter.proof.layout import Feeds
+from qexport.exporter.proof.quality import Judge
 from qexport.exporter.recipe import Recipe, instantiate, override
 from qexport.exporter.samples import Samples, open_samples
 from qexport.exporter.steps import find_pass

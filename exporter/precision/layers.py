@@ -9,13 +9,13 @@ from itertools import islice
 import numpy as np
 import onnx_ir as ir
 
-from qexport.calibration.tasks import spearman
-from qexport.exporter.layout import Feeds, Vectors
+from qexport.calibration.reading.tasks import spearman
 from qexport.exporter.precision.excerpt import Excerpt
 from qexport.exporter.precision.fisher import fisher
 from qexport.exporter.precision.probe import Error, Port, Probe, side_by_side
 from qexport.exporter.precision.yardstick import Score, Tally
 from qexport.exporter.product import Product
+from qexport.exporter.proof.layout import Feeds, Vectors
 from qexport.passes.match import constant
 from qexport.passes.pipeline import run
 from qexport.passes.target import Target

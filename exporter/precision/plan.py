@@ -16,12 +16,12 @@ import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field
 
 from qexport.errors import GateFailed, UsageError
-from qexport.exporter.gates import check_gates
 from qexport.exporter.precision.bench import BuildBench
 from qexport.exporter.precision.lab import MIN_SQNR, Lab, Question
 from qexport.exporter.precision.regions import find_units
 from qexport.exporter.precision.sensitivity import LayerRow, layer_rows
 from qexport.exporter.product import KEEP, Product
+from qexport.exporter.proof.gates import check_gates
 from qexport.exporter.result import Latency, Quality
 from qexport.exporter.steps import find_pass
 

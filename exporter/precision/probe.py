@@ -19,10 +19,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.calibration.collect import workers
-from qexport.calibration.execute import open_model
-from qexport.exporter.layout import Feeds, Layout, Vectors, fill, find_layout
+from qexport.calibration.running.execute import open_model
+from qexport.calibration.statistics.collect import workers
 from qexport.exporter.precision.excerpt import Excerpt
+from qexport.exporter.proof.layout import Feeds, Layout, Vectors, fill, find_layout
 from qexport.passes.match import Names, constant
 from qexport.passes.target import Target
 from qexport.runtime.session import Feeds as AnyFeeds

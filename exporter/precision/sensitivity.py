@@ -8,7 +8,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field
 
-from qexport.calibration.execute import open_model
+from qexport.calibration.running.execute import open_model
 from qexport.exporter.precision.activations import find_groups, leave_one_out, measure_ranges
 from qexport.exporter.precision.costs import attribute
 from qexport.exporter.precision.lab import Lab, Question, open_lab

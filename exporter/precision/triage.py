@@ -18,8 +18,8 @@ from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
-from qexport.calibration.data import Dataset
-from qexport.calibration.spec import input_specs, static_batch
+from qexport.calibration.reading.data import Dataset
+from qexport.calibration.reading.spec import input_specs, static_batch
 from qexport.errors import UsageError
 from qexport.exporter.precision.excerpt import Excerpt
 from qexport.exporter.precision.layers import measure_groups

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qexport.calibration.tasks import Fold, Metric
-from qexport.exporter.layout import Feeds, Vectors
-from qexport.exporter.quality import cosine, decibel
+from qexport.calibration.reading.tasks import Fold, Metric
+from qexport.exporter.proof.layout import Feeds, Vectors
+from qexport.exporter.proof.quality import cosine, decibel
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from qexport import safe_io
-from qexport.calibration.collect import Statistics
-from qexport.calibration.excerpts import Excerpts, Window
-from qexport.calibration.execute import skeleton
-from qexport.calibration.histogram import Histogram
+from qexport.calibration.running.execute import skeleton
+from qexport.calibration.statistics.collect import Statistics
+from qexport.calibration.statistics.excerpts import Excerpts, Window
+from qexport.calibration.statistics.histogram import Histogram
 from qexport.errors import QexportError
 
 VERSION = "statistics/2"  # part of every key: a change of what is counted must change it

@@ -10,13 +10,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.calibration.batching import batches
-from qexport.calibration.data import Dataset, Sample, input_specs
-from qexport.calibration.execute import open_model
-from qexport.calibration.spec import static_batch
-from qexport.calibration.tasks import Fold, Metric
+from qexport.calibration.reading.batching import batches
+from qexport.calibration.reading.data import Dataset, Sample, input_specs
+from qexport.calibration.reading.spec import static_batch
+from qexport.calibration.reading.tasks import Fold, Metric
+from qexport.calibration.running.execute import open_model
 from qexport.errors import DataInvalid, GateFailed, QexportError
-from qexport.exporter.layout import Feeds, Layout, Vectors, fill, find_layout
+from qexport.exporter.proof.layout import Feeds, Layout, Vectors, fill, find_layout
 from qexport.exporter.result import LayerQuality, OutputQuality, Quality, TaskScore
 from qexport.passes.target import Target
 from qexport.runtime.session import Session, SessionOptions

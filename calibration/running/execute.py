@@ -10,8 +10,8 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.calibration.emulate import SHORT, emulate
-from qexport.calibration.literal import dequantize_weights
+from qexport.calibration.running.emulate import SHORT, emulate
+from qexport.calibration.running.literal import dequantize_weights
 from qexport.runtime.session import Session, SessionOptions
 
 SHARED_FROM = 4096  # bytes; smaller tensors travel inside the model, where constant folding sees them

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.calibration.read_arrays import LABELS, Member, cast, fits
-from qexport.calibration.spec import DataSpec, ImageSpec, InputSpec, Sample, describe, describe_all
+from qexport.calibration.reading.arrays import LABELS, Member, cast, fits
+from qexport.calibration.reading.spec import DataSpec, ImageSpec, InputSpec, Sample, describe, describe_all
 from qexport.errors import DataInvalid, EnvironmentMismatch, ResourceExhausted
 from qexport.safe_io import read_bytes
 

@@ -18,11 +18,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.calibration.data import Sample, sample_digest
-from qexport.calibration.excerpts import Excerpts, Window
-from qexport.calibration.execute import open_model
-from qexport.calibration.histogram import Histogram
-from qexport.calibration.spec import input_specs, static_batch
+from qexport.calibration.reading.data import Sample, sample_digest
+from qexport.calibration.reading.spec import input_specs, static_batch
+from qexport.calibration.running.execute import open_model
+from qexport.calibration.statistics.excerpts import Excerpts, Window
+from qexport.calibration.statistics.histogram import Histogram
 from qexport.errors import DataInvalid
 from qexport.runtime.session import SessionOptions
 

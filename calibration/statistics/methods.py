@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.calibration.histogram import Histogram
+from qexport.calibration.statistics.histogram import Histogram
 from qexport.passes.numbers.formats import FORMATS, Kind
 from qexport.passes.numbers.range import Range, integers_for
 

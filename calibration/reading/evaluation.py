@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from qexport.calibration.data import FileDataset, open_source, survey
-from qexport.calibration.read_arrays import read_labels
-from qexport.calibration.read_text import PAIR, SCORE, TextSource, first_record, read_scores
-from qexport.calibration.read_windows import WindowSource
-from qexport.calibration.spec import DataSpec, InputSpec, Source
-from qexport.calibration.tasks import Metric, Perplexity, Spearman, Task, Top1
+from qexport.calibration.reading.arrays import read_labels
+from qexport.calibration.reading.data import FileDataset, open_source, survey
+from qexport.calibration.reading.spec import DataSpec, InputSpec, Source
+from qexport.calibration.reading.tasks import Metric, Perplexity, Spearman, Task, Top1
+from qexport.calibration.reading.text import PAIR, SCORE, TextSource, first_record, read_scores
+from qexport.calibration.reading.windows import WindowSource
 from qexport.errors import DataInvalid
 
 

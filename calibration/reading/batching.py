@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.calibration.spec import MASK, Sample, sample_digest
+from qexport.calibration.reading.spec import MASK, Sample, sample_digest
 from qexport.errors import UsageError
 
 Batch: TypeAlias = tuple[list[int], dict[str, NDArray[Any]]]  # positions of the samples, input name to [batch, ...]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.calibration.spec import IDS, MASK, DataSpec, InputSpec, Sample, describe_all
+from qexport.calibration.reading.spec import IDS, MASK, DataSpec, InputSpec, Sample, describe_all
 from qexport.errors import DataInvalid, QexportError
 from qexport.safe_io import open_file, read_bytes
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.calibration.spec import MASK, Sample
+from qexport.calibration.reading.spec import MASK, Sample
 from qexport.errors import ModelInvalid
 from qexport.runtime.session import Session
 

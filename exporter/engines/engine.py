@@ -22,10 +22,10 @@ import onnx
 import onnx_ir as ir
 
 from qexport.errors import BuildFailed, EnvironmentMismatch, IntegrityError, ResourceExhausted, UnsafeInput, UsageError
-from qexport.exporter.device import find_gpus
-from qexport.exporter.engine_messages import Messages, Phases, Progress, describe, listed, readable
-from qexport.exporter.engine_rules import domain_of, find_faults
-from qexport.exporter.profiles import Profile
+from qexport.exporter.engines.device import find_gpus
+from qexport.exporter.engines.messages import Messages, Phases, Progress, describe, listed, readable
+from qexport.exporter.engines.profiles import Profile
+from qexport.exporter.engines.rules import domain_of, find_faults
 from qexport.exporter.result import EngineInfo
 from qexport.safe_io import digest_bytes, open_beneath, read_bytes
 

@@ -18,9 +18,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from qexport.calibration.collect import numbered, stream
-from qexport.calibration.data import Sample
-from qexport.calibration.patches import Patch, patch_of
+from qexport.calibration.reading.data import Sample
+from qexport.calibration.statistics.collect import numbered, stream
+from qexport.calibration.statistics.patches import Patch, patch_of
 from qexport.errors import DataInvalid
 from qexport.passes.placement import Site
 

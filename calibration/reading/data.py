@@ -12,11 +12,9 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.calibration.read_arrays import open_arrays, read_members
-from qexport.calibration.read_images import PIXELS, open_folder, open_pixels
-from qexport.calibration.read_text import READERS, open_text
-from qexport.calibration.read_windows import open_windows
-from qexport.calibration.spec import (
+from qexport.calibration.reading.arrays import open_arrays, read_members
+from qexport.calibration.reading.images import PIXELS, open_folder, open_pixels
+from qexport.calibration.reading.spec import (
     MASK,
     DataSpec,
     ImageSpec,
@@ -26,6 +24,8 @@ from qexport.calibration.spec import (
     input_specs,
     sample_digest,
 )
+from qexport.calibration.reading.text import READERS, open_text
+from qexport.calibration.reading.windows import open_windows
 from qexport.errors import DataInvalid, IntegrityError, QexportError, ResourceExhausted
 
 __all__ = [

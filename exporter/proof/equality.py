@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.calibration.execute import open_model
-from qexport.calibration.spec import MASK
+from qexport.calibration.reading.spec import MASK
+from qexport.calibration.running.execute import open_model
 from qexport.errors import BuildFailed
 from qexport.passes.base import Pass
 from qexport.passes.pipeline import Step

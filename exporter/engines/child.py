@@ -28,12 +28,12 @@ from typing import IO, Any
 from pydantic import TypeAdapter
 
 from qexport.errors import BuildFailed, NativeCrash, QexportError, ResourceExhausted
-from qexport.exporter.engine import EngineOptions, build_engine, load_module
-from qexport.exporter.engine_messages import listed
+from qexport.exporter.engines.engine import EngineOptions, build_engine, load_module
+from qexport.exporter.engines.messages import listed
 from qexport.exporter.result import EngineInfo
 from qexport.safe_io import digest_file, write_bytes
 
-_COMMAND = (sys.executable, "-P", "-m", "qexport.exporter.engine_child")
+_COMMAND = (sys.executable, "-P", "-m", "qexport.exporter.engines.child")
 _SECRET = re.compile("AUTH|CREDENTIAL|KEY|PASSW|PROXY|SECRET|TOKEN", re.IGNORECASE)
 _ERRORS = {kind.__name__: kind for kind in list[type[QexportError]]([QexportError, *QexportError.__subclasses__()])}
 _SIGNALS = {number.value: number.name for number in signal.Signals}

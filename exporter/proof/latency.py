@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.calibration.execute import open_model
+from qexport.calibration.running.execute import open_model
 from qexport.exporter.result import Latency
 from qexport.passes.target import Target
 from qexport.runtime.session import Session, SessionOptions, available_providers

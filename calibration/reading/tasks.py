@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.calibration.spec import IDS, LOGITS, MASK
+from qexport.calibration.reading.spec import IDS, LOGITS, MASK
 from qexport.errors import BuildFailed, DataInvalid
 
 Feeds: TypeAlias = Mapping[str, NDArray[Any]]  # input name to [batch, ...]

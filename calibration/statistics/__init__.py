@@ -1,0 +1,1 @@
+"""What is kept of the values that were seen, and what is derived from it."""

@@ -1,0 +1,1 @@
+"""Engines for TensorRT, standard and RTX, built in a child process."""
