@@ -212,4 +212,7 @@ def _warnings(data: Dataset | None, judge: Judge | None) -> Iterator[str]:
     if judge is None:
         yield "no data: quality was not measured; give --eval"
     elif not judge.held_out:
-        yield "quality was measured on samples that calibration has seen too; give held-out ones with --eval"
+        seen = set() if data is None else set(data.digests)
+        count, total = sum(digest in seen for digest in judge.data.digests), len(judge.data)
+        which = "" if count == total else f", {count} of {total}"
+        yield f"quality was measured on samples that calibration has seen too{which}; give held-out ones with --eval"

@@ -83,6 +83,15 @@ def test_data_to_judge_by_is_held_out_only_if_calibration_has_none_of_it(tmp_pat
     assert any("calibration has seen" in warning for warning in opened.warnings) != held_out
 
 
+def test_the_warning_counts_the_samples_that_calibration_has_seen(tmp_path):
+    calib, other = tmp_path / "a.npz", tmp_path / "b.npz"
+    x = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+    np.savez(calib, x=x)
+    np.savez(other, x=np.concatenate([x[:3], x + 1]))
+    opened = open_samples(source(tmp_path), int8(), calib, other)
+    assert any("has seen too, 3 of 23;" in warning for warning in opened.warnings)
+
+
 def test_a_recipe_that_calibrates_wants_data_and_another_does_not(tmp_path):
     with pytest.raises(UsageError, match="needs calibration data"):
         open_samples(source(tmp_path), int8(), None, None)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+FILE_WIDTH = 200  # characters
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -43,10 +45,16 @@ def print_json(value: BaseModel | dict[str, Any]) -> None:
 
 
 def make_console(*, stderr: bool = False) -> Console:
-    """Return a console that prints text as it is; rich minds NO_COLOR, TERM and whether it is a terminal."""
+    """Return a console that prints text as it is; rich minds NO_COLOR, TERM and whether it is a terminal.
+
+    Where it is none, and nobody says how wide it is, tables may be as wide as the names in them.
+    """
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = FILE_WIDTH
+    return console
 
 
 def make_table(header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> Table:
