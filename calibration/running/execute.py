@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,16 +24,16 @@ def open_model(model: ir.Model, options: SessionOptions | None = None, taps: Seq
 
     The model is not changed. Weights are handed over by reference, so peak memory holds them once
     (plus what onnxruntime packs for itself). On a CPU, bfloat16 is emulated in float32, and so is float16 where
-    ``options`` ask for a literal run.
+    ``options`` ask for a literal run. Its threads do not spin, as other sessions run in turn with it.
     """
-    asked = options or SessionOptions()
+    asked = replace(options or SessionOptions(), spin=False)
     work = model.clone()
     if asked.literal:
         dequantize_weights(work, taps)
     if asked.providers[0] == "CPUExecutionProvider":
         emulate(work, SHORT if asked.literal else (ir.DataType.BFLOAT16,))
     proto, weights = take_apart(work, taps)
-    return Session(proto.SerializeToString(), options, weights)
+    return Session(proto.SerializeToString(), asked, weights)
 
 
 def skeleton(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
