@@ -44,7 +44,7 @@ class SessionOptions:
 
     Attributes:
         threads: Threads inside one operator; 0 lets onnxruntime choose.
-        spin: Whether threads without work wait in a loop. A session alone answers sooner by it; of two sessions that run
+        spin: Whether threads without work wait in a loop. A session alone answers sooner by it; of two that run
             in turn, each takes the processor from the other.
         providers: Execution providers in order of preference.
         optimize: Whether onnxruntime may rewrite the graph.

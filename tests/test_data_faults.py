@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.numpy import save, save_file
 
-from qexport.calibration import data as data_module
+from qexport.calibration.reading import data as data_module
 from qexport.calibration.reading.data import DataSpec, ImageSpec, InputSpec, open_dataset, sample_digest
 from qexport.errors import DataInvalid, IntegrityError, ResourceExhausted, UnsafeInput
 

@@ -79,7 +79,7 @@ class _Tally:
 def compare(
     reference: ir.Model, result: ir.Model, judge: Judge, target: Target, advance: Callable[[int], None] = lambda n: None
 ) -> Quality:
-    """Run both models over all samples, in padded batches of 32, and compare every output that has a row per sample.
+    """Run both models over all samples, in padded batches of 16, and compare every output that has a row per sample.
 
     The main output is the first vector. Where the result leaves that one alone and changes others, it is the worst of
     those. Files for engines run with their Q/DQ nodes taken literally, which is what an engine is built from.
