@@ -1,15 +1,16 @@
+from functools import partial
 from itertools import product
 
+import helpers
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
+from helpers import Samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.calibration.adaround import ON_GRID, AdaRound
 from qexport.calibration.layers import kernel_of
-from qexport.calibration.reading.data import sample_digest
 from qexport.calibration.rounding import Steps, learn
 from qexport.calibration.statistics.patches import Patch
 from qexport.errors import UsageError
@@ -19,28 +20,10 @@ from qexport.passes.numbers.weights import quantize_weight
 from qexport.passes.quantize import Quantize
 from qexport.passes.weight_only import WeightOnly
 
+model_from = partial(helpers.model_from, opset=21)
 RNG = np.random.default_rng(0)
 PLAIN = "g (float[n, s, 48] x) => (float[n, s, 40] y) { y = MatMul(x, w) }"
 ROUNDS = 100  # enough for small layers
-
-
-class Samples(list):
-    """Samples in memory."""
-
-    name = "memory"
-    digest = "sha256:0"
-    warnings = ()
-
-    @property
-    def digests(self):
-        return tuple(sample_digest(sample) for sample in self)
-
-
-def model_from(text, opset=21, **weights):
-    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : {opset}]>\n{text}')
-    for name, array in weights.items():
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
-    return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
 
 
 def normal(*shape, rng=RNG):

@@ -1,11 +1,13 @@
+from functools import partial
+
+import helpers
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
+from helpers import Samples
 
 from qexport.calibration.awq import ALPHAS, SCALED_KEY, Awq, rounding_error, strength
 from qexport.calibration.few_bits import UNSEEN
-from qexport.calibration.reading.data import sample_digest
 from qexport.calibration.statistics.gram import Gram
 from qexport.errors import UsageError
 from qexport.passes.folding.channels import Fold
@@ -13,22 +15,11 @@ from qexport.passes.numbers.groups import Grid
 from qexport.passes.weight_only import WeightOnly
 from qexport.runtime.session import Session, SessionOptions
 
+model_from = partial(helpers.model_from, opset=21)
 RNG = np.random.default_rng(0)
 NORM = """g (float[n, s, 64] x) => (float[n, s, 48] y, float[n, s, 32] z) {
     h = LayerNormalization <axis = -1> (x, gain, beta)  y = MatMul(h, w)  z = MatMul(h, v) }"""
 GELU = "g (float[n, s, 64] x) => (float[n, s, 32] y) { h = MatMul(x, w)  r = Gelu(h)  y = MatMul(r, v) }"
-
-
-class Samples(list):
-    """Samples in memory."""
-
-    name = "memory"
-    digest = "sha256:0"
-    warnings = ()
-
-    @property
-    def digests(self):
-        return tuple(sample_digest(sample) for sample in self)
 
 
 def normal(*shape):
@@ -37,13 +28,6 @@ def normal(*shape):
 
 def dataset(count=40):
     return Samples({"x": normal(12, 64)} for _ in range(count))
-
-
-def model_from(text, **weights):
-    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]>\n{text}')
-    for name, array in weights.items():
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
-    return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
 
 
 def normed():

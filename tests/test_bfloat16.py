@@ -1,5 +1,7 @@
 import re
+from functools import partial
 
+import helpers
 import ml_dtypes
 import numpy as np
 import onnx
@@ -19,6 +21,7 @@ from qexport.passes.numbers.range import RANGE_KEY, Range
 from qexport.passes.quantize import Quantize
 from qexport.runtime.session import SessionOptions
 
+model_from = partial(helpers.model_from, opset=22)
 RNG = np.random.default_rng(0)
 F32, F16, BF16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 NUMPY = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -39,13 +42,6 @@ LAYER = """g (float[n, s, 32] x, int64[n, s] m) => (float[n, s, 32] y) {
 
 def normal(*shape):
     return RNG.standard_normal(shape).astype(np.float32)
-
-
-def model_from(text, opset=22, **weights):
-    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : {opset}]>\n{text}')
-    for name, array in weights.items():
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(array), name))
-    return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
 
 
 def layer():

@@ -9,25 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-
-import qexport.cli
-
-
-def save_model(path: Path) -> Path:
-    text = """<ir_version: 10, opset_import: ["" : 21]>
-    g (float[n, 32] x) => (float[n, 32] y) { h = MatMul(x, w)
-        y = Relu(h) }"""
-    proto = onnx.parser.parse_model(text)
-    weight = np.random.default_rng(0).standard_normal((32, 32)).astype(np.float32)
-    proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
-    path.write_bytes(proto.SerializeToString())
-    return path
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    code = qexport.cli.run(list(arguments))
-    told = capsys.readouterr()
-    return code, told.out, told.err
+from helpers import call, save_model
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from helpers import Samples
 
 from qexport.calibration.calibrate import Calibrate
 from qexport.calibration.reading.data import sample_digest
@@ -16,18 +17,6 @@ from qexport.passes.numbers.range import RANGE_KEY, SQNR_KEY
 RNG = np.random.default_rng(0)
 TAPS = {"x": (), "r": ()}
 TEXT = "g (float[n, s, 32] x) => (float[n, s, 16] y) { h = MatMul(x, w)  r = Relu(h)  y = MatMul(r, v) }"
-
-
-class Samples(list):
-    """Samples in memory."""
-
-    name = "memory"
-    digest = "sha256:0"
-    warnings = ()
-
-    @property
-    def digests(self):
-        return tuple(sample_digest(sample) for sample in self)
 
 
 def model_from(text=TEXT, **weights):

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
-import numpy as np
-import onnx
 import pytest
 from click.testing import CliRunner
+from helpers import call, save_model
 
 import qexport.cli
 from qexport.cli import build as build_module
@@ -42,17 +41,6 @@ FLAGS = {
 """Every documented flag of ``build`` with a value."""
 
 
-def save_model(path: Path) -> Path:
-    text = """<ir_version: 10, opset_import: ["" : 21]>
-    g (float[n, 32] x) => (float[n, 32] y) { h = MatMul(x, w)
-        y = Relu(h) }"""
-    proto = onnx.parser.parse_model(text)
-    weight = np.random.default_rng(0).standard_normal((32, 32)).astype(np.float32)
-    proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
-    path.write_bytes(proto.SerializeToString())
-    return path
-
-
 def run(*arguments: str | bytes, folder: Path | None = None, **environment: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         [sys.executable, "-m", "qexport", *arguments],
@@ -62,12 +50,6 @@ def run(*arguments: str | bytes, folder: Path | None = None, **environment: str)
         timeout=120,
         check=False,
     )
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    code = qexport.cli.run(list(arguments))
-    told = capsys.readouterr()
-    return code, told.out, told.err
 
 
 def test_the_command_line_and_its_help_import_nothing_heavy() -> None:

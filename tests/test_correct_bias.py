@@ -1,13 +1,12 @@
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
+from helpers import Samples, model_from
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.calibration.calibrate import Calibrate
 from qexport.calibration.correct import NO_BIAS, CorrectBias, correction
-from qexport.calibration.reading.data import sample_digest
 from qexport.calibration.running.execute import open_model
 from qexport.calibration.running.literal import dequantized
 from qexport.errors import UsageError
@@ -17,25 +16,6 @@ from qexport.runtime.session import SessionOptions
 
 RNG = np.random.default_rng(0)
 PLAIN = "g (float[n, s, 32] x) => (float[n, s, 24] y) { h = MatMul(x, w)  y = Add(h, b) }"
-
-
-class Samples(list):
-    """Samples in memory."""
-
-    name = "memory"
-    digest = "sha256:0"
-    warnings = ()
-
-    @property
-    def digests(self):
-        return tuple(sample_digest(sample) for sample in self)
-
-
-def model_from(text, opset=20, **weights):
-    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : {opset}]>\n{text}')
-    for name, array in weights.items():
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
-    return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
 
 
 def normal(*shape, rng=RNG):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import npy_bytes, npz_bytes, write, zip_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -29,18 +30,6 @@ F32 = np.dtype(np.float32)
 X = (InputSpec("x", F32, (None, 3)),)
 PICTURE = (InputSpec("pixels", F32, (None, 3, 4, 4)),)
 VALUES = np.arange(12, dtype=np.float32).reshape(4, 3)
-
-
-def npy_bytes(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
-
-
-def npz_bytes(**arrays: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    return buffer.getvalue()
 
 
 def npy_header(shape: str, descr: str = "'<f4'", order: str = "False") -> bytes:
@@ -63,11 +52,6 @@ def deflated(header: bytes, zeros_mib: int) -> bytes:
     head = packer.compress(header) + packer.flush(zlib.Z_FULL_FLUSH)
     block = packer.compress(bytes(1 << 20)) + packer.flush(zlib.Z_FULL_FLUSH)
     return head + block * zeros_mib + packer.flush()
-
-
-def write(path: Path, content: bytes | str) -> Path:
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
 
 
 @contextmanager
@@ -94,13 +78,6 @@ class Payload:
 def object_npy(target: Path) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, np.array([Payload(target)], dtype=object), allow_pickle=True)
-    return buffer.getvalue()
-
-
-def zip_bytes(name: str, content: bytes) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr(name, content)
     return buffer.getvalue()
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import os
-import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import npy_bytes, npz_bytes, write, zip_bytes
 
 from qexport.calibration.reading.data import DataSpec, ImageSpec, InputSpec, open_dataset
 from qexport.calibration.reading.evaluation import open_evaluation
@@ -19,31 +17,6 @@ X = (InputSpec("x", F32, (None, 3)),)
 TEXT = (InputSpec("input_ids", I64, (None, None)),)
 PICTURE = (InputSpec("pixels", F32, (None, 3, 4, 4)),)
 VALUES = np.arange(12, dtype=np.float32).reshape(4, 3)
-
-
-def npy_bytes(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
-
-
-def npz_bytes(**arrays: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    return buffer.getvalue()
-
-
-def zip_bytes(name: str, content: bytes) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr(name, content)
-    return buffer.getvalue()
-
-
-def write(path: Path, content: bytes | str) -> Path:
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
 
 MISFITS = {
     "missing": (

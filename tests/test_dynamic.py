@@ -3,6 +3,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from helpers import session
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hn
@@ -32,15 +33,6 @@ def normal(*shape):
 
 def product(w, inner="32"):
     return model_from(f"g (float[n, s, {inner}] x) => (float[n, s, m] y) {{ y = MatMul(x, w) }}", w=w)
-
-
-def session(model, path=None):
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    if path is not None:
-        options.optimized_model_filepath = str(path)
-    data = ir.to_proto(model).SerializeToString()
-    return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
 def run(model, **feeds):

@@ -5,6 +5,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from helpers import model_from
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,13 +20,6 @@ CHAIN = """g (float[n, 16, 12, 12] x) => (float y) {
 MOBILE = """g (float[n, 16, 12, 12] x) => (float y) {
     a = Conv (x, w, b)  p = Relu(a)  d = Conv <group = 32, pads = [1, 1, 1, 1]> (p, u, e)
     q = LeakyRelu <alpha = 0.1> (d)  y = Conv (q, v, c) }"""
-
-
-def model_from(text, **weights):
-    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 20]>\n{text}')
-    for name, array in weights.items():
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
-    return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
 
 
 def normal(*shape):

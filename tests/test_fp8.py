@@ -8,6 +8,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from helpers import Samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto as T
@@ -15,7 +16,6 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from qexport.calibration.calibrate import Calibrate
-from qexport.calibration.reading.spec import sample_digest
 from qexport.calibration.statistics.histogram import Histogram
 from qexport.calibration.statistics.methods import METHODS, mse
 from qexport.errors import UsageError
@@ -40,18 +40,6 @@ E4M3 = ml_dtypes.float8_e4m3fn
 GRID = np.arange(127, dtype=np.uint8).view(E4M3).astype(np.float64)  # 0, 2^-9, ..., 448
 RNG = np.random.default_rng(0)
 PRODUCT = "g (float[n, 32] x) => (float[n, 24] y) { y = MatMul(x, w) }"
-
-
-class Samples(list):
-    """Samples in memory."""
-
-    name = "memory"
-    digest = "sha256:0"
-    warnings = ()
-
-    @property
-    def digests(self):
-        return tuple(sample_digest(sample) for sample in self)
 
 
 def normal(*shape):

@@ -5,12 +5,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from helpers import Samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.calibration.few_bits import UNSEEN, every
 from qexport.calibration.gptq import ROUNDING_KEY, Gptq
-from qexport.calibration.reading.data import open_dataset, sample_digest
+from qexport.calibration.reading.data import open_dataset
 from qexport.calibration.reading.spec import DataSpec, input_specs
 from qexport.calibration.statistics.gram import by_tap, grams
 from qexport.errors import UsageError
@@ -24,18 +25,6 @@ from qexport.runtime.session import Session, SessionOptions
 RNG = np.random.default_rng(0)
 CHAIN = "g (float[n, s, 64] x) => (float[n, s, 32] y) { h = MatMul(x, w)  r = Relu(h)  y = MatMul(r, v) }"
 GRIDS = [Grid(4, 8), Grid(3, 4, symmetric=False), Grid(3), Grid(8, 12)]
-
-
-class Samples(list):
-    """Samples in memory."""
-
-    name = "memory"
-    digest = "sha256:0"
-    warnings = ()
-
-    @property
-    def digests(self):
-        return tuple(sample_digest(sample) for sample in self)
 
 
 def normal(*shape):

@@ -1,9 +1,9 @@
 import tracemalloc
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
+from helpers import model_from
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,13 +20,6 @@ CHAIN = "g (float[n, s, 32] x) => (float[n, s, 16] y) { h = MatMul(x, w)  r = Re
 
 def normal(*shape):
     return RNG.standard_normal(shape).astype(np.float32)
-
-
-def model_from(text, **weights):
-    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 20]>\n{text}')
-    for name, array in weights.items():
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
-    return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
 
 
 def chain():

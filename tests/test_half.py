@@ -5,6 +5,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from helpers import model_from
 from safetensors.numpy import save_file
 
 from qexport.exporter.load import load_model
@@ -14,13 +15,6 @@ from qexport.passes.quantize import Quantize
 
 RNG = np.random.default_rng(0)
 F16, F32 = ir.DataType.FLOAT16, ir.DataType.FLOAT
-
-
-def model_from(text, opset=20, **weights):
-    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : {opset}]>\n{text}')
-    for name, array in weights.items():
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
-    return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
 
 
 def normal(*shape):

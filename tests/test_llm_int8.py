@@ -3,8 +3,8 @@ import dataclasses
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
+from helpers import session
 from onnx.reference import ReferenceEvaluator
 
 from qexport.errors import UsageError
@@ -51,15 +51,6 @@ def observed(model, **seen):
 
 def product(x, w=None, **options):
     return observed(model_from(TEXT, **options, w=normal(32, 24) if w is None else w), x=x)
-
-
-def session(model, path=None):
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    if path is not None:
-        options.optimized_model_filepath = str(path)
-    data = ir.to_proto(model).SerializeToString()
-    return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
 
 def run(model, **feeds):

@@ -2,8 +2,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from helpers import Samples
 
-from qexport.calibration.reading.spec import sample_digest
 from qexport.calibration.reading.tasks import Top1
 from qexport.errors import DataInvalid, GateFailed
 from qexport.exporter.proof.latency import measure
@@ -12,18 +12,6 @@ from qexport.passes.target import find_target
 
 RNG = np.random.default_rng(0)
 TARGET = find_target("ort-cpu")
-
-
-class Samples(list):
-    """Samples in memory."""
-
-    name = "memory"
-    digest = "sha256:0"
-    warnings = ()
-
-    @property
-    def digests(self):
-        return tuple(sample_digest(sample) for sample in self)
 
 
 def model_from(text, **weights):

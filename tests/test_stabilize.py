@@ -1,3 +1,6 @@
+from functools import partial
+
+import helpers
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -11,15 +14,9 @@ from qexport.passes.half import Half
 from qexport.passes.numbers.extreme import EXTREME_KEY
 from qexport.passes.stabilize import HIDDEN, Stabilize
 
+model_from = partial(helpers.model_from, opset=22)
 LOWEST = float(np.finfo(np.float32).min)
 SIZE = 6
-
-
-def model_from(text, opset=22, **weights):
-    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : {opset}]>\n{text}')
-    for name, array in weights.items():
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(array), name))
-    return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
 
 
 def run(model, **feeds):

@@ -5,6 +5,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from helpers import model_from
 
 from qexport.passes.quantize import Quantize
 
@@ -15,13 +16,6 @@ TWO = """g (int64[n] a, int64[m] b) => (float[n, 64] y, float[m, 64] z) {
 
 def normal(*shape):
     return RNG.standard_normal(shape).astype(np.float32)
-
-
-def model_from(text, **weights):
-    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 20]>\n{text}')
-    for name, array in weights.items():
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
-    return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
 
 
 def run(model, **feeds):
