@@ -4,10 +4,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from helpers import Samples
 from onnx.reference import ReferenceEvaluator
 
 from qexport.calibration.extremes import Extremes, observe
-from qexport.calibration.reading.data import sample_digest
 from qexport.errors import DataInvalid
 from qexport.exporter.recipe import instantiate, load_recipe, needs, override
 from qexport.passes.numbers.extreme import EXTREME_KEY, extreme_of
@@ -17,16 +17,6 @@ RNG = np.random.default_rng(0)
 TEXT = """g (float[n, s, 32] x, int64[n, s] m) => (float[n, s, 16] y) {
     h = MatMul(x, w)  r = Relu(h)  k = Neg(r)  f = Cast <to = 1> (m)  u = Unsqueeze(f, last)  p = Mul(k, u)
     y = MatMul(p, v) }"""
-
-
-class Samples(list):
-    name = "memory"
-    digest = "sha256:0"
-    warnings = ()
-
-    @property
-    def digests(self):
-        return tuple(sample_digest(sample) for sample in self)
 
 
 def model_from(text=TEXT, opset=20, **weights):
