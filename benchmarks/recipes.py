@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import measure
@@ -48,6 +49,7 @@ MODELS = {
 NOTE = (
     "One build for each row, all recipes at their defaults. all-MiniLM-L6-v2: Spearman x100 on the STS-B test set and "
     "cosine to fp32's embedding; the decoder of samples/decoder: perplexity on held-out text and cosine of its logits. "
+    "Smoothed, Mul left: layers whose scales were folded, and Mul nodes that this added to the graph. "
     "Speed is the build's own paired latency in onnxruntime on the CPU, for the CPU target alone. Engines are built, "
     "not run."
 )
@@ -75,7 +77,26 @@ def build(model: str, recipe: str, target: str) -> dict[str, Any]:
         "seconds": time.perf_counter() - start,
         "rss": measure.peak_rss(),
         "quantized": result.quantized,
+        "muls": left_over(source(), recipe, target, calibration),
     }
+
+
+def left_over(path: Path, name: str, target: str, calibration: Path) -> tuple[int, int] | None:
+    """How many values ``smooth`` divides, and how many more Mul nodes the graph has after it."""
+    from qexport.exporter.load import load_source
+    from qexport.exporter.recipe import instantiate, load_recipe, override
+    from qexport.exporter.samples import open_samples
+    from qexport.passes.pipeline import run
+
+    source, recipe = load_source(path), override(load_recipe(name), [f"export.target={target}"])
+    steps = instantiate(recipe, {"data": open_samples(source, recipe, calibration, None).calibration})
+    at = next((index for index, (known, _) in enumerate(steps) if known == "smooth"), None)
+    if at is None:
+        return None
+    before, _ = run(source.model, steps[:at])
+    after, (record,) = run(before, steps[at : at + 1])
+    counts = [sum(node.op_type == "Mul" for node in model.graph.all_nodes()) for model in (before, after)]
+    return sum(decision.action == "folded" for decision in record.decisions), counts[1] - counts[0]
 
 
 def row(name: str, found: dict[str, Any]) -> measure.Row:
@@ -93,6 +114,7 @@ def row(name: str, found: dict[str, Any]) -> measure.Row:
         "file, MB": f"{found['bytes'] / 1e6:.1f}",
         "engine, MB": None if found["engine"] is None else f"{found['engine'] / 1e6:.1f}",
         "speed": None if found["speed"] is None else f"{found['speed']:.2f}x",
+        "smoothed, Mul left": None if found["muls"] is None else "{}, {}".format(*found["muls"]),
         "build, s": f"{found['seconds']:.0f}",
         "peak RSS, GB": f"{found['rss'] / 1e9:.2f}",
     }
