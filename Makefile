@@ -31,7 +31,7 @@ types: $(READY)
 budgets: $(READY)
 	$(BIN)/pytest -q tests/test_architecture.py
 
-# Measures on this machine, writes benchmarks/results and fills the tables of README.md.
+# Measures on this machine, writes benchmarks/results and fills the tables of README.md and docs/benchmarks.md.
 bench: $(READY) $(MINILM_READY)
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/resnet20.py

@@ -1,4 +1,4 @@
-"""Every shipped recipe on all-MiniLM-L6-v2 and on the decoder sample: one ``qexport build`` each, judged by itself.
+"""Shipped recipes on all-MiniLM-L6-v2 and on the decoder sample: one ``qexport build`` each, judged by itself.
 
 ``python benchmarks/recipes.py [MODEL:RECIPE:TARGET ...]`` builds the rows that are named, or all of them.
 """

@@ -1,1 +1,1 @@
-"""Run models: sessions over onnxruntime and engines."""
+"""Run models: sessions over onnxruntime, their profile, and the memory of a process that builds."""

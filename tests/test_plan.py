@@ -92,6 +92,23 @@ def test_the_recipe_extends_the_one_it_was_asked_for(folder):
     assert document["export"]["never_worse"] is False
 
 
+def test_what_chooses_layers_by_itself_is_off_and_stays_off_in_the_plan(folder):
+    (folder / "mine.toml").write_text(
+        PLAIN.replace(
+            '[[step]]\npass = "quantize"', '[[step]]\npass = "triage"\nshare = 0.0\n\n[[step]]\npass = "quantize"'
+        )
+    )
+    plan = publish_plan(question(folder, max_drop=100.0), folder / "plan.toml")
+    assert (plan.points[0].quantized, plan.points[0].kept) == (3, 0)
+    steps = tomllib.loads((folder / "plan.toml").read_text("utf-8"))["step"]
+    assert {"pass": "triage", "enabled": False} in steps
+    options = BuildOptions(output=folder / "out")
+    built = qexport.build(
+        folder / "model.onnx", recipe=folder / "plan.toml", calib=folder / "calib.npz", options=options
+    )
+    assert built.quantized == 3
+
+
 def test_names_that_were_kept_before_stay_kept(folder):
     (folder / "mine.toml").write_text(PLAIN.replace('"quantize"', '"quantize"\nkeep = ["h"]'))
     publish_plan(question(folder, min_cosine=0.995, labelled=False), folder / "plan.toml")

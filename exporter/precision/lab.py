@@ -23,6 +23,7 @@ from qexport.exporter.steps import find_pass
 from qexport.passes.target import Target, find_target
 
 MIN_SQNR = "min_sqnr"  # the option by which a quantizing pass leaves noisy nodes out
+CHOOSERS = ("triage",)  # steps that leave layers in float because of what they measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +116,8 @@ def open_lab(question: Question) -> Lab:
 def without_thresholds(recipe: Recipe) -> Recipe:
     """The recipe with nothing left in float because of its noise: what is measured decides."""
     names = {step.pass_: find_pass(step.pass_, recipe.name) for step in recipe.step if step.enabled}
-    return override(
-        recipe, [f"{name}.{MIN_SQNR}=0" for name, cls in names.items() if cls.quantizes and MIN_SQNR in cls.options()]
-    )
+    noisy = [f"{name}.{MIN_SQNR}=0" for name, cls in names.items() if cls.quantizes and MIN_SQNR in cls.options()]
+    return override(recipe, [*noisy, *(f"{name}.enabled=false" for name in CHOOSERS if name in names)])
 
 
 def _demand_choice(recipe: Recipe, samples: Samples) -> None:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from qexport.errors import GateFailed, UsageError
 from qexport.exporter.precision.bench import BuildBench
-from qexport.exporter.precision.lab import MIN_SQNR, Lab, Question
+from qexport.exporter.precision.lab import CHOOSERS, MIN_SQNR, Lab, Question
 from qexport.exporter.precision.regions import find_units
 from qexport.exporter.precision.sensitivity import LayerRow, layer_rows
 from qexport.exporter.product import KEEP, Product
@@ -248,10 +248,13 @@ def _point(product: Product, kept: int, quality: Quality, latency: Latency, *, f
 def recipe_document(lab: Lab, plan: Plan, extends: str) -> dict[str, Any]:
     """The plan as a recipe that extends the one it was made for; every quantizing step gets its own names."""
     mine = _by_step(lab.product, set(plan.keep))
-    steps, number = [], -1
+    steps: list[dict[str, Any]] = []
+    number = -1
     for step in lab.recipe.step:
         number += step.enabled
         cls = find_pass(step.pass_, lab.recipe.name)
+        if step.pass_ in CHOOSERS:
+            steps.append({"pass": step.pass_, "enabled": False})
         if not cls.quantizes:
             continue
         told: dict[str, Any] = {"pass": step.pass_}

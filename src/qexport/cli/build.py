@@ -32,7 +32,9 @@ class Asked(TypedDict):
 @click.argument("model", type=click.Path())
 @click.option("--int8", is_flag=True, help="The same as --recipe int8, which is what happens without either.")
 @click.option("--recipe", metavar="FILE", help="A recipe file, or the name of a shipped one (qexport recipe list).")
-@click.option("--calib", metavar="DATA", help="Calibration data: npz, npy, safetensors, jsonl, csv, folder of images.")
+@click.option(
+    "--calib", metavar="DATA", help="Calibration data: npz, npy, safetensors, jsonl, csv, txt, folder of images."
+)
 @click.option("--eval", "evaluation", metavar="DATA", help="Held-out data, with labels where there is a task.")
 @click.option("--target", metavar="NAME", help="Backend: tensorrt-rtx, tensorrt, ort-cpu, ort-cuda.")
 @click.option("--set", "settings", multiple=True, metavar="STEP.OPTION=VALUE", help="Override one option; repeatable.")

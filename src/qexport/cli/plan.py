@@ -39,7 +39,13 @@ class Asked(TypedDict):
 @click.option("--target", metavar="NAME", help="Backend: tensorrt-rtx, tensorrt, ort-cpu, ort-cuda.")
 @click.option("--samples", type=int, default=64, show_default=True, help="How many samples layers are measured on.")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), metavar="FILE", default=Path("plan.toml"), show_default=True
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    default=Path("plan.toml"),
+    show_default=True,
+    help="Where the recipe goes.",
 )
 @shared_flags
 def plan(model: str, **asked: Unpack[Asked]) -> None:

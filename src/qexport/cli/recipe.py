@@ -22,8 +22,9 @@ def list_(*, as_json: bool) -> None:
     if as_json:
         print_json({"schema": "qexport.recipes/1", "recipes": found})
         return
+    width = max(map(len, found))
     for name, description in found.items():
-        make_console().print(f"{name:<10} {description}")
+        make_console().print(f"{name:<{width}} {description}")
 
 
 @recipe.command()
