@@ -24,7 +24,8 @@ THRESHOLDS = (0, 20, 22, 24, 26)  # dB
 TARGETS = {"tensorrt-rtx": THRESHOLDS[1:], "ort-cpu": ()}  # thresholds tried with the default method
 NOTE = (
     "all-MiniLM-L6-v2, STS-B dev, 1500 pairs; 512 calibration sentences from STS-B train. Cosine to fp32's embedding. "
-    "The rows are before the cast to half precision and without triage; a node whose output has a lower SQNR than min_sqnr stays in float."
+    "The rows are before the cast to half precision and without triage; a node whose output has a "
+    "lower SQNR than min_sqnr stays in float."
 )
 EXCERPT = "64 sentences of STS-B dev"
 
