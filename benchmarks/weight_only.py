@@ -26,7 +26,7 @@ METHODS = {
     "AWQ": ("int4-awq", ()),
     "GPTQ": ("int4-gptq", ()),
     "GPTQ, whole ranges": ("int4-gptq", ("gptq.clip=false",)),
-    "GPTQ, every product behind float ones": ("int4-gptq", ("gptq.sequential=false",)),
+    "GPTQ, every product behind rounded ones": ("int4-gptq", ("gptq.sequential=true",)),
     "GPTQ, inputs in the order of storage": ("int4-gptq", ("gptq.act_order=false",)),
 }
 LAST = ("weight-only", "nf4", "half")

@@ -1,8 +1,9 @@
 """Choose the codes of weights by GPTQ: what ``weight-only`` stores afterwards, rounded for the least output error.
 
-Products are taken in the order of the graph, and those that read one value together. With ``sequential``, every value
-is measured on the model with all earlier products rounded already, so that later ones make up for what earlier ones
-lost (Frantar et al. 2022, section 3.3); the weights of the model itself stay as they are, and the codes go into notes.
+Products are taken in the order of the graph, and those that read one value together (Frantar et al. 2022). With
+``sequential``, every value is measured on the model with all earlier products rounded already, so that later ones make
+up for what earlier ones lost (section 4 there, "Setup"); the weights of the model itself stay as they are, and the
+codes go into notes.
 """
 
 from __future__ import annotations
@@ -54,8 +55,9 @@ class Gptq(FewBits):
     """Share of the Hessian's mean diagonal that is added to the diagonal."""
     act_order: bool = True
     """Whether inputs are rounded in the order of how much goes through them."""
-    sequential: bool = True
-    """Whether every product is measured behind rounded ones; the samples run once for each value that is read."""
+    sequential: bool = False
+    """Whether every product is measured behind rounded ones; the samples run once for each value that is read, many
+    times as long, and the decoder of the benchmarks does not gain by it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
