@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import qexport
 from qexport.exporter.inspect import inspect_model
 from qexport.exporter.options import BuildOptions
 from qexport.exporter.precision.lab import Question, open_lab
@@ -237,3 +238,25 @@ def test_inspect_and_sensitivity_see_the_merged_products(tmp_path):
     probe = open_probe(lab.product, lab.excerpt, lab.target)
     assert probe.unreached == ()
     assert all(0 < score.error < 1e-2 for score in measure_groups(probe, [["node m"], ["node o"]]))
+
+
+def test_a_stack_of_layers_is_built_though_a_last_bit_moves_codes_behind_it(tmp_path):
+    layers, rng = 6, np.random.default_rng(0)
+    body = "".join(f"h{i} = Gemm(r{i}, w{i}, b{i})  r{i + 1} = Relu(h{i})  " for i in range(layers))
+    text = f'<ir_version: 10, opset_import: ["" : 21]> g (float[n, 64] r0) => (float[n, 64] y) {{ {body} y = Abs(r6) }}'
+    proto = onnx.parser.parse_model(text)
+    for i in range(layers):
+        for name, array in (("w", rng.standard_normal((64, 64)) * np.sqrt(2 / 64)), ("b", rng.standard_normal(64))):
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(np.float32), f"{name}{i}"))
+    onnx.save(proto, tmp_path / "model.onnx")
+    np.savez(tmp_path / "calib.npz", r0=rng.standard_normal((48, 64)).astype(np.float32))
+    asked = BuildOptions(output=tmp_path / "out", set=("export.never_worse=false",))
+    result = qexport.build(
+        tmp_path / "model.onnx", recipe="int8", calib=tmp_path / "calib.npz", target="ort-cpu", options=asked
+    )
+    (step,) = (step for step in result.steps if step.name == "integer-products")
+    assert step.modified
+    assert [d.action for d in step.decisions] == ["fused"] * layers
+    assert result.quality.sqnr > 20  # of the float model, which is what every output is compared with
+    (file,) = (tmp_path / "out").glob("*.onnx")
+    assert [node.op_type for node in onnx.load(file).graph.node].count(FUSED) == layers
