@@ -5,12 +5,14 @@ import onnx
 import onnx_ir as ir
 import pytest
 from helpers import Samples
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qexport.calibration.calibrate import Calibrate
 from qexport.calibration.reading.data import sample_digest
 from qexport.calibration.statistics.collect import Statistics, collect
 from qexport.calibration.statistics.excerpts import LIMIT, Excerpts
-from qexport.calibration.statistics.store import Store
+from qexport.calibration.statistics.store import Entry, Store
 from qexport.errors import DataInvalid, UsageError
 from qexport.passes.numbers.range import RANGE_KEY, SQNR_KEY
 
@@ -229,6 +231,61 @@ def test_a_damaged_entry_is_passed_over_and_replaced(tmp_path, damage):
     entry.write_bytes(damage or sound[:1000])
     assert ranges(calibrated(model, data, store=Store(tmp_path))) == expected
     assert entry.read_bytes() == sound
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """An entry of a store, the bytes of its file and what they say."""
+    folder = tmp_path_factory.mktemp("store")
+    model, data = model_from(), samples(6)
+    entry = Store(folder).entry(model, TAPS, data.digests)
+    collect(model, TAPS, data, journal=entry)
+    return entry, entry.path.read_bytes(), told(entry.state)
+
+
+def told(state):
+    """Everything that a state says, to be compared."""
+    statistics, seen = state
+    return seen, [
+        (name, known.histogram.low, known.histogram.high, known.histogram.zeros, known.histogram.top)
+        + (known.histogram.counts.tobytes(), sorted((d, a.tobytes()) for d, a in known.excerpts.kept.items()))
+        for name, known in statistics.items()
+    ]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.floats(0, 1, exclude_max=True), st.booleans(), st.integers(1, 255))
+def test_one_damaged_byte_of_an_entry_never_changes_what_it_says(stored, place, head, damage):
+    entry, sound, expected = stored
+    position = int(place * (4096 if head else len(sound)))  # names and sizes stand in the head
+    entry.path.write_bytes(sound[:position] + bytes([sound[position] ^ damage]) + sound[position + 1 :])
+    state = entry.state
+    assert state is None or told(state) == expected
+
+
+def test_an_entry_under_the_name_of_another_counts_as_absent(stored):
+    entry, sound, expected = stored
+    other = Entry(entry.path.with_stem("0" * 64))
+    other.path.write_bytes(sound)
+    entry.path.write_bytes(sound)
+    assert other.state is None
+    assert told(entry.state) == expected
+
+
+def test_statistics_of_other_values_than_the_tapped_ones_are_passed_over():
+    model, data = model_from(), samples(6)
+    known = collect(model, TAPS, data)
+
+    class Other:
+        state = {"x": known["x"], "gone": known["r"]}, frozenset(data.digests)
+
+        def write(self, statistics, seen):
+            self.state = statistics, seen
+
+    journal = Other()
+    found = collect(model, TAPS, data, journal=journal)
+    assert found.keys() == journal.state[0].keys() == set(TAPS)
+    assert found["r"].histogram.high == known["r"].histogram.high
 
 
 def test_excerpts_hold_a_bounded_number_of_samples():

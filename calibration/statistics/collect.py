@@ -81,7 +81,7 @@ def collect(
     statistics = {name: Statistics(excerpts=Excerpts(window)) for name, window in taps.items()}
     done: set[bytes] = set()
     kept = journal.state if journal else None
-    if kept is not None:
+    if kept is not None and kept[0].keys() == statistics.keys():
         for name, known in kept[0].items():
             statistics[name].merge(known)
         done |= kept[1]

@@ -1,8 +1,8 @@
 """Statistics on disk, under the digest of what they were measured on: a second build reads them, a killed one goes on.
 
-One safetensors file per model, data and set of tapped values. It lists the digests of the samples it has seen; since
-statistics do not depend on order, going on means observing the samples that are missing. A file that cannot be read is
-passed over and written anew.
+One file per model, data and set of tapped values: a SHA-256 of its key and of what follows, then arrays as safetensors.
+It lists the digests of the samples it has seen; since statistics do not depend on order, going on means observing the
+samples that are missing. A file that cannot be read, or does not have its digest, is passed over and written anew.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from qexport.calibration.statistics.excerpts import Excerpts, Window
 from qexport.calibration.statistics.histogram import Histogram
 from qexport.errors import QexportError
 
-VERSION = "statistics/2"  # part of every key: a change of what is counted must change it
+VERSION = "statistics/3"  # part of every key: a change of what is counted must change it
 LIMIT = 4 << 30
+DIGEST = hashlib.sha256().digest_size
 
 State = tuple[dict[str, Statistics], frozenset[bytes]]  # statistics by value name, digests of the samples in them
 
@@ -47,7 +48,7 @@ class Store:
         """The journal of one measurement over the samples with these digests, if anything is to be kept."""
         if self.folder is None:
             return None
-        return Entry(self.folder / f"{key_of(model, taps, samples)}.safetensors")
+        return Entry(self.folder / f"{key_of(model, taps, samples)}.statistics")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class Entry:
     def state(self) -> State | None:
         """What is stored, if it is there and sound."""
         try:
-            return _unpack(load(safe_io.read_bytes(self.path, limit=LIMIT)))
+            return _unpack(load(self._open(safe_io.read_bytes(self.path, limit=LIMIT))))
         except (QexportError, SafetensorError, KeyError, ValueError, IndexError, TypeError):
             return None
 
@@ -68,9 +69,24 @@ class Entry:
         """Store a state, in place of an earlier one; a full disk or a read-only folder is no reason to stop."""
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            safe_io.write_bytes(self.path, save(_pack(statistics, seen)))
+            safe_io.write_bytes(self.path, self._seal(save(_pack(statistics, seen))))
         except (QexportError, OSError):
             return
+
+    def _seal(self, content: bytes) -> bytes:
+        return self._digest(content) + content
+
+    def _open(self, sealed: bytes) -> bytes:
+        """What was sealed under this key; a ``ValueError`` where a bit of it is another."""
+        digest, content = sealed[:DIGEST], sealed[DIGEST:]
+        if digest != self._digest(content):
+            raise ValueError("damaged")
+        return content
+
+    def _digest(self, content: bytes) -> bytes:
+        state = hashlib.sha256(self.path.stem.encode())
+        state.update(content)
+        return state.digest()
 
 
 def key_of(model: ir.Model, taps: Mapping[str, Window], samples: Iterable[bytes]) -> str:
