@@ -103,9 +103,8 @@ def test_what_chooses_layers_by_itself_is_off_and_stays_off_in_the_plan(folder):
     steps = tomllib.loads((folder / "plan.toml").read_text("utf-8"))["step"]
     assert {"pass": "triage", "enabled": False} in steps
     options = BuildOptions(output=folder / "out")
-    built = qexport.build(
-        folder / "model.onnx", recipe=folder / "plan.toml", calib=folder / "calib.npz", options=options
-    )
+    data = {"calib": folder / "calib.npz", "eval": folder / "eval.npz"}
+    built = qexport.build(folder / "model.onnx", recipe=folder / "plan.toml", **data, options=options)
     assert built.quantized == 3
 
 
@@ -120,6 +119,31 @@ def test_a_budget_that_int8_holds_keeps_nothing(folder):
     plan = publish_plan(question(folder, max_drop=100.0), folder / "plan.toml")
     assert plan.keep == ()
     assert plan.chosen == 0
+
+
+def test_a_mixture_that_is_not_finite_is_a_point_outside_the_budget(folder, capsys, monkeypatch):
+    rng = np.random.default_rng(1)
+    w, v, spread = rng.standard_normal((32, 32)) / 6, rng.random((32, 32)), np.ones(32)
+    spread[0], v[0] = 3000, 0  # in 8 bits the other channels are 0, and so is what Log gets
+    text = """<ir_version: 10, opset_import: ["" : 21]> g (float[n, 32] x) => (float[n, 32] y) {
+        h = MatMul(x, w)  t = Sigmoid(h)  s = Mul(t, spread)  k = MatMul(s, v)  y = Log(k) }"""
+    proto = onnx.parser.parse_model(text)
+    for name, array in {"w": w, "v": v, "spread": spread}.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array.astype(np.float32), name))
+    for node in proto.graph.node:
+        node.name = node.output[0]
+    onnx.save(proto, folder / "model.onnx")
+    plan = publish_plan(question(folder, max_drop=50.0), folder / "plan.toml")
+    assert plan.keep == ("k",)
+    first, chosen = plan.points[0], plan.points[plan.chosen]
+    assert (first.drop, first.cosine_mean, first.cosine_worst, first.fits, first.pareto) == (*[None] * 3, False, False)
+    assert (chosen.quantized, chosen.fits, chosen.pareto) == (1, True, True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.chdir(folder)
+    arguments = ["plan", "model.onnx", "--calib", "calib.npz", "--eval", "eval.npz", "--max-drop", "50"]
+    assert qexport.cli.run([*arguments, "--recipe", "mine.toml"]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "all 2 in int8" in line)
+    assert line.count("not finite") == 3
 
 
 def test_a_budget_that_nothing_holds_fails_and_writes_nothing(folder):
@@ -173,6 +197,13 @@ def test_milestones_lie_where_half_and_less_of_the_error_is_left():
     rows = [row("a", 0.6), row("b", 0.2), row("c", 0.12), row("d", 0.06), row("e", 0.02)]
     assert milestones(rows, [(name,) for name in "abcde"]) == [1, 2, 3, 4]
     assert milestones([row("a", 0.0), row("b", 0.0)], [("a",), ("b",)]) == [0]
+
+
+def test_a_layer_that_makes_infinity_goes_first_and_counts_in_no_share():
+    rows = [row("a", 0.6), row("b", 0.4), row("c", float("inf")), row("d", float("inf"))]
+    order = order_units(rows, [(name,) for name in "abcd"])
+    assert set(order[:2]) == {("c",), ("d",)}
+    assert milestones(rows, order) == [3, 4]
 
 
 def point(loss, size, time, *, foreign=False):

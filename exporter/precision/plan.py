@@ -42,8 +42,8 @@ class Point(_Record):
         quantized: How many layers are in few bits.
         kept: How many are left in float.
         drop: Loss of the task metric, if the data carries labels.
-        cosine_mean: Smallest mean cosine of any output.
-        cosine_worst: Smallest cosine of any sample at any output.
+        cosine_mean: Smallest mean cosine of any output; ``None`` where one holds NaN or infinity.
+        cosine_worst: Smallest cosine of any sample at any output, likewise.
         bytes: Size of the model.
         milliseconds: Latency of a typical batch.
         speedup: Against the model as it came, paired.
@@ -55,8 +55,8 @@ class Point(_Record):
     quantized: int
     kept: int
     drop: float | None
-    cosine_mean: float
-    cosine_worst: float
+    cosine_mean: float | None
+    cosine_worst: float | None
     bytes: int
     milliseconds: float
     speedup: float
@@ -67,7 +67,9 @@ class Point(_Record):
     @property
     def costs(self) -> tuple[float, int, float]:
         """What should be small: loss, size, time."""
-        loss = 1 - self.cosine_mean if self.drop is None else self.drop
+        loss = self.drop
+        if loss is None:
+            loss = math.inf if self.cosine_mean is None else 1 - self.cosine_mean
         return loss, self.bytes, 0.0 if self.foreign else self.milliseconds
 
 
@@ -120,16 +122,17 @@ class _Road:
         """Build, judge and time the point with ``count`` units in float, once; whether it is inside the budget."""
         if count not in self.points:
             product = self.lab.product if count == 0 else self.bench.again(self.names(count))
-            quality, latency = self.bench.judge(product), self.bench.time(product)
-            assert quality is not None
-            assert latency is not None
+            quality: Quality | None = None
             try:
+                quality = self.bench.judge(product)
                 check_gates(quality, self.lab.recipe.gates)
-            except GateFailed as error:
+            except GateFailed as error:  # also from the judge, where the result is not finite
                 self.failure = error
                 fits = False
             else:
                 fits = True
+            latency = self.bench.time(product)
+            assert latency is not None
             self.points[count] = _point(product, len(self.names(count)), quality, latency, fits=fits)
         return self.points[count].fits
 
@@ -190,11 +193,11 @@ def order_units(rows: Sequence[LayerRow], units: Sequence[Unit]) -> list[Unit]:
 
 
 def milestones(rows: Sequence[LayerRow], order: Sequence[Unit]) -> list[int]:
-    """How many units are in float where the errors of the others add up to each of ``SHARES``."""
+    """How many units are in float where the errors of the others add up to each of ``SHARES`` of what is finite."""
     error = {row.node: row.error for row in rows}
-    whole = sum(error.values())
+    whole = sum(number for number in error.values() if number < math.inf)
     parts = [sum(error[name] for name in unit) for unit in order]
-    left = [whole - sum(parts[:count]) for count in range(len(order) + 1)]
+    left = [sum(parts[count:]) for count in range(len(order) + 1)]
     found = {next(count for count, rest in enumerate(left) if rest <= share * whole + 1e-12) for share in SHARES}
     return sorted(found)
 
@@ -222,21 +225,22 @@ def choose(points: dict[int, Point]) -> int:
 
 
 def with_pareto(points: Sequence[Point]) -> list[Point]:
-    """The points, each with whether another one beats it."""
-    return [point.model_copy(update={"pareto": not any(_beats(other, point) for other in points)}) for point in points]
+    """The points, each with whether another one beats it; what is not finite is beaten by anything."""
+    beaten = (p.cosine_mean is None or any(_beats(other, p) for other in points) for p in points)
+    return [point.model_copy(update={"pareto": not lost}) for point, lost in zip(points, beaten, strict=True)]
 
 
 def _beats(one: Point, other: Point) -> bool:
     return one.costs != other.costs and all(a <= b for a, b in zip(one.costs, other.costs, strict=True))
 
 
-def _point(product: Product, kept: int, quality: Quality, latency: Latency, *, fits: bool) -> Point:
+def _point(product: Product, kept: int, quality: Quality | None, latency: Latency, *, fits: bool) -> Point:
     return Point(
         quantized=len(product.quantized),
         kept=kept,
-        drop=None if quality.task is None else quality.task.drop,
-        cosine_mean=quality.least_mean,
-        cosine_worst=quality.least,
+        drop=None if quality is None or quality.task is None else quality.task.drop,
+        cosine_mean=None if quality is None else quality.least_mean,
+        cosine_worst=None if quality is None else quality.least,
         bytes=ir.to_proto(product.model).ByteSize(),
         milliseconds=latency.result_ms,
         speedup=latency.speedup,

@@ -52,6 +52,7 @@ def publish_plan(question: Question, output: Path) -> Plan:
     lab = open_lab(question)
     plan = make_plan(question, lab)
     point = plan.points[plan.chosen]
+    assert point.cosine_mean is not None  # it fits
     loss = "" if point.drop is None else f"drop {point.drop:.3f}, "
     head = (
         f"# Made by qexport plan: {point.quantized} layers quantized, {point.kept} in float, {point.bytes} bytes.\n"

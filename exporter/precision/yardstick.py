@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,10 +17,10 @@ class Score:
     """Outputs against those of float.
 
     Attributes:
-        error: Squared error over squared signal.
+        error: Squared error over squared signal; infinite where an output is not finite.
         cosine_mean: Mean cosine over the samples.
         cosine_worst: The smallest.
-        drop: How much of the task metric is lost.
+        drop: How much of the task metric is lost; NaN where an output is not finite.
     """
 
     error: float
@@ -61,9 +62,9 @@ class Tally:
 
     def score(self) -> Score:
         """The numbers of all batches."""
-        error = self.noise / max(self.signal, 1e-30)
-        drop = None
-        if self.task is not None:
+        error = self.noise / max(self.signal, 1e-30) if math.isfinite(self.noise) else math.inf
+        drop = None if self.task is None or math.isfinite(error) else math.nan
+        if self.task is not None and math.isfinite(error):
             reference, result = (fold.score() for fold in self._folds)
             drop = reference - result if self.task.better == "higher" else result - reference
         return Score(error, float(np.mean(self._cosines)), float(np.min(self._cosines)), drop)

@@ -184,16 +184,19 @@ def take(samples: Iterable[Sample], count: int, rows: int | None = None) -> Iter
 
 
 def cosine(a: Vectors, b: Vectors) -> Vectors:
-    """Cosine of each row of ``a`` with the same row of ``b``; equal rows give 1, also two zero rows."""
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    products = (a * b).sum(axis=1)
+    """Cosine of each row of ``a`` with the same row of ``b``; 1 for equal rows, of zero too; NaN where not finite."""
     equal = (a == b).all(axis=1).astype(np.float64)
-    found: Vectors = np.where(norms > 0, products / np.where(norms > 0, norms, 1.0), equal)
+    with np.errstate(invalid="ignore"):
+        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        products = (a * b).sum(axis=1)
+        found: Vectors = np.where(norms > 0, products / np.where(norms > 0, norms, 1.0), equal)
     return found
 
 
 def decibel(signal: float, noise: float) -> float:
-    """``10 log10(signal / noise)``, at most 200."""
+    """``10 log10(signal / noise)``, within 200 either way."""
+    if noise == np.inf:
+        return -200.0
     return float(min(200.0, 10 * np.log10(max(signal, 1e-30) / max(noise, 1e-30))))
 
 

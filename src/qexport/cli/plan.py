@@ -76,9 +76,9 @@ def _print(console: Console, found: Plan, output: Path) -> None:
     rows = [
         (
             _name(point),
-            *([] if point.drop is None else [f"{point.drop:+.2f}"]),
-            f"{point.cosine_mean:.4f}",
-            f"{point.cosine_worst:.4f}",
+            *([_number(point.drop, "+.2f")] if found.task else []),
+            _number(point.cosine_mean, ".4f"),
+            _number(point.cosine_worst, ".4f"),
             human_bytes(point.bytes),
             f"{point.milliseconds:.3g} ms",
             "" if point.foreign else f"{point.speedup:.2f}x",
@@ -98,6 +98,10 @@ def _print(console: Console, found: Plan, output: Path) -> None:
     for warning in found.warnings:
         console.print(f"warning: {warning}")
     console.print(f"next: qexport build MODEL --recipe {output}")
+
+
+def _number(number: float | None, spec: str) -> str:
+    return "not finite" if number is None else format(number, spec)
 
 
 def _name(point: Point) -> str:
