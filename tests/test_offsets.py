@@ -291,6 +291,14 @@ def test_only_the_products_are_readers_that_a_sub_could_stand_before():
     assert find_readers(value_named(model, "x"), -1, 8) == "a product without a bias reads it"
 
 
+def test_a_value_that_no_product_reads_has_no_readers_but_a_reason():
+    model = build(
+        "x = Relu(a)  out = ConvTranspose(x, w, b)", "float[b, 8, 5, 5] a", "float[b, 8, p, q] out", w="8x8x3x3", b="8"
+    )
+    reason = "no product or convolution that could take the offset in reads it"
+    assert find_readers(value_named(model, "x"), 1, 8) == reason
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     offset=st.lists(st.floats(-8, 8), min_size=4, max_size=4),

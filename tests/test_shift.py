@@ -167,6 +167,23 @@ def test_images_are_centred_in_front_of_convolutions_without_padding(outlier_mod
         assert decision.reason == "Relu makes it, which has no bias"
 
 
+IMAGES = '<ir_version: 10, opset_import: ["" : 21]> g (float[n, 16, 9, 9] x) => '
+TURNED = IMAGES + "(float[n, 16, p, q] y) { h = Relu(x)  y = ConvTranspose<strides=[2, 2]>(h, w, b) }"
+BOTH = TURNED.replace("y)", "y, float[n, 16, r, s] z)").replace(" }", "  z = Conv(h, v, b) }")
+
+
+@pytest.mark.parametrize(("text", "read"), [(TURNED, {}), (BOTH, {"z": "centred"})], ids=["alone", "beside_a_conv"])
+def test_a_transposed_convolution_reads_what_it_read(outlier_model, text, read):
+    model = build(text, w=(16, 16, 3, 3), v=(16, 16, 3, 3), b=16)
+    data = outlier_model.Samples({"x": RNG.standard_normal((16, 9, 9)).astype(np.float32)} for _ in range(4))
+    (decision,) = shifted(model, data).decisions
+    reason = "Relu makes it, which has no bias"
+    told = ("folded", f"one Sub left: {reason}") if read else ("skipped", reason)
+    assert (decision.action, decision.reason) == told
+    readers = {node.name: node.inputs[0].name for node in model.graph if node.op_type.startswith("Conv")}
+    assert readers == {"y": "h"} | {name: f"h/{what}" for name, what in read.items()}
+
+
 def test_nodes_that_are_kept_and_values_that_nobody_saw_are_left_alone(data):
     model = build(NORM, **SIZES)
     assert [d.reason for d in Shift()(model).decisions] == ["no sample was observed at its input"]

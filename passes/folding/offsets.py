@@ -25,6 +25,7 @@ from qexport.passes.folding.flood import Blocked, Flood
 from qexport.passes.match import Dims, add_constant, array, consumer, dims, producer, sweep
 
 NO_BIAS = "a product without a bias reads it"
+NO_READER = "no product or convolution that could take the offset in reads it"
 NO_BRANCH = "a residual sum reads it whose other branch has no bias"
 
 
@@ -96,7 +97,12 @@ def find_offset(value: ir.Value, axis: int, count: int) -> Offset | str:
 
 
 def find_readers(value: ir.Value, axis: int, count: int) -> Offset | str:
-    """The terms of the products alone that read ``value``, for an offset that a node of its own takes off."""
+    """The terms of the products alone that read ``value``, for an offset that a node of its own takes off.
+
+    Returns:
+        At least one term, each with its product, or the reason why there is none. (What a transposed convolution makes
+        of an offset differs from position to position, so no bias undoes it.)
+    """
     shape = dims(value)
     if shape is None:
         return "the rank of its input is not known"
@@ -108,7 +114,7 @@ def find_readers(value: ir.Value, axis: int, count: int) -> Offset | str:
                 CONSUME[node.op_type](flood, node, index, ids)
     except Blocked as blocked:
         return str(blocked)
-    return Offset(tuple(flood.terms.values()), flood.ties(), flood.known)
+    return Offset(tuple(flood.terms.values()), flood.ties(), flood.known) if flood.terms else NO_READER
 
 
 @dataclass
