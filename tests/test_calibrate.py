@@ -246,11 +246,15 @@ def stored(tmp_path_factory):
 def told(state):
     """Everything that a state says, to be compared."""
     statistics, seen = state
-    return seen, [
-        (name, known.histogram.low, known.histogram.high, known.histogram.zeros, known.histogram.top)
-        + (known.histogram.counts.tobytes(), sorted((d, a.tobytes()) for d, a in known.excerpts.kept.items()))
-        for name, known in statistics.items()
-    ]
+    return seen, [(name, *numbers(known.histogram), *excerpts(known)) for name, known in statistics.items()]
+
+
+def numbers(histogram):
+    return histogram.low, histogram.high, histogram.zeros, histogram.top, histogram.counts.tobytes()
+
+
+def excerpts(known):
+    return sorted((digest, rows.tobytes()) for digest, rows in known.excerpts.kept.items())
 
 
 @settings(max_examples=300, deadline=None)
