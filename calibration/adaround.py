@@ -18,6 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.calibration.layers import KERNEL_KEY
+from qexport.calibration.least import check_least
 from qexport.calibration.reading.data import Dataset
 from qexport.calibration.rounding import Steps, learn
 from qexport.calibration.statistics.gram import by_tap, grams
@@ -67,9 +68,7 @@ class AdaRound(Pass):
     """Names of nodes that are left alone."""
 
     def __post_init__(self) -> None:
-        for name, least in (("iterations", 1), ("samples", 1), ("group", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_least("adaround", self, iterations=1, samples=1, group=0)
 
     def call(self, model: ir.Model) -> Outcome:
         """Round every layer with a constant weight; no data, or a group that does not fit, is a ``UsageError``."""

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.calibration.layers import KERNEL_KEY, Layer, sqnr
+from qexport.calibration.least import check_least
 from qexport.calibration.reading.data import Dataset
 from qexport.calibration.statistics.collect import Statistics, collect, workers
 from qexport.calibration.statistics.excerpts import Window
@@ -50,6 +51,9 @@ class Calibrate(Pass):
     """Whether products of two computed tensors are measured too; needed by quantize.attention."""
     format: Literal["fp8"] | None = None
     """8-bit numbers that ranges are searched for: unset, the integers that the target takes; as in quantize.format."""
+
+    def __post_init__(self) -> None:
+        check_least("calibrate", self, samples=1)
 
     def call(self, model: ir.Model) -> Outcome:
         """Leave a range on each value, and on each node the SQNR of its output and its weight before any rounding.

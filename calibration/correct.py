@@ -24,6 +24,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.calibration.layers import kernel_of
+from qexport.calibration.least import check_least
 from qexport.calibration.reading.data import Dataset, Sample
 from qexport.calibration.running.literal import dequantized
 from qexport.calibration.statistics.collect import numbered, stream
@@ -50,6 +51,9 @@ class CorrectBias(Pass):
     samples: int = 512
     insert: bool = False
     """Whether a product without a bias gets an Add; convolutions and Gemms take a bias at no cost."""
+
+    def __post_init__(self) -> None:
+        check_least("correct-bias", self, samples=1)
 
     def call(self, model: ir.Model) -> Outcome:
         """Correct every layer that ``quantize`` stored and ``calibrate`` knew; no data is a ``UsageError``."""

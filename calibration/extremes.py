@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
+from qexport.calibration.least import check_least
 from qexport.calibration.reading.data import Dataset, Sample
 from qexport.calibration.statistics.collect import Values, numbered, stream
 from qexport.errors import DataInvalid
@@ -42,6 +43,9 @@ class Extremes(Pass):
     advance: Callable[[], None] = field(default=lambda: None, metadata={"bound": True})
     target: str = "tensorrt-rtx"
     samples: int = 512
+
+    def __post_init__(self) -> None:
+        check_least("extremes", self, samples=1)
 
     def call(self, model: ir.Model) -> Outcome:
         """Leave a magnitude on each float value of the main graph that a sample reaches.

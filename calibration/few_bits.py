@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
+from qexport.calibration.least import check_least
 from qexport.calibration.reading.data import Dataset
 from qexport.calibration.statistics.gram import Gram, Tap, measure
 from qexport.errors import UsageError
@@ -48,9 +49,7 @@ class FewBits(Pass):
     """Names of nodes that are left alone; weight-only must keep them too if they are to stay in float."""
 
     def __post_init__(self) -> None:
-        for name, least in (("samples", 1), ("group", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_least(type(self).__name__.lower(), self, samples=1, group=0)
 
     def chosen(self, model: ir.Model) -> tuple[dict[Site, Grid], list[Decision]]:
         """The products to look at, each with its grid, and why others are not.

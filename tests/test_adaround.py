@@ -222,5 +222,5 @@ def test_bad_options_are_refused():
     with pytest.raises(UsageError, match="group 36 does not divide the 48 inputs"):
         AdaRound(data=data, bits=4, group=36)(model)
     for bad in ({"iterations": 0}, {"samples": 0}, {"group": -1}):
-        with pytest.raises(ValueError, match=next(iter(bad))):
+        with pytest.raises(UsageError, match=f"adaround.{next(iter(bad))}"):
             AdaRound(**bad)

@@ -241,7 +241,7 @@ def test_no_data_and_bad_options_are_usage_errors():
     with pytest.raises(UsageError, match="calibration data"):
         Gptq()(model_from())
     for wrong in ({"damping": -0.1}, {"damping": float("nan")}, {"samples": 0}, {"group": -1}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
+        with pytest.raises((UsageError, ValueError), match=next(iter(wrong))):
             Gptq(**wrong)
     with pytest.raises(UsageError, match="no node is called"):
         Gptq(data=dataset(), keep=("nothing",))(model_from())

@@ -18,6 +18,7 @@ from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
+from qexport.calibration.least import check_least
 from qexport.calibration.reading.data import Dataset
 from qexport.calibration.reading.spec import input_specs, static_batch
 from qexport.errors import UsageError
@@ -52,6 +53,7 @@ class Triage(Pass):
     """As in quantize.format."""
 
     def __post_init__(self) -> None:
+        check_least("triage", self, excerpt=1, most=0)
         if self.share is not None and not 0 <= self.share <= 1:
             raise UsageError(f"share is {self.share:g}, expected a number from 0 to 1", where="triage.share")
 
