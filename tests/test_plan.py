@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -166,6 +167,20 @@ def test_what_cannot_be_planned_is_refused_before_the_work(folder):
         publish_plan(question(folder, max_drop=1.0), folder / "gone" / "plan.toml")
     with pytest.raises(UsageError, match="no step that quantizes"):
         publish_plan(question(folder, max_drop=1.0, recipe="float16"), folder / "plan.toml")
+
+
+def test_overrides_that_the_recipe_would_not_hold_are_refused_and_gates_are_written(folder):
+    asked = question(folder, min_cosine=0.99)
+    (*gates,) = asked.options.set
+    for setting in ("quantize.min_sqnr=20", "export.engine=false"):
+        spoiled = replace(asked, options=replace(asked.options, set=(setting, *gates)))
+        with pytest.raises(UsageError, match=rf"cannot keep the override '{setting}'.*a recipe file that extends"):
+            publish_plan(spoiled, folder / "plan.toml")
+    assert not (folder / "plan.toml").exists()
+    more = replace(asked, options=replace(asked.options, set=(*gates, "gates.min_worst_cosine=0.9")))
+    publish_plan(more, folder / "plan.toml")
+    written = tomllib.loads((folder / "plan.toml").read_text("utf-8"))["gates"]
+    assert written == {"min_cosine": 0.99, "min_worst_cosine": 0.9}
 
 
 def test_the_command_prints_the_points_or_one_object(folder, capsys, monkeypatch):

@@ -40,10 +40,11 @@ def publish_plan(question: Question, output: Path) -> Plan:
     """Make a plan and write it as a recipe.
 
     Raises:
-        UsageError: The file could not be loaded as a recipe, or is the one that it would extend; overrides, which a
-            recipe that extends another would not hold.
+        UsageError: The file could not be loaded as a recipe, or is the one that it would extend; there are overrides
+            that are no gates, which a recipe that extends another would not hold.
         GateFailed: Nothing fits the budget; nothing is written.
     """
+    _refuse_overrides(question)
     extends = _reference(question.recipe, output)
     if output.suffix != ".toml":
         raise UsageError("the name of a recipe file must end in .toml", where=str(output))
@@ -61,6 +62,17 @@ def publish_plan(question: Question, output: Path) -> Plan:
     document = recipe_document(lab, plan, extends)
     write_text(output, "\n".join([head, *toml.dump(document)]) + "\n")
     return plan
+
+
+def _refuse_overrides(question: Question) -> None:
+    """The recipe holds its gates by itself; it would be measured with other overrides, and written without them."""
+    lost = [setting for setting in question.options.set if not setting.strip().startswith("gates.")]
+    if lost:
+        raise UsageError(
+            f"a plan cannot keep the override {lost[0]!r}",
+            where=f"--set {lost[0]}",
+            hint="write a recipe file that extends this one and has the setting, and plan with that",
+        )
 
 
 def _reference(recipe: str | Path, output: Path) -> str:
