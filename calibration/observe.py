@@ -20,7 +20,7 @@ from qexport.calibration.statistics.collect import numbered, stream
 from qexport.calibration.statistics.excerpts import Excerpts
 from qexport.errors import DataInvalid, UsageError
 from qexport.passes.base import Outcome, Pass
-from qexport.passes.folding.activation import ACTIVATION_KEY, Activation, activation_of
+from qexport.passes.folding.activation import ACTIVATION_KEY, MIXED, Activation
 from qexport.passes.placement import Site, plan
 from qexport.passes.target import find_target
 
@@ -40,15 +40,18 @@ class Observe(Pass):
     samples: int = 512
 
     def call(self, model: ir.Model) -> Outcome:
-        """Leave an ``Activation`` on each value that the target's sites read; no data is a ``UsageError``."""
+        """Leave an ``Activation`` on each value that the target's sites read; no data is a ``UsageError``.
+
+        A value whose readers have its channels on different axes is marked ``MIXED`` instead.
+        """
         if self.data is None:
             raise UsageError("looking at activations needs data", hint="give real samples with --calib")
         roots = [site for site in plan(model, find_target(self.target)).roots if site.weight is not None]
         found = observe(model, roots, islice(self.data, self.samples), self.advance)
         modified = False
-        for value, activation in found.items():
-            modified |= not _same(activation_of(value), activation)
-            value.meta[ACTIVATION_KEY] = activation
+        for value, note in found.items():
+            modified |= not _same(value.meta.get(ACTIVATION_KEY), note)
+            value.meta[ACTIVATION_KEY] = note
         return Outcome(model, modified)
 
 
@@ -81,29 +84,34 @@ class _Channels:
 
 def observe(
     model: ir.Model, sites: Iterable[Site], samples: Iterable[dict[str, Any]], advance: Callable[[], None]
-) -> dict[ir.Value, Activation]:
-    """Return what was seen of every value that ``sites`` read; what no sample reached is left out.
+) -> dict[ir.Value, Activation | str]:
+    """Return what was seen of every value that ``sites`` read, or ``MIXED``; what no sample reached is left out.
 
     Raises:
         DataInvalid: NaN or infinity, naming the sample and the value.
     """
-    values = {value.name or "": (value, _axis(site)) for site in sites for value in site.values}
-    known = {name: _Channels(axis) for name, (_, axis) in values.items()}
+    axes: dict[ir.Value, set[int]] = {}
+    for site in sites:
+        for value in site.values:
+            axes.setdefault(value, set()).add(_axis(site))
+    mixed = {value: MIXED for value, found in axes.items() if len(found) > 1}
+    values = {value.name or "": value for value in axes if value not in mixed}
+    known = {name: _Channels(min(axes[value])) for name, value in values.items()}
     for index, digest, found in stream(model, list(values), numbered(samples, advance)):
         for name, channels in known.items():
             try:
                 channels.add(digest, found[name])
             except DataInvalid as error:
                 raise DataInvalid(f"{error.what} at {name!r}", where=f"sample {index}", hint=error.hint) from error
-    seen = {values[name][0]: channels.summary() for name, channels in known.items()}
-    return {value: activation for value, activation in seen.items() if activation is not None}
+    seen = {values[name]: channels.summary() for name, channels in known.items()}
+    return mixed | {value: activation for value, activation in seen.items() if activation is not None}
 
 
 def _axis(site: Site) -> int:
     return IMAGE_AXIS if site.node.op_type in ("Conv", "ConvTranspose") else -1
 
 
-def _same(one: Activation | None, other: Activation) -> bool:
-    return one is not None and all(
-        np.array_equal(getattr(one, name), getattr(other, name)) for name in ("low", "high", "rows")
-    )
+def _same(one: object, other: Activation | str) -> bool:
+    if not isinstance(one, Activation) or not isinstance(other, Activation):
+        return one == other
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("low", "high", "rows"))

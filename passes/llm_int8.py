@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from qexport.errors import UsageError
 from qexport.passes.base import Decision, Outcome, Pass
 from qexport.passes.dynamic import decision, refuse
-from qexport.passes.folding.activation import Activation, activation_of
+from qexport.passes.folding.activation import MIXED, Activation, activation_of, why_unknown
 from qexport.passes.match import check_names, replace, sweep
 from qexport.passes.numbers.range import HALF_QUANTIZERS, RANGE_KEY, Range, beyond_half
 from qexport.passes.numbers.weights import misfit
@@ -40,7 +40,6 @@ from qexport.passes.writing.per_call import FLOAT, NEEDS, PerCall, matrix, unfit
 from qexport.passes.writing.qdq import float_type, needs_half
 
 Columns = NDArray[np.int64]  # of the activation, ascending
-NOT_OBSERVED = "not observed: no sample reached it"
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class LlmInt8(Pass):
             return Outcome(model, False, (Decision("", "graph", "skipped", refusal),))
         check_names(self.keep, model)
         found = plan(model, target)
-        if found.roots and not any(_activation(site) for site in found.roots):
+        if found.roots and not any(_activation(site) or _unknown(site) == MIXED for site in found.roots):
             raise UsageError("no activation was looked at", hint="put an observe step before llm-int8")
         reasons = [(site, self._reason(site, target, token=token)) for site in found.roots]
         chosen = [(site, self._outliers(site)) for site, reason in reasons if reason is None]
@@ -113,7 +112,7 @@ class LlmInt8(Pass):
         if site.node.op_type not in ("MatMul", "Gemm"):
             return "not a matrix product"
         if seen is None:
-            return NOT_OBSERVED
+            return _unknown(site)
         if not seen.reach.any():
             return "its input is always zero"
         if len(self._outliers(site)) > self.max_share * len(seen.reach):
@@ -123,6 +122,10 @@ class LlmInt8(Pass):
 
 def _activation(site: Site) -> Activation | None:
     return activation_of(next(site.values, None))
+
+
+def _unknown(site: Site) -> str:
+    return why_unknown(next(site.values, None))
 
 
 def _rest(seen: Activation, columns: Columns) -> Range:

@@ -23,14 +23,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.passes.base import Decision, Outcome, Pass
-from qexport.passes.folding.activation import ACTIVATION_KEY, Activation, activation_of, transform
+from qexport.passes.folding.activation import ACTIVATION_KEY, Activation, activation_of, transform, why_unknown
 from qexport.passes.folding.flood import largest_of_ties
 from qexport.passes.folding.offsets import Offset, find_offset, find_readers
 from qexport.passes.match import add_constant, check_names, maker
 from qexport.passes.placement import Site, plan
 from qexport.passes.target import find_target
 
-UNSEEN = "no sample was observed at its input"
 MIN_GAIN = 0.98  # of the range that is left; what is centred already is left alone
 MIN_SUB_GAIN = 0.9  # a Sub must be worth its time
 
@@ -55,7 +54,7 @@ class Shift(Pass):
             known = activation_of(value)
             if any(site.node.name in self.keep for site in sites):
                 continue
-            action, reason = ("skipped", UNSEEN) if known is None else _shift(value, known, sub=sub)
+            action, reason = ("skipped", why_unknown(value)) if known is None else _shift(value, known, sub=sub)
             node = sites[0].node
             decisions.append(Decision(node.name or "", node.op_type, action, reason))
         return Outcome(model, any(d.action == "folded" for d in decisions), tuple(decisions))

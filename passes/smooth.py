@@ -25,14 +25,14 @@ from numpy.typing import NDArray
 
 from qexport.errors import UsageError
 from qexport.passes.base import Decision, Outcome, Pass
-from qexport.passes.folding.activation import Activation, activation_of, transform
+from qexport.passes.folding.activation import Activation, activation_of, transform, why_unknown
 from qexport.passes.folding.channels import Fold, find_fold
 from qexport.passes.folding.flood import Slot
 from qexport.passes.folding.sources import copy_norm, is_norm, leave_mul
 from qexport.passes.folding.trial import Trial
 from qexport.passes.match import check_names
 from qexport.passes.placement import Site, plan
-from qexport.passes.shift import UNSEEN, by_value
+from qexport.passes.shift import by_value
 from qexport.passes.target import find_target
 
 ALPHAS = np.linspace(0.2, 0.9, 15)
@@ -93,7 +93,7 @@ class Smooth(Pass):
         """What was done to ``value``, and how or why."""
         known = activation_of(value)
         if known is None:
-            return "skipped", UNSEEN
+            return "skipped", why_unknown(value)
         found = find_fold(value, known.axis, known.low.size)
         if isinstance(found, Fold):
             scale, reason = self._scale(known, found, sites)

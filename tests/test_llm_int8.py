@@ -273,7 +273,7 @@ def test_what_is_not_quantized_has_a_reason():
     assert found == {
         "Conv_0": "not a matrix product",
         "MatMul_1": "2 outlier columns in float",
-        "MatMul_2": "not observed: no sample reached it",
+        "MatMul_2": "no sample was observed at its input",
     }
 
 

@@ -8,16 +8,22 @@ import pytest
 from qexport.calibration.observe import ROWS, Observe
 from qexport.calibration.running.execute import open_model
 from qexport.errors import DataInvalid, UsageError
-from qexport.passes.folding.activation import Activation, activation_of, transform
+from qexport.passes.folding.activation import MIXED, Activation, activation_of, transform, why_unknown
 from qexport.passes.folding.axes import channel_ids
+from qexport.passes.llm_int8 import LlmInt8
 from qexport.passes.numbers.extreme import EXTREME_KEY
 from qexport.passes.numbers.range import RANGE_KEY, Range
+from qexport.passes.shift import Shift
+from qexport.passes.smooth import Smooth
 
 RNG = np.random.default_rng(0)
 TEXT = """<ir_version: 10, opset_import: ["" : 21]> g (float[n, s, 16] x) => (float[n, s, 16] y, float[n, s, 16] z)
 { h = Relu(x)  y = MatMul(h, w)  z = MatMul(h, v) }"""
 IMAGE = """<ir_version: 10, opset_import: ["" : 21]> g (float[n, 16, p, q] x) => (float[n, 16, p, q] y)
 { h = Relu(x)  y = Conv<pads=[1, 1, 1, 1]>(h, w) }"""
+TWO_AXES = """<ir_version: 10, opset_import: ["" : 21]> g (float[n, 32, SIZE] x)
+=> (float[n, 32, k] y, float[n, 24, SIZE] z) { h = LayerNormalization(x, g)  ENDS }"""
+PRODUCT, CONVOLUTION = "y = MatMul(h, w)", "z = Conv<pads=[1, 1]>(h, v)"
 
 
 def build(text, **shapes):
@@ -144,3 +150,47 @@ def test_notes_follow_what_is_done_to_the_channels():
     assert EXTREME_KEY not in value.meta
     transform(value, channel_ids(2, 0, 3), np.ones(3), np.zeros(3))  # along another axis: nothing is known any more
     assert activation_of(value) is None
+
+
+@pytest.fixture(params=[(64, True), (64, False), (32, True), (32, False)], ids=str)
+def two_axes(request, outlier_model):
+    """A value whose last axis is that of the channels for a product, and the one before it for a convolution."""
+    size, first = request.param
+    ends = f"{PRODUCT} {CONVOLUTION}" if first else f"{CONVOLUTION} {PRODUCT}"
+    text = TWO_AXES.replace("SIZE", str(size)).replace("ENDS", ends)
+    model = build(text, g=(size,), w=(size, 48), v=(24, 32, 3))
+    Observe(
+        data=outlier_model.Samples({"x": 9 * RNG.standard_normal((32, size)).astype(np.float32)} for _ in range(9))
+    )(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("step", "told"),
+    [
+        (Smooth(), 1),
+        (Smooth(alpha=0.5, mul=True), 1),
+        (Shift(), 1),
+        (LlmInt8(target="ort-cpu"), 2),
+        (LlmInt8(ranges="static"), 2),
+    ],
+    ids=str,
+)
+def test_a_value_with_channels_on_two_axes_is_left_alone_with_a_reason(two_axes, step, told):
+    before = ir.to_proto(two_axes).SerializeToString()
+    outcome = step(two_axes)
+    assert not outcome.modified
+    assert ir.to_proto(two_axes).SerializeToString() == before
+    reasons = {d.op: d.reason for d in outcome.decisions}
+    assert len(reasons) == told
+    assert MIXED in reasons.values()
+    assert set(reasons.values()) <= {MIXED, "not a matrix product"}
+
+
+def test_a_mark_for_two_axes_stays_whatever_is_done_to_the_value(two_axes, outlier_model):
+    value = next(node for node in two_axes.graph if node.op_type == "MatMul").inputs[0]
+    size = value.shape[-1]
+    data = outlier_model.Samples({"x": RNG.standard_normal((32, size)).astype(np.float32)} for _ in range(2))
+    assert not Observe(data=data)(two_axes).modified
+    transform(value, channel_ids(3, 1, 32), np.ones(32), np.ones(32))
+    assert (activation_of(value), why_unknown(value)) == (None, MIXED)

@@ -13,6 +13,9 @@ from qexport.passes.numbers.extreme import EXTREME_KEY
 from qexport.passes.numbers.range import RANGE_KEY
 
 ACTIVATION_KEY = "qexport.activation"
+UNSEEN = "no sample was observed at its input"
+MIXED = "a product and a convolution read its input, whose channels are on different axes for them"
+"""The note that a value gets instead of an ``Activation`` where its readers do not agree on the axis."""
 Channels = NDArray[np.floating]  # [channels]
 
 
@@ -45,7 +48,10 @@ def transform(value: ir.Value, ids: Ids, scale: Channels, offset: Channels) -> N
     """
     for key in (RANGE_KEY, EXTREME_KEY):
         value.meta.pop(key, None)
-    known = value.meta.pop(ACTIVATION_KEY, None)
+    known = value.meta.get(ACTIVATION_KEY)
+    if known == MIXED:
+        return  # nothing was measured that could be wrong now
+    value.meta.pop(ACTIVATION_KEY, None)
     along = None if known is None else only_along(ids, known.axis)
     if not isinstance(known, Activation) or along is None:
         return
@@ -58,3 +64,8 @@ def activation_of(value: ir.Value | None) -> Activation | None:
     """What ``observe`` left on ``value``, if it did."""
     found = None if value is None else value.meta.get(ACTIVATION_KEY)
     return found if isinstance(found, Activation) else None
+
+
+def why_unknown(value: ir.Value | None) -> str:
+    """Why there is no ``Activation`` on ``value``."""
+    return MIXED if value is not None and value.meta.get(ACTIVATION_KEY) == MIXED else UNSEEN
