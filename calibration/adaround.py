@@ -1,9 +1,7 @@
 """Choose for every weight whether it is rounded up or down, for the least error of the layer's output (AdaRound).
 
-1. 8 bits, one scale an output channel: the float weights move onto the grid that ``quantize`` will store, each to the
-   code that was chosen, so that nearest rounding takes exactly these. The largest weight of a channel stays what it is,
-   and with it the scale.
-2. Fewer bits, or groups: the codes are left as notes, and ``weight-only`` stores them.
+The weights stay what they are, also of what is left in float afterwards; the codes go into notes. ``quantize`` stores
+those of 8 bits with one scale an output channel, ``weight-only`` all others.
 """
 
 from __future__ import annotations
@@ -17,14 +15,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.calibration.layers import KERNEL_KEY
 from qexport.calibration.least import check_least
 from qexport.calibration.reading.data import Dataset
 from qexport.calibration.rounding import Steps, learn
 from qexport.calibration.statistics.gram import by_tap, grams
 from qexport.errors import UsageError
 from qexport.passes.base import Decision, Outcome, Pass
-from qexport.passes.match import add_constant, check_names, sweep
+from qexport.passes.match import check_names
 from qexport.passes.numbers.groups import (
     CODES_KEY,
     Codes,
@@ -35,16 +32,17 @@ from qexport.passes.numbers.groups import (
     misfit_groups,
     quantize_groups,
 )
-from qexport.passes.numbers.weights import misfit, quantize_weight
+from qexport.passes.numbers.weights import CHOSEN_KEY, Chosen, chosen_for, misfit, quantize_weight
 from qexport.passes.placement import Site, plan
 from qexport.passes.target import Target, find_target
 from qexport.passes.writing.lowbit import Choice
 from qexport.passes.writing.qdq import needs_half
 
-ON_GRID = "its weights lie on the grid already"
+CHOSEN = "its codes are chosen already"
+TIED = "several nodes read its weight"
 UNSEEN = "not calibrated: no sample reached it"
 INT8 = 8
-OFF_GRID = 0.07  # steps; a float16 weight on a grid of 127 steps is up to 0.03 beside it
+REACH = 127  # codes of 8 bits are symmetric
 Matrix = NDArray[np.float32]  # [K, N]
 
 
@@ -52,7 +50,7 @@ Matrix = NDArray[np.float32]  # [K, N]
 class AdaRound(Pass):
     """Learn which way weights are rounded, for the least error of each layer's output."""
 
-    exact: ClassVar[bool] = False
+    exact: ClassVar[bool] = True
     one_at_a_time: ClassVar[bool] = True
 
     data: Dataset | None = field(default=None, metadata={"bound": True})
@@ -90,7 +88,8 @@ class AdaRound(Pass):
             ends = np.cumsum([opened[site].weight.shape[1] for site in sites])
             for site, chosen in zip(sites, np.split(codes, ends[:-1], axis=1), strict=True):
                 better = not np.array_equal(chosen, opened[site].nearest)
-                modified |= way.store(site, opened[site], chosen)
+                way.leave(site, opened[site], chosen)
+                modified = True
                 reason = "rounding learned" if better else "nearest rounding is the best"
                 decisions.append(_decision(site, "folded" if better else "skipped", reason))
         return Outcome(model, modified, tuple(decisions))
@@ -123,8 +122,8 @@ class _Way(Protocol):
     def open(self, site: Site) -> Steps | str:
         """The weight and its grid, or why it is left alone."""
 
-    def store(self, site: Site, steps: Steps, codes: Matrix) -> bool:
-        """Leave the codes; whether that changed anything."""
+    def leave(self, site: Site, steps: Steps, codes: Matrix) -> None:
+        """Note the codes on the weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,33 +137,28 @@ class _Channels:
         return [site for site in found.roots if site.weight is not None], list(found.refused)
 
     def open(self, site: Site) -> Steps | str:
-        kernel, half = np.asarray(site.kernel.numpy(), np.float32), needs_half(self.target, site.kernel.dtype)
+        held, half = site.node.inputs[1], self._half(site)
+        if chosen_for(held, site.kernel, site.axis, half=half) is not None:
+            return CHOSEN
+        if held is None or len(held.uses()) > 1:
+            return TIED
+        kernel = np.asarray(site.kernel.numpy(), np.float32)
         reason = misfit(kernel, site.axis, half=half)
         if reason is not None:
             return reason
-        codes, scale = quantize_weight(kernel, site.axis, half=half)
-        weight = _as_columns(kernel, site.axis)
-        top = np.abs(_as_columns(codes, site.axis).astype(np.float32)).max(axis=0, keepdims=True)
-        largest = np.abs(weight) == np.abs(weight).max(axis=0)
-        off = np.abs(weight / scale - np.rint(weight / scale))
-        if not (off > OFF_GRID)[~largest].any():
-            return ON_GRID
-        return Steps(weight, scale[None], -top, top, largest)
+        scale = quantize_weight(kernel, site.axis, half=half)[1][None]
+        ends = np.full_like(scale, REACH)
+        return Steps(_as_columns(kernel, site.axis), scale, -ends, ends)
 
-    def store(self, site: Site, steps: Steps, codes: Matrix) -> bool:
-        """Move the weights onto the grid; a channel's largest keeps its scale, and nothing gets larger than it."""
-        if np.array_equal(codes, steps.nearest):
-            return False
-        reach = np.abs(steps.weight).max(axis=0)
-        moved = np.where(steps.fixed, steps.weight, np.clip(codes * steps.scale, -reach, reach))
-        shape = np.moveaxis(site.kernel.numpy(), site.axis, -1).shape
-        numbers = np.moveaxis(moved.reshape(shape), -1, site.axis).astype(site.kernel.dtype.numpy())
-        site.node.meta.setdefault(KERNEL_KEY, site.kernel)
-        old = site.node.inputs[1]
-        assert old is not None
-        site.node.replace_input_with(1, add_constant(site.node, f"{old.name}", np.ascontiguousarray(numbers)))
-        sweep([old])
-        return True
+    def leave(self, site: Site, steps: Steps, codes: Matrix) -> None:
+        held, shape = site.node.inputs[1], np.moveaxis(site.kernel.numpy(), site.axis, -1).shape
+        assert held is not None
+        numbers = np.moveaxis(codes.astype(np.int8).reshape(shape), -1, site.axis)
+        scale, half = steps.scale[0], self._half(site)
+        held.meta[CHOSEN_KEY] = Chosen(np.ascontiguousarray(numbers), scale, site.axis, half, site.kernel)
+
+    def _half(self, site: Site) -> bool:
+        return needs_half(self.target, site.kernel.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,28 +175,27 @@ class _Groups:
         weight, held = as_matrix(site), site.node.inputs[1]
         check_group(self.grid, len(weight), site.node.name or "")
         if codes_of(held) is not None:
-            return "its codes are chosen already"
+            return CHOSEN
         if held is None or len(held.uses()) > 1:
-            return "several nodes read its weight"
+            return TIED
         half = needs_half(self.target, site.kernel.dtype)
         reason = misfit_groups(weight, self.grid, half=half)
         if reason is not None:
             return reason
         scale = np.repeat(quantize_groups(weight, self.grid, half=half).scale, self.grid.rows(len(weight)), axis=0)
         ends = np.ones((1, weight.shape[1]), np.float32)
-        return Steps(weight, scale, self.grid.low * ends, self.grid.high * ends, np.zeros(weight.shape, np.bool_))
+        return Steps(weight, scale, self.grid.low * ends, self.grid.high * ends)
 
-    def store(self, site: Site, steps: Steps, codes: Matrix) -> bool:
+    def leave(self, site: Site, steps: Steps, codes: Matrix) -> None:
         held = site.node.inputs[1]
         assert held is not None
         scale = steps.scale[:: self.grid.rows(len(codes))]
         held.meta[CODES_KEY] = Codes(codes.astype(np.int8), scale, None, self.grid)
-        return True
 
 
 def _together(parts: Sequence[Steps]) -> Steps:
     """Weights that read one value, side by side."""
-    names = ("weight", "scale", "low", "high", "fixed")
+    names = ("weight", "scale", "low", "high")
     return Steps(*(np.concatenate([getattr(part, name) for part in parts], axis=1) for name in names))
 
 

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from qexport.errors import BuildFailed
 from qexport.passes.numbers.formats import FORMATS
+from qexport.passes.numbers.notes import KERNEL_KEY
 from qexport.passes.numbers.range import Range, integers_for
-from qexport.passes.numbers.weights import quantize_weight
+from qexport.passes.numbers.weights import stored_numbers
 from qexport.passes.placement import Site
 from qexport.passes.target import Target
+from qexport.passes.writing.qdq import needs_half
 from qexport.runtime.session import Session, SessionOptions
 
-KERNEL_KEY = "qexport.kernel"
 QUIET = 0.01  # share of the mean power that is added to every row's, so that rows of next to nothing do not decide
 Floats = NDArray[np.float32]
 Operator = Callable[[Floats], Floats]
@@ -61,9 +62,11 @@ class Layer:
             return np.zeros(0), []
 
     def _measured(self, spans: Sequence[Range]) -> tuple[NDArray[np.float64], list[NDArray[np.float64]]]:
-        kernel = np.asarray(self.site.kernel.numpy(), np.float32)
-        kind, half = FORMATS[self.target.activation].weight, self.target.rest == "float16"
-        numbers, scale = quantize_weight(kernel, self.site.axis, half=half, kind=kind)
+        tensor = self.site.kernel
+        kernel = np.asarray(tensor.numpy(), np.float32)
+        kind, half = FORMATS[self.target.activation].weight, needs_half(self.target, tensor.dtype)
+        value = self.site.node.inputs[self.site.weight or 0]
+        numbers, scale = stored_numbers(value, tensor, self.site.axis, half=half, kind=kind)
         others = tuple(i for i in range(kernel.ndim) if i != self.site.axis)
         exact = _operator(self.site, kernel)
         rounded = _operator(self.site, numbers.astype(np.float32) * np.expand_dims(scale, others))

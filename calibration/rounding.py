@@ -35,14 +35,12 @@ class Steps:
         scale: Broadcasts against it.
         low: Smallest code, broadcasting.
         high: Largest code, broadcasting.
-        fixed: Where nearest rounding stays.
     """
 
     weight: Matrix
     scale: Matrix
     low: Matrix
     high: Matrix
-    fixed: NDArray[np.bool_]
 
     @property
     def nearest(self) -> Matrix:
@@ -60,7 +58,6 @@ def learn(steps: Steps, hessian: NDArray[np.floating], iterations: int) -> Matri
     nearest = steps.nearest
     worst = steps.errors(nearest, hessian)
     found = _descend(steps, hessian.astype(np.float32), worst, iterations)
-    found = np.where(steps.fixed, nearest, found)
     return np.where(steps.errors(found, hessian) < worst, found, nearest)
 
 

@@ -2,8 +2,8 @@
 
 1. Activation: ``x -> op`` becomes ``x -> QuantizeLinear -> DequantizeLinear -> op``, for the quantized consumers of x
    only; they share one pair.
-2. Weight: ``W -> op`` becomes ``int8 W -> DequantizeLinear -> op`` (or fp8), symmetric per output channel; the float
-   weight is dropped when nothing else reads it.
+2. Weight: ``W -> op`` becomes ``int8 W -> DequantizeLinear -> op`` (or fp8), symmetric per output channel, rounded as
+   ``adaround`` chose if it did, else to the nearest; the float weight is dropped when nothing else reads it.
 3. Embedding table: rows are stored as int8, whatever the format, with one scale each (``target.table`` says how they
    are read back), where nothing else needs the float rows.
 4. Biases stay float.

@@ -3,22 +3,27 @@ from itertools import product
 
 import helpers
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from helpers import Samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qexport.calibration.adaround import ON_GRID, AdaRound
-from qexport.calibration.layers import kernel_of
+from qexport.calibration.adaround import CHOSEN, TIED, AdaRound
+from qexport.calibration.calibrate import Calibrate
+from qexport.calibration.correct import CorrectBias
 from qexport.calibration.rounding import Steps, learn
+from qexport.calibration.running.execute import open_model
+from qexport.calibration.statistics.excerpts import LIMIT
 from qexport.calibration.statistics.patches import Patch
 from qexport.errors import UsageError
 from qexport.passes.numbers.groups import codes_of
-from qexport.passes.numbers.range import RANGE_KEY, Range
-from qexport.passes.numbers.weights import quantize_weight
+from qexport.passes.numbers.range import RANGE_KEY, SQNR_KEY, Range
+from qexport.passes.numbers.weights import quantize_weight, stored_numbers
 from qexport.passes.quantize import Quantize
 from qexport.passes.weight_only import WeightOnly
+from qexport.runtime.session import SessionOptions
 
 model_from = partial(helpers.model_from, opset=21)
 RNG = np.random.default_rng(0)
@@ -46,7 +51,7 @@ def steps_for(weight, bits=4):
     top = np.float32(2 ** (bits - 1) - 1)
     scale = np.abs(weight).max(axis=0, keepdims=True) / top
     ends = np.full((1, weight.shape[1]), top)
-    return Steps(weight, scale, -ends, ends, np.zeros(weight.shape, np.bool_))
+    return Steps(weight, scale, -ends, ends)
 
 
 def test_learned_rounding_finds_nearly_the_best_of_all_choices():
@@ -103,15 +108,14 @@ def test_the_integers_that_are_stored_are_those_that_were_learned(target):
     assert result.modified
     assert [(d.action, d.reason) for d in result.decisions] == [("folded", "rounding learned")]
     nearest, scale = quantize_weight(w, 1, half=target == "tensorrt-rtx")
-    top = np.abs(nearest).max(axis=0, keepdims=True).astype(np.float32)
-    steps = Steps(w, scale[None], -top, top, np.abs(w) == np.abs(w).max(axis=0))
+    ends = np.full((1, 40), 127, np.float32)
+    steps = Steps(w, scale[None], -ends, ends)
     x = rows(data).astype(np.float32)
     expected = learn(steps, (x.T @ x).astype(np.float64) / len(x), ROUNDS)
     stored, kept = quantized(model, data, target)
     assert np.array_equal(kept, scale)
     assert (stored != nearest).mean() > 0.05
     assert np.array_equal(stored, expected)
-    assert np.array_equal(stored, quantize_weight(stored * scale, 1)[0])
 
 
 def test_the_output_error_on_fresh_data_falls():
@@ -162,7 +166,7 @@ def test_a_second_run_changes_nothing(dtype):
     before = ir.to_proto(model).SerializeToString()
     result = AdaRound(data=data, iterations=20)(model)
     assert not result.modified
-    assert [d.reason for d in result.decisions] == [ON_GRID]
+    assert [d.reason for d in result.decisions] == [CHOSEN]
     assert ir.to_proto(model).SerializeToString() == before
 
 
@@ -187,13 +191,99 @@ def test_codes_of_few_bits_are_stored_by_weight_only(bits, group):
     assert errors[True] < 0.75 * errors[False]
 
 
-def test_weights_that_others_share_are_copied_and_the_float_one_is_remembered():
-    text = "g (float[n, 48] x) => (float y, float z) { y = MatMul(x, w)  z = Identity(w) }"
+TWO = "g (float[n, s, 48] x) => (float[n, s, 40] y) { h = MatMul(x, v)  y = MatMul(h, w) }"
+
+
+def two_products():
+    """A model, calibrated on what comes back with it, and its second product called so."""
+    model, data = model_from(TWO, v=normal(48, 48), w=normal(48, 40)), samples(20)
+    Calibrate(data=data)(model)
+    model.graph[0].name, model.graph[1].name = "first", "second"
+    return model, data
+
+
+@pytest.mark.parametrize("target", ["tensorrt-rtx", "ort-cpu"])
+def test_a_layer_that_stays_in_float_afterwards_computes_what_it_did(target):
+    model, data = two_products()
+    before, w = ir.to_proto(model).SerializeToString(), model.graph.initializers["w"].const_value.numpy().copy()
+    assert AdaRound(data=data, target=target, iterations=20)(model).modified
+    assert ir.to_proto(model).SerializeToString() == before
+    snapshot = model.clone()
+    Quantize(target=target, min_sqnr=-100, keep=("second",))(model)
+    (node,) = (node for node in model.graph if node.name == "second")
+    assert np.array_equal(node.inputs[1].const_value.numpy(), w)
+    Quantize(target=target, min_sqnr=-100)(snapshot)  # what backing off begins with has the same notes
+    again, first = (graph.initializers["v/int8"].const_value.numpy() for graph in (snapshot.graph, model.graph))
+    assert np.array_equal(again, first)
+    nearest = quantize_weight(model_weight(before, "v"), 1, half=target == "tensorrt-rtx")[0]
+    assert 0.02 < (first != nearest).mean() < 0.5
+
+
+def model_weight(serialized, name):
+    proto = onnx.load_from_string(serialized)
+    return next(onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer if tensor.name == name)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_a_layer_is_rated_by_the_integers_that_will_be_stored(learned):
     w = normal(48, 40)
-    model = model_from(text, w=w)
-    assert AdaRound(data=Samples({"x": normal(48)} for _ in range(50)), iterations=20)(model).modified
-    assert np.array_equal(model.graph[1].inputs[0].const_value.numpy(), w)
-    assert np.array_equal(kernel_of(model.graph[0]), w)
+    data = Samples({"x": normal(1, 48) @ MIXING} for _ in range(LIMIT))
+    model = model_from(PLAIN, w=w)
+    if learned:
+        AdaRound(data=data, iterations=ROUNDS)(model)
+    Calibrate(data=data, method="minmax")(model)
+    rated, x = model.graph[0].meta[SQNR_KEY], rows(data)
+    codes, scale = quantized(model, data)
+    (step,) = (v.const_value.numpy() for n, v in model.graph.initializers.items() if n == "x/scale")
+    y = x @ w
+    noise = y - (np.rint(x / step) * step) @ (codes * scale.astype(np.float64))
+    assert rated == pytest.approx(10 * np.log10(np.square(y).sum() / np.square(noise).sum()), abs=1e-3)
+
+
+def test_the_mean_error_of_learned_integers_is_what_correction_takes_out():
+    text = "g (float[n, s, 48] x) => (float[n, s, 40] y) { h = MatMul(x, w)  y = Add(h, b) }"
+    data = Samples({"x": 1 + 0.1 * sample["x"]} for sample in samples())
+    model = model_from(text, w=normal(48, 40), b=normal(40))
+    work = model.clone()
+    Calibrate(data=data)(work)
+    AdaRound(data=data, iterations=ROUNDS)(work)
+    Quantize(min_sqnr=-100)(work)
+
+    def gap():
+        outputs = [
+            np.concatenate([opened.run({"x": sample["x"][None]})["y"][0] for sample in data])
+            for opened in (open_model(found, SessionOptions(threads=1, literal=True)) for found in (model, work))
+        ]
+        return np.abs((outputs[1] - outputs[0]).mean(axis=0)).max()
+
+    before = gap()
+    assert CorrectBias(data=data)(work).modified
+    assert gap() < 0.3 * before
+
+
+def test_codes_are_void_for_another_weight_axis_or_type_of_scale():
+    w = normal(48, 40)
+    model = model_from(PLAIN, w=w)
+    AdaRound(data=samples(), iterations=20)(model)
+    value = model.graph[0].inputs[1]
+    tensor = value.const_value
+    chosen, _ = stored_numbers(value, tensor, 1, half=True)
+    assert not np.array_equal(chosen, quantize_weight(w, 1, half=True)[0])
+    other = ir.tensor(normal(48, 40))
+    for changed, axis, half, kind in ((other, 1, True, "int8"), (tensor, 0, True, "int8"), (tensor, 1, False, "int8")):
+        found = stored_numbers(value, changed, axis, half=half, kind=kind)
+        expected = quantize_weight(changed.numpy(), axis, half=half, kind=kind)
+        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert stored_numbers(value, tensor, 1, half=True, kind="fp8")[0].dtype != np.int8
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_weight_that_others_read_is_left_alone(bits):
+    text = "g (float[n, 48] x) => (float y, float z) { y = MatMul(x, w)  t = Relu(x)  z = MatMul(t, w) }"
+    model = model_from(text, w=normal(48, 40))
+    result = AdaRound(data=Samples({"x": normal(48)} for _ in range(5)), bits=bits, iterations=20)(model)
+    assert not result.modified
+    assert [d.reason for d in result.decisions] == [TIED, TIED]
 
 
 def test_layers_are_left_alone_by_name_or_with_a_reason():

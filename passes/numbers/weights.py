@@ -1,10 +1,15 @@
-"""Weights as 8-bit numbers: the scales of their channels, and when these are too coarse or too large for float16."""
+"""Weights as 8-bit numbers: the scales of their channels, and when these are too coarse or too large for float16.
+
+A pass may choose other numbers than the nearest and leave them on the weight; :func:`stored_numbers` takes them.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.passes.numbers.formats import FORMATS, Format, Kind
@@ -14,6 +19,44 @@ MIN_CHANNEL_SQNR = 20.0  # dB; a channel with a scale of its own has about 40 in
 AT_ONCE = 1 << 20  # elements that are rounded together
 MAX_COARSE = 0.25  # share of channels
 ZERO_IN_HALF = 2.0**-25  # what float16 rounds to zero
+CHOSEN_KEY = "qexport.chosen"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chosen:
+    """Integers that a pass chose for a weight, left on its value for whoever stores it.
+
+    Attributes:
+        numbers: Int8, of the weight's shape.
+        scale: ``[channels]``, as :func:`quantize_weight` finds it.
+        axis: Axis of the channels.
+        half: Whether the scales are float16 numbers.
+        tensor: The weight they were chosen for; for any other they are void.
+    """
+
+    numbers: NDArray[np.int8]
+    scale: NDArray[np.float32]
+    axis: int
+    half: bool
+    tensor: ir.TensorProtocol
+
+
+def stored_numbers(
+    value: ir.Value | None, tensor: ir.TensorProtocol, axis: int, *, half: bool = False, kind: Kind = "int8"
+) -> tuple[NDArray[Any], NDArray[np.float32]]:
+    """What ``value``, which holds ``tensor``, is stored as: the numbers chosen for it, or else the nearest."""
+    found = chosen_for(value, tensor, axis, half=half)
+    if found is not None and kind == "int8":
+        return found.numbers, found.scale
+    return quantize_weight(tensor.numpy(), axis, half=half, kind=kind)
+
+
+def chosen_for(value: ir.Value | None, tensor: ir.TensorProtocol, axis: int, *, half: bool) -> Chosen | None:
+    """The integers that another pass chose for a weight, if one did and they still hold."""
+    found = None if value is None else value.meta.get(CHOSEN_KEY)
+    if not isinstance(found, Chosen):
+        return None
+    return found if found.tensor is tensor and (found.axis, found.half) == (axis, half) else None
 
 
 def quantize_weight(

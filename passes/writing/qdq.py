@@ -12,7 +12,7 @@ from qexport.passes.base import Decision
 from qexport.passes.match import Names, constant, sweep
 from qexport.passes.numbers.formats import FORMATS, Kind
 from qexport.passes.numbers.range import integers_for, range_of
-from qexport.passes.numbers.weights import quantize_weight
+from qexport.passes.numbers.weights import stored_numbers
 from qexport.passes.placement import Site
 from qexport.passes.target import Target
 
@@ -105,7 +105,7 @@ class Editor:
         """The numbers of a weight as an initializer, made once, and their scales."""
         if (value, axis, kind) not in self._stored:
             half = needs_half(self.target, tensor.dtype)
-            numbers, scale = quantize_weight(tensor.numpy(), axis, half=half, kind=kind)
+            numbers, scale = stored_numbers(value, tensor, axis, half=half, kind=kind)
             held = self._initializer(f"{value.name}/{kind}", numbers)
             self._stored[value, axis, kind] = held, scale.astype(tensor.dtype.numpy())
         return self._stored[value, axis, kind]
