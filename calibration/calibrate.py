@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.calibration.layers import KERNEL_KEY, Layer, sqnr
+from qexport.calibration.layers import Layer, sqnr
 from qexport.calibration.least import check_least
 from qexport.calibration.reading.data import Dataset
 from qexport.calibration.statistics.collect import Statistics, collect, workers
@@ -22,6 +22,7 @@ from qexport.calibration.statistics.store import Store
 from qexport.errors import UsageError
 from qexport.passes.base import Outcome, Pass
 from qexport.passes.numbers.formats import FORMATS
+from qexport.passes.numbers.notes import KERNEL_KEY
 from qexport.passes.numbers.range import RANGE_KEY, SQNR_KEY, Range
 from qexport.passes.placement import Plan, Site, plan
 from qexport.passes.target import Target, find_target

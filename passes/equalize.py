@@ -23,7 +23,7 @@ from qexport.errors import UsageError
 from qexport.passes.base import Decision, Outcome, Pass
 from qexport.passes.folding.activation import ACTIVATION_KEY
 from qexport.passes.match import SHARED, add_constant, array, constant, sweep, visit
-from qexport.passes.numbers.range import RANGE_KEY, SQNR_KEY
+from qexport.passes.numbers.notes import forget_layer, forget_range
 
 LAYERS = ("Conv", "Gemm")
 HOMOGENEOUS = ("Relu", "LeakyRelu", "PRelu", "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Identity")
@@ -182,10 +182,10 @@ def _apply(pair: _Pair) -> None:
     if bias is not None:
         _store(pair.first, 2, bias.astype(np.float64) / pair.scale)
     for value in pair.between:
-        value.meta.pop(RANGE_KEY, None)
+        forget_range(value)
         value.meta.pop(ACTIVATION_KEY, None)
     for node in (pair.first, pair.second):
-        node.meta.pop(SQNR_KEY, None)
+        forget_layer(node)
 
 
 def _as_stored(node: ir.Node, weight: Array) -> Array:

@@ -9,8 +9,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.passes.folding.axes import Ids, only_along
-from qexport.passes.numbers.extreme import EXTREME_KEY
-from qexport.passes.numbers.range import RANGE_KEY
+from qexport.passes.numbers.notes import forget_range
 
 ACTIVATION_KEY = "qexport.activation"
 UNSEEN = "no sample was observed at its input"
@@ -46,8 +45,7 @@ def transform(value: ir.Value, ids: Ids, scale: Channels, offset: Channels) -> N
 
     What was measured of the whole value is forgotten.
     """
-    for key in (RANGE_KEY, EXTREME_KEY):
-        value.meta.pop(key, None)
+    forget_range(value)
     known = value.meta.get(ACTIVATION_KEY)
     if known == MIXED:
         return  # nothing was measured that could be wrong now

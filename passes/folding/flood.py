@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from qexport.passes.folding.axes import FREE, Ids, spread
 from qexport.passes.match import Dims, add_constant, array, dims, maker, sweep
+from qexport.passes.numbers.notes import forget_layer
 
 FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 
@@ -79,7 +80,10 @@ class Fold:
         return self.largest(found[:-1])
 
     def apply(self, scale: NDArray[np.floating]) -> None:
-        """Divide the value by ``scale`` (positive, equal for tied channels) in all constants; others keep theirs."""
+        """Divide the value by ``scale`` (positive, equal for tied channels) in all constants; others keep theirs.
+
+        What was noted of the layers that the constants belong to is void.
+        """
         factors: dict[tuple[ir.Node, int], NDArray[np.float64]] = {}
         padded = np.append(np.asarray(scale, np.float64), 1.0)  # FREE is -1, the last one
         for slot in self.slots:
@@ -93,6 +97,7 @@ class Fold:
             new = (numbers.astype(np.float64) * factor).astype(numbers.dtype)
             node.replace_input_with(index, add_constant(node, f"{old.name}/scaled", new))
             sweep([old])
+            forget_layer(node)
 
 
 def largest_of_ties(ties: NDArray[np.int64], numbers: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -12,7 +12,7 @@ Source: Wei et al. 2023, "Outlier Suppression+", section 4.1 (channel-wise shift
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -23,6 +23,8 @@ from qexport.passes.folding import channel_rules
 from qexport.passes.folding.axes import Ids, channel_ids, only_along, spread
 from qexport.passes.folding.flood import Blocked, Flood
 from qexport.passes.match import Dims, add_constant, array, consumer, dims, producer, sweep
+from qexport.passes.numbers.notes import forget_range
+from qexport.passes.numbers.range import SQNR_KEY
 
 NO_BIAS = "a product without a bias reads it"
 NO_READER = "no product or convolution that could take the offset in reads it"
@@ -60,14 +62,19 @@ class Offset:
         terms: The constants that change.
         ties: For each channel the first channel that must have the same offset, ``[channels]``.
         values: All values that are shifted, with the channels of their elements.
+        beside: The values that become others between a reader and the constant that makes up for it.
     """
 
     terms: tuple[Term, ...]
     ties: NDArray[np.int64]
     values: Mapping[ir.Value, Ids]
+    beside: tuple[ir.Value, ...]
 
     def apply(self, offset: NDArray[np.floating]) -> None:
-        """Subtract ``offset`` (equal for tied channels) from the value, and undo it where the value is read."""
+        """Subtract ``offset`` (equal for tied channels) from the value, and undo it where the value is read.
+
+        What was noted of the readers' outputs is void; their kernels are the same.
+        """
         changes: dict[tuple[ir.Node, int], NDArray[np.float64]] = {}
         padded = np.append(np.asarray(offset, np.float64), 0.0)  # FREE is -1, the last one
         for term in self.terms:
@@ -76,6 +83,11 @@ class Offset:
             changes[term.node, term.index] = known + term.sign * change
         for (node, index), change in changes.items():
             _add(node, index, change)
+        for value in self.beside:
+            forget_range(value)
+        for term in self.terms:
+            if term.reader is not None:
+                term.reader.meta.pop(SQNR_KEY, None)
 
 
 def find_offset(value: ir.Value, axis: int, count: int) -> Offset | str:
@@ -93,7 +105,7 @@ def find_offset(value: ir.Value, axis: int, count: int) -> Offset | str:
         flood.run(_produce, _consume)
     except Blocked as blocked:
         return str(blocked)
-    return Offset(tuple(flood.terms.values()), flood.ties(), flood.known)
+    return flood.offset()
 
 
 def find_readers(value: ir.Value, axis: int, count: int) -> Offset | str:
@@ -114,7 +126,7 @@ def find_readers(value: ir.Value, axis: int, count: int) -> Offset | str:
                 CONSUME[node.op_type](flood, node, index, ids)
     except Blocked as blocked:
         return str(blocked)
-    return Offset(tuple(flood.terms.values()), flood.ties(), flood.known) if flood.terms else NO_READER
+    return flood.offset() if flood.terms else NO_READER
 
 
 @dataclass
@@ -134,6 +146,15 @@ class _Offsets(Flood):
         if ids is None:
             raise Blocked(f"a parameter of {node.op_type} is computed, or of another shape")
         self.terms[node, index, cause] = replace(term, ids=ids)
+
+    def offset(self) -> Offset:
+        """What was found."""
+        beside = [term.node if term.reader is None else term.reader for term in self._elsewhere()]
+        return Offset(tuple(self.terms.values()), self.ties(), self.known, tuple(node.outputs[0] for node in beside))
+
+    def _elsewhere(self) -> Iterator[Term]:
+        """The terms in other nodes than those that ask for them: behind a product, in the other branch of a sum."""
+        return (term for (node, _, (asks, _)), term in self.terms.items() if node is not asks)
 
 
 def _produce(flood: Flood, value: ir.Value, ids: Ids) -> None:
