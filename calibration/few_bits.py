@@ -57,12 +57,15 @@ class FewBits(Pass):
         Raises:
             UsageError: There is no data; a group fits not; a name in ``keep`` is no node's.
         """
-        if self.data is None:
-            raise UsageError(
-                f"{type(self).__name__.lower()} needs calibration data", hint="give real samples with --calib"
-            )
+        self.demand_data()
         choice, wanted = Choice(self.min_dim, self.keep, self.head), Grid(self.bits, self.group, self.symmetric)
         return choose_grids(model, choice, wanted, find_target(self.target), fit=self.fit)
+
+    def demand_data(self) -> None:
+        """Raise ``UsageError`` where there is none."""
+        if self.data is None:
+            name = type(self).__name__.lower()
+            raise UsageError(f"{name} needs calibration data", hint="give real samples with --calib")
 
     def measured(self, rounds: Sequence[Sequence[Tap]], model: ir.Model) -> Iterator[tuple[Tap, Gram]]:
         """Gram matrices of one round after the other, each of the model as it is by then."""

@@ -18,7 +18,7 @@ from qexport.calibration.running.execute import open_model
 from qexport.calibration.statistics.excerpts import LIMIT
 from qexport.calibration.statistics.patches import Patch
 from qexport.errors import UsageError
-from qexport.passes.numbers.groups import codes_of
+from qexport.passes.numbers.groups import Grid, codes_of, quantize_groups
 from qexport.passes.numbers.range import RANGE_KEY, SQNR_KEY, Range
 from qexport.passes.numbers.weights import quantize_weight, stored_numbers
 from qexport.passes.quantize import Quantize
@@ -170,6 +170,56 @@ def test_a_second_run_changes_nothing(dtype):
     assert ir.to_proto(model).SerializeToString() == before
 
 
+MIXED = """g (float[n, 704] x) => (float[n, 72] y, float[n, 40] z) {
+    h = MatMul(x, u)  t = MatMul(h, v)  y = MatMul(t, w)  z = MatMul(x, p) }"""
+
+
+def test_grids_are_those_that_weight_only_would_take():
+    rng = np.random.default_rng(5)
+    shapes = {"u": (704, 96), "v": (96, 176), "w": (176, 72), "p": (704, 40)}
+    weights = {name: (normal(*shape, rng=rng) / shape[0] ** 0.5) for name, shape in shapes.items()}
+    model, data = model_from(MIXED, **weights), Samples({"x": normal(704)} for _ in range(30))
+    asked = {"bits": 4, "group": 128, "fit": True, "clip": True, "head": False, "min_dim": 64}
+    with pytest.raises(UsageError, match="group 128 does not divide the 704 inputs"):
+        AdaRound(data=data, **{**asked, "fit": False})(model)
+    plain = model.clone()
+    result = AdaRound(data=data, iterations=20, **asked)(model)
+    found = {name: codes_of(value) for name, value in model.graph.initializers.items()}
+    assert {name: codes and codes.grid for name, codes in found.items()} == {
+        "u": Grid(4, 64),
+        "v": Grid(4, 32),
+        "w": None,
+        "p": None,
+    }
+    refused = [d.reason for d in result.decisions if d.action == "skipped"]
+    assert refused == ["makes an output of the model", "K or N below 64"]
+    for name in "uv":
+        nearest = quantize_groups(weights[name], found[name].grid, half=True, clip=True)
+        assert np.array_equal(found[name].scale, nearest.scale)
+        assert 0.01 < (found[name].values != nearest.values).mean() < 0.5
+        assert np.abs(found[name].values.astype(int) - nearest.values).max() == 1
+    stored = [WeightOnly(**asked)(work) for work in (model, plain)]  # with codes and without
+    told = [[(d.node, d.action, d.reason) for d in outcome.decisions] for outcome in stored]
+    assert told[0] == told[1]
+    assert [node.outputs[0].shape for node in model.graph] == [node.outputs[0].shape for node in plain.graph]
+
+
+def test_zero_points_are_those_of_the_nearest_codes():
+    w, data = normal(48, 40) + 1, samples(100)
+    errors = {}
+    for learned in (True, False):
+        model = model_from(PLAIN, w=w)
+        if learned:
+            options = {"bits": 4, "group": 16, "symmetric": False, "iterations": ROUNDS}
+            assert AdaRound(data=data, target="ort-cpu", **options)(model).modified
+        codes = codes_of(model.graph[0].inputs[1]) if learned else quantize_groups(w, Grid(4, 16, symmetric=False))
+        assert codes.zero.any()
+        assert codes.values.min() >= -8
+        assert codes.values.max() <= 7
+        errors[learned] = np.square(rows(data) @ (codes.dequantize() - w)).sum()
+    assert errors[True] < 0.75 * errors[False]
+
+
 @pytest.mark.parametrize(("bits", "group"), [(4, 16), (4, 0), (3, 24), (8, 16)])
 def test_codes_of_few_bits_are_stored_by_weight_only(bits, group):
     w, data = normal(48, 40), samples(100)
@@ -283,7 +333,7 @@ def test_a_weight_that_others_read_is_left_alone(bits):
     model = model_from(text, w=normal(48, 40))
     result = AdaRound(data=Samples({"x": normal(48)} for _ in range(5)), bits=bits, iterations=20)(model)
     assert not result.modified
-    assert [d.reason for d in result.decisions] == [TIED, TIED]
+    assert [d.reason for d in result.decisions] == [TIED if bits == 8 else "several products read its weight"] * 2
 
 
 def test_layers_are_left_alone_by_name_or_with_a_reason():
