@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import time
+import tracemalloc
 
 import numpy as np
 import onnx
@@ -14,6 +16,7 @@ import qexport
 from qexport.errors import GateFailed, ResourceExhausted
 from qexport.exporter.options import BuildOptions
 from qexport.exporter.precision import backoff
+from qexport.exporter.precision.activations import find_groups
 from qexport.exporter.precision.backoff import TOO_BAD, TOO_SLOW, settle
 from qexport.exporter.precision.costs import Cost, attribute, region_costs
 from qexport.exporter.precision.regions import Region, find_regions, find_units, label
@@ -208,6 +211,73 @@ def test_a_mask_is_no_residual_although_later_scores_come_from_it():
         f = Cast <to = 1> (m)  s1 = Add(x, f)  p1 = Softmax(s1)  o = MatMul(p1, w)  d = Mul(o, c)  s2 = Add(d, f)
         p2 = Softmax(s2)  z = Identity(p2) }"""
     assert find_residuals(graph_of(text, w=np.eye(4), c=[0.5]).graph) == ()
+
+
+def test_residuals_are_those_of_the_sets_of_ancestors():
+    rng = np.random.default_rng(0)
+    found = 0
+    for _ in range(60):
+        made, body, behind = ["x", "m"], "", {"x": {"x"}, "m": {"m"}}
+        for number in range(int(rng.integers(3, 30))):
+            op, name = rng.choice(["Add", "Add", "Mul", "Relu"]), f"v{number}"
+            read = [str(rng.choice(made[-6:])) for _ in range(1 if op == "Relu" else 2)]
+            body += f"{name} = {op}({', '.join(read)}) "
+            behind[name] = {name}.union(*(behind[value] for value in read))
+            made.append(name)
+        graph = graph_of(f"g (float[4] x, float[4] m) => (float[4] {made[-1]}) {{ {body} }}").graph
+        expected = []
+        for node in graph:
+            if node.op_type == "Add":
+                skip, branch = sorted((value.name for value in node.inputs), key=lambda name: len(behind[name]))
+                if behind[skip] & behind[branch]:
+                    expected.append((node.name, skip, branch, behind[branch] - behind[skip] - {"x", "m"}))
+        residuals = find_residuals(graph)
+        told = [(r.node.name, r.skip.name, r.branch.name, {node.name for node in r.layers}) for r in residuals]
+        assert told == expected
+        deep = {"x": 0, "m": 0}
+        for node in graph:
+            level = max(deep[value.name] for value in node.inputs)
+            assert levels(graph)[node] == level
+            deep[node.name] = level + (node.name in {one[0] for one in expected})
+        found += len(expected)
+    assert found > 100
+
+
+def doubled(count, end):
+    """``v + v`` again and again: as many ways through it as 2 to the power of ``count``."""
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([4]))
+    nodes = [ir.node("MatMul", [x, x])]
+    for _ in range(count):
+        (value,) = nodes[-1].outputs
+        nodes.append(ir.node("Mul", [value, value]))
+        nodes.append(ir.node("Add", [value, *nodes[-1].outputs]))
+    nodes.append(ir.node(end, nodes[-1].outputs))
+    for number, node in enumerate(nodes):
+        node.name, node.outputs[0].name, node.outputs[0].type = f"n{number}", f"v{number}", x.type
+    return ir.Graph([x], nodes[-1].outputs, nodes=nodes, opset_imports={"": 21})
+
+
+@pytest.mark.parametrize("end", ["Softmax", "Relu"])
+@pytest.mark.parametrize("count", [60, 10_000])
+def test_graphs_with_more_ways_than_atoms_and_of_any_depth_are_divided_at_once(count, end):
+    graph = doubled(count, end)
+    names = [node.name for node in graph]
+    start = time.process_time()
+    regions, units, groups = find_regions(graph, names), find_units(graph, names), find_groups(graph)
+    assert time.process_time() - start < 5
+    assert max(levels(graph).values()) == (0 if end == "Softmax" else count)
+    assert sum(len(region.nodes) for region in regions) == sum(map(len, units)) == len(names)
+    assert list(groups) == (["softmax input", "softmax output"] if end == "Softmax" else [])
+
+
+def test_sets_of_ancestors_are_not_kept():
+    graph = doubled(5000, "Relu")
+    tracemalloc.start()
+    levels(graph)
+    assert len(find_residuals(graph)) == 5000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 9e6  # a set of 10000 bits for each of 10000 values takes 12e6
 
 
 def test_what_has_no_weight_goes_with_what_it_reads():

@@ -47,13 +47,15 @@ def find_groups(graph: ir.Graph) -> dict[str, tuple[str, ...]]:
     3. Sum of embeddings: what goes around the first residual branch, before its normalization.
     4. Inputs of products: what multiplies a constant weight and is none of the above.
     """
-    softmaxes = [node for node in graph if node.op_type == "Softmax" and node.domain == "" and _has_scores(node)]
+    products = _products(graph)  # a classifier's Softmax reads none
+    softmaxes = [n for n in graph if n.op_type == "Softmax" and n.domain == "" and n.inputs[0] in products]
     weighted = {node for node in graph if node.op_type in CHANNEL_AXIS and _has_weight(node)}
     residuals = find_residuals(graph)
-    attention = [found for found in residuals if not set(softmaxes).isdisjoint(found.layers)]
-    ffn = [f for f in residuals if set(softmaxes).isdisjoint(f.layers) and not weighted.isdisjoint(f.layers)]
+    inside = set(softmaxes)
+    attention = [found for found in residuals if not inside.isdisjoint(found.layers)]
+    ffn = [f for f in residuals if inside.isdisjoint(f.layers) and not weighted.isdisjoint(f.layers)]
     groups: dict[str, list[ir.Value | None]] = {
-        SOFTMAX_IN: [_unmasked(node.inputs[0]) for node in softmaxes],
+        SOFTMAX_IN: [_unmasked(node.inputs[0], products) for node in softmaxes],
         EMBEDDINGS: _embeddings(residuals) if softmaxes else [],
         ATTENTION: [found.branch for found in attention],
         SOFTMAX_OUT: [node.outputs[0] for node in softmaxes],
@@ -76,29 +78,28 @@ def _has_weight(node: ir.Node) -> bool:
     return len(node.inputs) > 1 and constant(node.inputs[1]) is not None
 
 
-def _has_scores(node: ir.Node) -> bool:
-    """Whether a Softmax is one of attention: a classifier's reads no product of two computed tensors."""
-    return node.inputs[0] is not None and _is_product(node.inputs[0])
+def _products(graph: ir.Graph) -> set[ir.Value]:
+    """The values behind which the nearest operator that is no scaling or masking multiplies two computed tensors."""
+    found: set[ir.Value] = set()
+    for node in graph:
+        operands = [operand for operand in node.inputs if operand is not None]
+        if node.op_type in ("MatMul", "Einsum"):
+            is_one = len(operands) == len(node.inputs) and all(constant(operand) is None for operand in operands)
+        else:
+            is_one = node.op_type in ("Add", "Where", "Mul", "Div", "Reshape") and not found.isdisjoint(operands)
+        found.update(node.outputs if is_one else ())
+    return found
 
 
-def _unmasked(value: ir.Value | None) -> ir.Value | None:
-    """The scores behind a mask: its numbers say 'never', and a scale that holds them has room for nothing else."""
-    maker = None if value is None else value.producer()
-    if value is None or maker is None or maker.op_type not in ("Add", "Where"):
-        return value
-    operands = maker.inputs if maker.op_type == "Add" else maker.inputs[1:]
-    scores = [operand for operand in operands if operand is not None and _is_product(operand)]
-    return _unmasked(scores[0]) if len(scores) == 1 else value
-
-
-def _is_product(value: ir.Value) -> bool:
-    """Whether the nearest operator behind ``value`` that is no scaling or masking multiplies two computed tensors."""
-    maker = value.producer()
-    if maker is None or maker.op_type not in ("Add", "Where", "Mul", "Div", "MatMul", "Reshape", "Einsum"):
-        return False
-    if maker.op_type in ("MatMul", "Einsum"):
-        return all(operand is not None and constant(operand) is None for operand in maker.inputs)
-    return any(_is_product(operand) for operand in maker.inputs if operand is not None)
+def _unmasked(value: ir.Value | None, products: Collection[ir.Value]) -> ir.Value | None:
+    """The scores behind masks: their numbers say 'never', and a scale that holds them has room for nothing else."""
+    while value is not None and (maker := value.producer()) is not None and maker.op_type in ("Add", "Where"):
+        operands = maker.inputs if maker.op_type == "Add" else maker.inputs[1:]
+        scores = [operand for operand in operands if operand in products]
+        if len(scores) != 1:
+            break
+        value = scores[0]
+    return value
 
 
 def _embeddings(residuals: tuple[Residual, ...]) -> list[ir.Value | None]:

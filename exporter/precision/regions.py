@@ -37,12 +37,14 @@ class Region:
 
 def find_regions(graph: ir.Graph, names: Collection[str]) -> tuple[Region, ...]:
     """Part the nodes called ``names`` into regions, in the order of the graph."""
+    names = frozenset(names)
     chosen = [node for node in graph if node.name in names]
-    depth = levels(graph)
+    depth, makers = levels(graph), _makers(graph)
     owner = {node: node for node in chosen}
 
     def root(node: ir.Node) -> ir.Node:
         while owner[node] is not node:
+            owner[node] = owner[owner[node]]
             node = owner[node]
         return node
 
@@ -54,9 +56,9 @@ def find_regions(graph: ir.Graph, names: Collection[str]) -> tuple[Region, ...]:
     for node in chosen:
         for value in _computed(node):
             join(first.setdefault(value, node), node)
-            for maker in _makers(value):
-                if maker in owner:
-                    join(maker, node)
+            maker = makers.get(value)
+            if maker in owner:
+                join(maker, node)
     groups: dict[ir.Node, list[ir.Node]] = {}
     for node in chosen:
         groups.setdefault(root(node), []).append(node)
@@ -69,11 +71,12 @@ def find_units(graph: ir.Graph, names: Collection[str]) -> tuple[tuple[str, ...]
     Every node is one of its own, but what has no weight (a residual Add) goes with the last node it reads from: its
     integers are worth nothing without the ones that come in.
     """
-    owner: dict[ir.Node, ir.Node] = {}
+    names, makers = frozenset(names), _makers(graph)
+    owner: dict[ir.Node | None, ir.Node] = {}
     groups: dict[ir.Node, list[str]] = {}
     for node in graph:
         if node.name in names:
-            behind = [maker for value in _computed(node) for maker in _makers(value) if maker in owner]
+            behind = [makers[value] for value in _computed(node) if makers.get(value) in owner]
             weightless = all(constant(value) is None for value in node.inputs)
             owner[node] = owner[behind[-1]] if weightless and behind else node
             groups.setdefault(owner[node], []).append(node.name or "")
@@ -87,15 +90,14 @@ def _computed(node: ir.Node) -> Iterator[ir.Value]:
             yield value
 
 
-def _makers(value: ir.Value) -> Iterator[ir.Node]:
-    """The nearest nodes behind ``value`` that do more than move or clip numbers."""
-    todo = [value]
-    while todo:
-        maker = todo.pop().producer()
-        if maker is not None and maker.op_type in HANDED_ON:
-            todo.extend(found for found in maker.inputs[:1] if found is not None)
-        elif maker is not None:
-            yield maker
+def _makers(graph: ir.Graph) -> dict[ir.Value, ir.Node]:
+    """The nearest node behind each value, if any, that does more than move or clip numbers."""
+    found: dict[ir.Value, ir.Node] = {}
+    for node in graph:
+        source = node.inputs[0] if node.op_type in HANDED_ON and node.inputs else None
+        maker = node if node.op_type not in HANDED_ON else None if source is None else found.get(source)
+        found.update(dict.fromkeys(node.outputs, maker) if maker is not None else {})
+    return found
 
 
 def label(graph: ir.Graph, regions: Collection[Region]) -> dict[str, int]:

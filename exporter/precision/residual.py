@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import operator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from qexport.passes.match import constant
@@ -36,71 +39,92 @@ def find_residuals(graph: ir.Graph) -> tuple[Residual, ...]:
 
     Adding a mask or a position bias to attention scores is none: nothing but a Softmax reads the sum.
     """
-    sets, places = _ancestors(graph)
-    found = []
-    for node in graph:
-        pair = _pair(node, sets)
+    places: list[ir.Value] = []
+    scores, found = _scores(graph), []
+    for node, sets in _ancestors(graph, places, every=True):
+        pair = _pair(node, sets, scores)
         if pair is not None:
-            skip, branch = pair
-            inside = sets[branch] & ~sets[skip]
-            layers = [value.producer() for value, place in places.items() if inside >> place & 1]
+            skip, branch = sorted(pair, key=lambda value: sets[value].bit_count())
+            layers = [places[place].producer() for place in _bits(sets[branch] & ~sets[skip])]
             found.append(Residual(node, skip, branch, tuple(dict.fromkeys(n for n in layers if n is not None))))
     return tuple(found)
 
 
 def levels(graph: ir.Graph) -> dict[ir.Node, int]:
     """Return how many residual additions lie, at most, between the inputs of ``graph`` and each node."""
-    sets, _ = _ancestors(graph)
     after: dict[ir.Value | None, int] = {}
-    found = {}
-    for node in graph:
+    scores, found = _scores(graph), {}
+    for node, sets in _ancestors(graph, [], every=False):
         found[node] = max((after.get(value, 0) for value in node.inputs), default=0)
-        level = found[node] + (_pair(node, sets) is not None)
+        level = found[node] + (_pair(node, sets, scores) is not None)
         after.update(dict.fromkeys(node.outputs, level))
     return found
 
 
-def _pair(node: ir.Node, sets: Sets) -> tuple[ir.Value, ir.Value] | None:
-    """The operands of a residual addition, the one that went around first."""
-    if node.op_type != "Add" or node.domain != "" or len(node.inputs) != 2:
+def _pair(node: ir.Node, sets: Sets, scores: Collection[ir.Value]) -> tuple[ir.Value, ir.Value] | None:
+    """The operands of a residual addition."""
+    if node.op_type != "Add" or node.domain != "" or len(node.inputs) != 2 or node.outputs[0] in scores:
         return None
     one, other = node.inputs
-    if one is None or other is None or not sets.get(one, 0) & sets.get(other, 0):
-        return None
-    if _only_for_softmax(node.outputs[0]):
-        return None
-    return (one, other) if sets[one].bit_count() <= sets[other].bit_count() else (other, one)
+    return (one, other) if one and other and sets.get(one, 0) & sets.get(other, 0) else None
 
 
-def _only_for_softmax(value: ir.Value) -> bool:
-    """Whether all that becomes of ``value`` is scaled and masked scores."""
-    users = value.consumers()
-    return bool(users) and all(
-        user.op_type == "Softmax" or (user.op_type in SCORE_OPS and all(map(_only_for_softmax, user.outputs)))
-        for user in users
-    )
+def _scores(graph: ir.Graph) -> set[ir.Value]:
+    """The values of which nothing becomes but scaled and masked scores."""
+    found: set[ir.Value] = set()
+    for node in ir.traversal.RecursiveGraphIterator(graph, reverse=True):
+        for value in node.outputs:
+            users = value.consumers()
+            if users and all(
+                user.op_type == "Softmax" or (user.op_type in SCORE_OPS and found.issuperset(user.outputs))
+                for user in users
+            ):
+                found.add(value)
+    return found
 
 
-def _ancestors(graph: ir.Graph) -> tuple[dict[ir.Value, int], dict[ir.Value, int]]:
-    """Float values to the set of computed float values they are made of, themselves included, and to their bits."""
+def _ancestors(graph: ir.Graph, places: list[ir.Value], *, every: bool) -> Iterator[tuple[ir.Node, Sets]]:
+    """Yield each node with the sets of computed float values that its inputs are made of, themselves included.
+
+    A set is the bits of its members' places in ``places``, which grows. Where not ``every`` value is asked for, sets
+    hold those alone that are made of no others: two values share one of these if they share any. A set goes when its
+    last reader has been here, so that there are no more than there are values at a time.
+    """
+    done = _last_read(graph)
     sets: dict[ir.Value, int] = {}
-    places: dict[ir.Value, int] = {}
 
     def add(value: ir.Value, behind: int) -> None:
-        if value.dtype in FLOATS:
-            places[value] = len(places)
-            behind |= 1 << places[value]
-        sets[value] = behind
+        if value.dtype in FLOATS and (every or not behind):
+            behind |= 1 << len(places)
+            places.append(value)
+        if value.uses():
+            sets[value] = behind
 
     for value in graph.inputs:
         if not value.is_initializer():
             add(value, 0)
     for node in graph:
-        inputs = [value for value in node.inputs if value is not None and value in sets]
-        behind = 0
-        for value in inputs:
-            behind |= sets[value]
-        if behind or any(constant(value) is None for value in node.inputs if value is not None):
+        yield node, sets
+        inputs = [value for value in node.inputs if value is not None]
+        behind = functools.reduce(operator.or_, (sets.get(value, 0) for value in inputs), 0)
+        if behind or any(constant(value) is None for value in inputs):
             for output in node.outputs:
                 add(output, behind)
-    return sets, places
+        for value in done.get(node, ()):
+            sets.pop(value, None)
+
+
+def _last_read(graph: ir.Graph) -> dict[ir.Node, list[ir.Value]]:
+    """What each node is the last to read."""
+    found: dict[ir.Node, list[ir.Value]] = {}
+    last = {value: node for node in graph for value in node.inputs if value is not None}
+    for value, reader in last.items():
+        found.setdefault(reader, []).append(value)
+    return found
+
+
+def _bits(number: int) -> list[int]:
+    """The places of the bits that are set, in order."""
+    octets = np.frombuffer(number.to_bytes(-(-number.bit_length() // 8), "little"), np.uint8)
+    places: list[int] = np.unpackbits(octets, bitorder="little").nonzero()[0].tolist()
+    return places
