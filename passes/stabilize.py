@@ -9,7 +9,7 @@ position is hidden means nothing; it stays finite, but becomes the Softmax of it
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,12 +60,13 @@ class Stabilize(Pass):
 
 def soften(model: ir.Model) -> tuple[Decision, ...]:
     """Rewrite every mask, and say which. A constant with other readers is copied for those that hide by it."""
-    flow = _Flow()
-    found = {use: flow.endings(use) for use in _uses(model)}
+    uses, known = list(_uses(model)), _Indicators()
+    ends = _follow(model, uses, known)
+    found = {use: _endings(use, ends, known) for use in uses}
     masks = [use for use, endings in found.items() if endings == _SOFTMAX]
     decisions = [Decision(use.node.name or "", use.node.op_type, *_verdict(ends)) for use, ends in found.items()]
     _rewrite(masks)
-    for value in flow.known if masks else ():
+    for value in ends if masks else ():
         value.meta.pop(EXTREME_KEY, None)  # it was observed with the old mask
     return tuple(decision for decision in decisions if decision.reason)
 
@@ -98,34 +99,58 @@ def _is_huge(tensor: ir.TensorProtocol | None) -> bool:
     return bool(((sizes > HIDDEN) & (sizes < np.inf)).any())
 
 
-@dataclass(slots=True)
-class _Flow:
-    """Follows values to what they end in: operator types that do not just carry them on, or a graph output."""
-
-    known: dict[ir.Value, frozenset[str]] = field(default_factory=dict)
-
-    def endings(self, use: Use) -> frozenset[str]:
-        """What a huge number ends in that enters by ``use``."""
-        node, index = use
-        if index is None:
-            return self._behind(node.outputs[0])
-        if node.op_type == "Attention" and index == 3:
-            return _SOFTMAX
-        if index in _CARRIES.get(node.op_type, ()) or (node.op_type == "Mul" and _indicates(node.inputs[1 - index])):
-            return self._behind(node.outputs[0])
-        return frozenset({node.op_type})
-
-    def _behind(self, value: ir.Value) -> frozenset[str]:
-        if value not in self.known:
-            found = {"an output"} if value.is_graph_output() else set[str]()
-            for node, index in value.uses():
-                found |= self.endings(Use(node, index))
-            self.known[value] = frozenset(found)
-        return self.known[value]
+def _follow(model: ir.Model, uses: list[Use], known: _Indicators) -> dict[ir.Value, frozenset[str]]:
+    """The values that hold huge numbers, each with what they end in: operators that do not just carry them on."""
+    reached, todo = set[ir.Value](), [*uses]
+    while todo:
+        value = _carried(todo.pop(), known)
+        if value is not None and value not in reached:
+            reached.add(value)
+            todo.extend(Use(*use) for use in value.uses())
+    ends: dict[ir.Value, frozenset[str]] = {}
+    for node in ir.traversal.RecursiveGraphIterator(model.graph, reverse=True) if reached else ():
+        for value in reached.intersection(node.outputs):
+            behind = (_endings(Use(*use), ends, known) for use in value.uses())
+            ends[value] = frozenset({"an output"} if value.is_graph_output() else ()).union(*behind)
+    return ends
 
 
-def _indicates(value: ir.Value | None) -> bool:
-    """Whether ``value`` says 0 or 1: made of integers or truth values, or taken from 1, by nothing that is learned."""
+def _endings(use: Use, ends: dict[ir.Value, frozenset[str]], known: _Indicators) -> frozenset[str]:
+    """What a huge number ends in that enters by ``use``."""
+    value = _carried(use, known)
+    if value is not None:
+        return ends[value]
+    return _SOFTMAX if use.node.op_type == "Attention" and use.place == 3 else frozenset({use.node.op_type})
+
+
+def _carried(use: Use, known: _Indicators) -> ir.Value | None:
+    """The value that is still huge behind ``use``, if one is."""
+    node, index = use
+    hides = node.op_type == "Mul" and index is not None and known.holds(node.inputs[1 - index])
+    return node.outputs[0] if index is None or hides or index in _CARRIES.get(node.op_type, ()) else None
+
+
+class _Indicators:
+    """Which values say 0 or 1: made of integers or truth values, or taken from 1, by nothing that is learned."""
+
+    def __init__(self) -> None:
+        self._known: dict[ir.Value | None, bool] = {None: False}
+
+    def holds(self, value: ir.Value | None) -> bool:
+        """Whether ``value`` is one; what it is made of is looked at once."""
+        todo = [value]
+        while todo:
+            found = _indicates(todo[-1]) if todo[-1] not in self._known else self._known[todo[-1]]
+            missing = [] if isinstance(found, bool) else [v for v in found if v not in self._known]
+            if not missing:
+                made_of = [found] if isinstance(found, bool) else map(self._known.__getitem__, found)
+                self._known[todo.pop()] = all(made_of)
+            todo.extend(missing)
+        return self._known[value]
+
+
+def _indicates(value: ir.Value | None) -> bool | list[ir.Value | None]:
+    """Whether ``value`` says 0 or 1, or the values that have to do so for it."""
     if value is None or value.dtype in _WHOLE:
         return value is not None
     if constant(value) is not None:
@@ -133,10 +158,10 @@ def _indicates(value: ir.Value | None) -> bool:
     node = value.producer()
     if node is None:
         return False
-    if node.op_type == "Sub" and any(map(_is_unit, node.inputs)):
-        return any(v is not None and v.is_graph_input() for v in node.inputs) or all(map(_indicates, node.inputs))
+    if node.op_type == "Sub" and any(map(_is_unit, node.inputs)) and any(v and v.is_graph_input() for v in node.inputs):
+        return True
     read = range(2) if node.op_type == "Mul" else _CARRIES.get(node.op_type, ())
-    return bool(read) and all(_indicates(v) for index, v in enumerate(node.inputs) if index in read)
+    return [v for index, v in enumerate(node.inputs) if index in read] if read else False
 
 
 def _is_unit(value: ir.Value | None) -> bool:

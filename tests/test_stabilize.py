@@ -1,3 +1,4 @@
+import time
 from functools import partial
 
 import helpers
@@ -210,6 +211,25 @@ def test_a_mask_of_the_attention_operator_is_one():
     model = model_from(text, opset=23, c=np.float32(LOWEST), zero=np.float32(0))
     assert Stabilize()(model).modified
     assert min(array.min() for array in constants(model)) == -HIDDEN
+
+
+@pytest.mark.parametrize("side", ["x", "m"])
+def test_chains_of_thousands_of_nodes_and_diamonds_are_followed_in_one_pass(side):
+    """A mask through 1500 Neg, or times what is made of the mask by as many; then 60 times a sum with itself."""
+    steps = [("Neg", 1)] * 1500 + [("Add", 2)] * 60
+    last, body = "b0", "f = Cast <to = 1> (m)  " + ("b0 = Mul(f, c)" if side == "x" else "b0 = Identity(f)")
+    for number, (op, count) in enumerate(steps if side == "x" else steps[:1500] + [("Mul", 2)] * 60, 1):
+        body += f"  b{number} = {op}({', '.join([last] * count)})"
+        last = f"b{number}"
+    body += f"  s = Add(x, {last})" if side == "x" else f"  b = Mul({last}, c)  s = Add(x, b)"
+    text = f"g (float[6, 6] x, int64[6, 6] m) => (float[6, 6] y) {{ {body}  y = Softmax(s) }}"
+    model = model_from(text, c=np.float32(-1e9))
+    start = time.process_time()
+    result = Stabilize()(model)
+    assert time.process_time() - start < 2
+    assert [d.action for d in result.decisions] == ["softened"]
+    assert float(constants(model)[0]) == -HIDDEN
+    assert not Stabilize()(model).modified
 
 
 def test_masks_in_a_branch_are_softened_there():
