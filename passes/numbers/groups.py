@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from qexport.errors import UsageError
 from qexport.passes.numbers.range import LARGEST_SCALE, SMALLEST_FLOAT32, SMALLEST_SCALE, half_precision
+from qexport.passes.numbers.weights import MAX_COARSE
 from qexport.passes.placement import Site
 
 CODES_KEY = "qexport.codes"
 SMALLEST_GROUP = 16  # no kernel has a smaller one
 SHRINKS = np.linspace(1.0, 0.5, 21)  # what the clip search multiplies a group's range with
-MAX_COARSE = 0.25  # share of groups whose scale float16 may raise
 
 Matrix = NDArray[np.float32]  # [K, N]
 Scales = NDArray[np.float32]  # [K / group, N]

@@ -17,7 +17,7 @@ from qexport.passes.numbers.range import LARGEST_SCALE, SMALLEST_FLOAT32, SMALLE
 
 MIN_CHANNEL_SQNR = 20.0  # dB; a channel with a scale of its own has about 40 in int8, 32 in fp8
 AT_ONCE = 1 << 20  # elements that are rounded together
-MAX_COARSE = 0.25  # share of channels
+MAX_COARSE = 0.25  # share of channels, or groups, that may lose by a scale which float16 raises
 ZERO_IN_HALF = 2.0**-25  # what float16 rounds to zero
 CHOSEN_KEY = "qexport.chosen"
 

@@ -8,13 +8,11 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from qexport.passes.base import Decision
-from qexport.passes.numbers.groups import Grid, as_matrix, check_group, misfit_groups
+from qexport.passes.numbers.groups import SMALLEST_GROUP, Grid, as_matrix, check_group, misfit_groups
 from qexport.passes.placement import Site
 from qexport.passes.target import Target
 from qexport.passes.writing.lowbit import Choice, decision
 from qexport.passes.writing.qdq import needs_half
-
-SMALLEST = 16  # group that every kernel for blocks takes
 
 
 def fitted(grid: Grid, k: int, node: str, *, fit: bool) -> Grid:
@@ -29,7 +27,7 @@ def fitted(grid: Grid, k: int, node: str, *, fit: bool) -> Grid:
             that do.
     """
     size = grid.group
-    while fit and size and k % size and size % 2 == 0 and size // 2 >= SMALLEST:
+    while fit and size and k % size and size % 2 == 0 and size // 2 >= SMALLEST_GROUP:
         size //= 2
     if fit and size and k % size and k <= 2 * grid.group:
         size = 0
