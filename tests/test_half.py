@@ -114,8 +114,15 @@ def test_casts_to_float_become_casts_to_half():
 def test_an_operator_without_a_half_form_is_kept():
     text = "g (float[1, 1, 4, 4] x) => (float[1, 1, 8, 8] y) { h = Relu(x)  y = Resize(h, roi, scales) }"
     model = model_from(text, roi=np.zeros(0, np.float32), scales=np.float32([1, 1, 2, 2]))
-    Half()(model)
-    run(model, x=normal(1, 1, 4, 4))
+    x = normal(1, 1, 4, 4)
+    result = Half()(model)
+    assert [(d.op, d.action, d.reason) for d in result.decisions if d.op != "graph"] == [
+        ("Resize", "kept", "the operator has no float16 form")
+    ]
+    dtypes = {node.op_type: (node.inputs[0].dtype, node.outputs[0].dtype) for node in model.graph}
+    assert dtypes["Resize"] == (F32, F32)
+    assert dtypes["Relu"] == (F16, F16)
+    np.testing.assert_allclose(run(model, x=x)[0], np.maximum(x, 0).repeat(2, 2).repeat(2, 3), atol=2e-3)
 
 
 def test_an_output_that_is_read_inside_as_well_keeps_its_name():
