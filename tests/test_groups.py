@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -87,12 +89,12 @@ def test_codes_stay_inside_the_grid_and_zero_is_exact(seed, grid, half):
 
 @settings(max_examples=8, deadline=None)
 @given(SEEDS, BITS, st.booleans())
-def test_smaller_groups_never_lose_on_data_with_outlier_channels(seed, bits, symmetric):
+def test_smaller_groups_lose_next_to_nothing_and_win_much_where_some_channels_are_outliers(seed, bits, symmetric):
     rng = np.random.default_rng(seed)
     w = rng.standard_normal((1024, 8)).astype(np.float32)
     w[rng.choice(1024, 6, replace=False)] *= 40
     errors = [error(w, quantize_groups(w, Grid(bits, group, symmetric))) for group in (0, 512, 128, 64, 32, 16)]
-    assert errors == sorted(errors, reverse=True)
+    assert all(after < 1.05 * before for before, after in pairwise(errors))  # where all are coarse it is chance
     assert errors[-1] < errors[0] / 3
 
 
