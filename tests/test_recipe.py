@@ -369,34 +369,6 @@ def test_every_shipped_recipe_is_valid_and_resolves_to_itself(tmp_path: Path, na
     assert [name for name, _ in steps] == [step.pass_ for step in recipe.step if step.enabled]
 
 
-OFF = {
-    "equalize": ("fold-batch-norm", "cleanup"),
-    "adaround": ("triage", "quantize"),
-    "correct-bias": ("quantize", "half"),
-}
-
-
-@pytest.mark.parametrize("name", list(OFF))
-def test_int8_holds_passes_that_one_setting_switches_on_where_they_belong(name: str) -> None:
-    recipe = load_recipe("int8")
-    plain = [step.pass_ for step in recipe.step if step.enabled]
-    assert name not in plain
-    changed = [step.pass_ for step in override(recipe, [f"{name}.enabled=true"]).step if step.enabled]
-    place = changed.index(name)
-    assert (changed[place - 1], changed[place + 1]) == OFF[name]
-    assert changed[:place] + changed[place + 1 :] == plain
-
-
-def test_int8_begins_with_the_steps_of_float32() -> None:
-    first = [step.pass_ for step in load_recipe("float32").step]
-    assert [step.pass_ for step in load_recipe("int8").step if step.enabled][: len(first)] == first
-
-
-@pytest.mark.parametrize("name", sorted(list_recipes()))
-def test_no_recipe_switches_on_what_int8_leaves_out(name: str) -> None:
-    assert not {step.pass_ for step in load_recipe(name).step if step.enabled} & set(OFF)
-
-
 def test_only_recipes_that_measure_need_data() -> None:
     free = "bfloat16 float16 float32 int8-dynamic int8-weights int4-weights int3-weights nf4-weights"
     assert {name for name in list_recipes() if not needs(load_recipe(name), "data")} == set(free.split())
