@@ -5,6 +5,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qexport.errors import BuildFailed
 from qexport.exporter.proof.equality import EqualityProof, distance
@@ -114,6 +116,44 @@ def test_a_result_that_is_not_a_number_is_infinitely_far():
     assert distance(other, other) == 0.0
     assert distance(one, {"y": np.zeros(3)}) == float("inf")
     assert distance(one, {"y": np.array([1.0, 2.2])}) == pytest.approx(0.2 / np.sqrt(5))
+
+
+@pytest.mark.parametrize("mask", [-1e9, -1e4, float(np.finfo(np.float32).min), 1e30])
+def test_what_a_mask_put_there_hides_no_change_of_the_others(mask):
+    before, after = {"y": np.array([mask, 1.0, 2.0])}, {"y": np.array([mask, 90.0, -70.0])}
+    assert distance(before, after) == pytest.approx(np.hypot(89, 72) / np.sqrt(5))
+    assert distance(before, before) == 0.0
+    assert distance(before, {"y": np.array([mask, 1.0, 2.0 + 1e-6])}) == pytest.approx(1e-6 / np.sqrt(5))
+    assert distance(before, {"y": np.array([1.01 * mask, 1.0, 2.0])}) == pytest.approx(0.01)
+    assert distance(before, {"y": np.array([0.0, 1.0, 2.0])}) == pytest.approx(1.0)
+
+
+def test_huge_numbers_that_are_no_masks_are_what_rounding_is_relative_to():
+    computed = np.array([3e5, 1e6, 2e-2, 0.0])
+    rounded = np.array([3e5, 1e6 * (1 + 1e-7), 3e-2, 1e-3])  # cancellation leaves what the large ones lost
+    assert distance({"y": computed}, {"y": rounded}) < 1e-6
+    assert distance({"y": np.array([5000.0, 1e-3])}, {"y": np.array([5000.0, 1.1e-3])}) < 1e-6
+    assert distance({"y": np.array([2e4, 900.0])}, {"y": np.array([2e4, 900.01])}) == pytest.approx(5e-7, rel=0.01)
+
+
+@given(st.lists(st.floats(-9e3, 9e3), min_size=1, max_size=6), st.floats(-1e-3, 1e-3))
+def test_without_masks_the_distance_is_that_of_the_norms_to_the_last_bit(numbers, change):
+    x = np.array(numbers)
+    y = x * (1 + change)
+    expected = float(np.linalg.norm(x - y)) / max(float(np.linalg.norm(x)), 1e-30)
+    assert distance({"y": x}, {"y": y}) == expected
+
+
+def test_a_wrong_fold_of_a_model_with_masked_logits_stops_the_build():
+    text = """<ir_version: 10, opset_import: ["" : 20]> g (float[n, 4] x, bool[n, 4] mask) => (float[n, 4] y) {
+        h = Mul(x, c)  y = Where(mask, h, low) }"""
+    proto = onnx.parser.parse_model(text)
+    for name, array in {"c": np.float32([1, 2, 3, 4]), "low": np.float32(-1e9)}.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(array), name))
+    feeds = [{"x": np.ones((2, 4), np.float32), "mask": np.array([[True, True, False, True]] * 2)}]
+    run(ir.from_proto(proto), [("scale", Scale(1 + 2e-7))], [EqualityProof(feeds)])
+    with pytest.raises(BuildFailed, match=r"1\.0e-03 relative"):
+        run(ir.from_proto(proto), [("scale", Scale(1.001))], [EqualityProof(feeds)])
 
 
 def test_a_model_in_half_precision_may_round_as_float16_does_but_no_more():

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from qexport.calibration.reading.spec import MASK
 from qexport.calibration.running.execute import open_model
 from qexport.errors import BuildFailed
+from qexport.exporter.proof.marks import marks
 from qexport.passes.base import Pass
 from qexport.passes.pipeline import Step
 
@@ -109,7 +110,10 @@ def _computes_in_half(model: ir.Model) -> bool:
 
 
 def distance(one: Mapping[str, NDArray[np.generic]], other: Mapping[str, NDArray[np.generic]]) -> float:
-    """Largest relative L2 distance over outputs of the same name; NaN in the same places is equal."""
+    """Largest relative L2 distance over outputs of the same name; NaN in the same places is equal.
+
+    The distance is relative to the numbers that are no marks: what masks put into an output hides no error.
+    """
     worst = 0.0
     for name, a in one.items():
         x, y = np.asarray(a, np.float64), np.asarray(other[name], np.float64)
@@ -117,7 +121,8 @@ def distance(one: Mapping[str, NDArray[np.generic]], other: Mapping[str, NDArray
             return float("inf")
         same = (x == y) | (np.isnan(x) & np.isnan(y))
         gap = float(np.linalg.norm(np.where(same, 0.0, x - y)))
-        size = float(np.linalg.norm(np.where(np.isfinite(x), x, 0.0)))
+        counted = np.isfinite(x) & ~marks(x.reshape(1, -1), y.reshape(1, -1)).reshape(x.shape)
+        size = float(np.linalg.norm(np.where(counted, x, 0.0)))
         if not np.isfinite(gap):
             return float("inf")
         worst = max(worst, gap / max(size, 1e-30))
