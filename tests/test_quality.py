@@ -3,10 +3,13 @@ import onnx
 import onnx_ir as ir
 import pytest
 from helpers import Samples
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qexport.calibration.reading.tasks import Top1
 from qexport.errors import DataInvalid, GateFailed
 from qexport.exporter.proof.latency import measure
+from qexport.exporter.proof.marks import without_marks
 from qexport.exporter.proof.quality import Judge, compare, layer_quality
 from qexport.passes.target import find_target
 
@@ -41,6 +44,45 @@ def test_cosine_noise_and_error_are_those_of_numpy():
     assert quality.worst_sample == cosines.argmin()
     assert quality.max_error == pytest.approx(np.abs(a - b).max(), rel=1e-5)
     assert quality.sqnr == pytest.approx(10 * np.log10((a**2).sum() / ((a - b) ** 2).sum()), abs=1e-3)
+
+
+MASKED = """g (float[n, 4] x, bool[n, 4] mask) => (float[n, 4] y) { h = MatMul(x, w)  y = Where(mask, h, low) }"""
+
+
+def test_what_a_mask_put_there_on_both_sides_does_not_count():
+    w, v, low = np.eye(4), np.eye(4) + 0.5 * RNG.standard_normal((4, 4)), np.float32(-1e9)
+    masks = RNG.random((40, 4)) < 0.7
+    masks[:, 0] = True
+    masks[7] = False  # of this one nothing is left to compare
+    x = RNG.standard_normal((40, 4)).astype(np.float32)
+    data = Samples({"x": row, "mask": mask} for row, mask in zip(x, masks, strict=True))
+    judge = Judge(data, Top1(np.arange(40) % 4), held_out=True)
+    found = compare(model_from(MASKED, w=w, low=low), model_from(MASKED, w=v, low=low), judge, TARGET)
+    a, b = (np.where(masks, x.astype(np.float64) @ m, 0) for m in (w, v))
+    products, norms = (a * b).sum(1), np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosines = np.where(norms > 0, products / np.maximum(norms, 1e-30), 1)
+    assert found.cosine_mean == pytest.approx(cosines.mean(), abs=1e-6)
+    assert found.cosine_worst == pytest.approx(cosines.min(), abs=1e-6) != pytest.approx(1, abs=1e-3)
+    assert found.sqnr == pytest.approx(10 * np.log10((a**2).sum() / ((a - b) ** 2).sum()), abs=1e-3)
+    labels = np.where(masks, x @ w, low).argmax(axis=1)
+    assert found.task.reference == pytest.approx(100 * np.mean(labels == np.arange(40) % 4))
+
+
+def test_a_mask_that_the_result_lost_counts_in_full():
+    low, data = np.float32(-1e9), Samples({"x": np.ones(4, np.float32), "mask": np.arange(4) < 3} for _ in range(3))
+    judge = Judge(data, None, held_out=True)
+    found = compare(model_from(MASKED, w=np.eye(4), low=low), model_from(MASKED, w=np.eye(4), low=-low), judge, TARGET)
+    assert found.sqnr == pytest.approx(10 * np.log10(0.25), abs=1e-3)
+    assert found.cosine_worst == pytest.approx(-1)
+
+
+@given(st.integers(0, 1000), st.floats(1e-4, 9e3))
+def test_numbers_without_masks_are_the_very_same_arrays(seed, size):
+    a, b = np.random.default_rng(seed).uniform(-size, size, (2, 3, 5))
+    b[0] = a[0]
+    one, other = without_marks(a, b)
+    assert one is a
+    assert other is b
 
 
 def test_the_task_is_scored_before_and_after_with_the_share_of_equal_predictions():

@@ -9,6 +9,7 @@ import numpy as np
 
 from qexport.calibration.reading.tasks import Fold, Metric
 from qexport.exporter.proof.layout import Feeds, Vectors
+from qexport.exporter.proof.marks import without_marks
 from qexport.exporter.proof.quality import cosine, decibel
 
 
@@ -54,9 +55,10 @@ class Tally:
 
     def add(self, indices: list[int], feeds: Feeds, truth: Vectors, found: Vectors) -> None:
         """Take in one batch: rows of the float model and of what is measured."""
-        self.signal += float(np.square(truth).sum())
-        self.noise += float(np.square(found - truth).sum())
-        self._cosines += cosine(truth, found).tolist()
+        one, other = without_marks(truth, found)
+        self.signal += float(np.square(one).sum())
+        self.noise += float(np.square(other - one).sum())
+        self._cosines += cosine(one, other).tolist()
         for fold, rows in zip(self._folds, (truth, found), strict=False):
             fold.add(indices, feeds, rows)
 

@@ -26,3 +26,11 @@ def marks(truth: NDArray[np.float64], found: NDArray[np.float64]) -> NDArray[np.
     others = np.where(huge | ~np.isfinite(sizes), 0.0, sizes).max(axis=1, keepdims=True)
     huge &= sizes >= APART * others
     return huge
+
+
+def without_marks(
+    truth: NDArray[np.float64], found: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Both sides with zeros where they have marks; the same arrays where there are none."""
+    places = marks(truth, found)
+    return (np.where(places, 0.0, truth), np.where(places, 0.0, found)) if places.any() else (truth, found)

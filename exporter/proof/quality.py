@@ -17,6 +17,7 @@ from qexport.calibration.reading.tasks import Fold, Metric
 from qexport.calibration.running.execute import open_model
 from qexport.errors import DataInvalid, GateFailed, QexportError
 from qexport.exporter.proof.layout import Feeds, Layout, Vectors, fill, find_layout
+from qexport.exporter.proof.marks import without_marks
 from qexport.exporter.result import LayerQuality, OutputQuality, Quality, TaskScore
 from qexport.passes.target import Target
 from qexport.runtime.session import Session, SessionOptions
@@ -48,7 +49,7 @@ class Judge:
 
 @dataclass(slots=True)
 class _Tally:
-    """Running sums of one output over batches, and the folds of a task for both models."""
+    """Running sums of one output over batches, marks left out, and the folds of a task for both models."""
 
     folds: tuple[Fold, Fold] | None
     cosines: dict[int, float] = field(default_factory=dict)
@@ -57,11 +58,12 @@ class _Tally:
     max_error: float = 0.0
 
     def add(self, indices: list[int], feeds: Feeds, a: Vectors, b: Vectors) -> None:
-        gap = a - b
-        self.signal += float(np.square(a).sum())
+        one, other = without_marks(a, b)
+        gap = one - other
+        self.signal += float(np.square(one).sum())
         self.noise += float(np.square(gap).sum())
         self.max_error = max(self.max_error, float(np.abs(gap).max(initial=0.0)))
-        self.cosines.update(zip(indices, cosine(a, b).tolist(), strict=True))
+        self.cosines.update(zip(indices, cosine(one, other).tolist(), strict=True))
         for fold, vectors in zip(self.folds or (), (a, b), strict=False):
             fold.add(indices, feeds, vectors)
 
