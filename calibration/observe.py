@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qexport.calibration.least import check_least
 from qexport.calibration.reading.data import Dataset
 from qexport.calibration.statistics.collect import numbered, stream
 from qexport.calibration.statistics.excerpts import Excerpts
@@ -38,6 +39,9 @@ class Observe(Pass):
     advance: Callable[[], None] = field(default=lambda: None, metadata={"bound": True})
     target: str = "tensorrt-rtx"
     samples: int = 512
+
+    def __post_init__(self) -> None:
+        check_least("observe", self, samples=1)
 
     def call(self, model: ir.Model) -> Outcome:
         """Leave an ``Activation`` on each value that the target's sites read; no data is a ``UsageError``.

@@ -5,7 +5,7 @@ from qexport.errors import UsageError
 from qexport.exporter.recipe import instantiate, load_recipe, override
 from qexport.exporter.steps import PASSES
 
-COUNTS = [(name, "samples") for name in ("calibrate", "extremes", "correct-bias", "gptq", "awq", "adaround")]
+COUNTS = [(name, "samples") for name in ("observe", "calibrate", "extremes", "correct-bias", "gptq", "awq", "adaround")]
 COUNTS += [("triage", "excerpt"), ("adaround", "iterations")]
 
 
