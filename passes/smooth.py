@@ -6,7 +6,7 @@ linear branch of gated layers. Where that is impossible the value is left alone 
 not homogeneous. Where others read a norm too, the products get a copy of it (``split``); with ``mul``, one Mul may be
 left for what nothing takes in.
 
-``a`` is fixed, or searched for each value. The search asks how a static symmetric int8 quantizer would do on samples
+``a`` is fixed, or searched for each value. The search asks how a static symmetric 8-bit quantizer would do on samples
 that its range was not taken from, by the mean *and* the worst rows: smoothing brings every channel as near to the clip
 as the largest one, and a search on the mean alone buys it with ruined samples. Smoothing has to win clearly; else the
 value stays as it is.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -62,6 +63,8 @@ class Smooth(Pass):
     """Whether a Mul may stay where the scale cannot be folded."""
     keep: tuple[str, ...] = ()
     """Names of nodes whose inputs are left alone."""
+    format: Literal["fp8"] | None = None
+    """8-bit numbers that the search rounds to: unset, even steps; as in quantize.format."""
 
     def __post_init__(self) -> None:
         if self.alpha is not None and not 0 <= self.alpha <= 1:
@@ -76,8 +79,8 @@ class Smooth(Pass):
     def call(self, model: ir.Model) -> Outcome:
         """Smooth what ``observe`` has looked at; what cannot be folded is left alone with a reason."""
         check_names(self.keep, model)
-        decisions = []
-        for value, sites in by_value(plan(model, find_target(self.target)).roots).items():
+        target, decisions = find_target(self.target).using(self.format, "smooth.format"), []
+        for value, sites in by_value(plan(model, target).roots).items():
             readers = [site for site in sites if site.node.op_type in PRODUCTS]
             if not readers or any(site.node.name in self.keep for site in sites):
                 continue
@@ -134,7 +137,7 @@ class Smooth(Pass):
             return scale(known.reach, self.alpha), f"alpha {self.alpha:g}"
         if len(known.rows) < MIN_ROWS:
             return None, "too few samples to search alpha"
-        trial = Trial(known, [_matrix(site) for site in sites], self.headroom)
+        trial = Trial(known, [_matrix(site) for site in sites], self.headroom, self.format or "int8")
         best, error = search(lambda alpha: trial.error(lambda reach: scale(reach, alpha)))
         if not error < (1 - self.gain) * trial.error(np.ones_like):
             return None, "smoothing would not lower its error"

@@ -15,7 +15,7 @@ from qexport.errors import UsageError
 from qexport.exporter.load import load_model
 from qexport.exporter.proof.equality import distance
 from qexport.exporter.recipe import instantiate, load_recipe, override
-from qexport.passes.folding.activation import Activation, activation_of
+from qexport.passes.folding.activation import activation_of
 from qexport.passes.folding.trial import Trial
 from qexport.passes.pipeline import run
 from qexport.passes.quantize import Quantize
@@ -131,15 +131,6 @@ def test_search_finds_what_a_fine_grid_finds(data):
     assert error < trial.error(np.ones_like) / 4
 
 
-def test_what_suits_only_the_rows_that_were_seen_is_not_smoothed():
-    rows = np.random.default_rng(3).standard_normal((64, 48)).astype(np.float32)
-    weight = np.random.default_rng(4).standard_normal((48, 32)).astype(np.float32)
-    most = np.abs(weight).max(axis=1).astype(np.float64)
-    trial = Trial(Activation(-1, rows.min(0), rows.max(0), rows), [weight], 1.1)
-    strong = trial.error(lambda reach: migrate(reach.astype(np.float64), most, 0.9))
-    assert strong > trial.error(np.ones_like) * 1.5
-
-
 @pytest.mark.parametrize("valley", [0.2, 0.41, 0.65, 0.9])
 def test_search_finds_the_bottom_of_a_valley_in_few_steps(valley):
     tried = []
@@ -147,6 +138,28 @@ def test_search_finds_the_bottom_of_a_valley_in_few_steps(valley):
     assert abs(found - valley) < 0.026
     assert error == (found - valley) ** 2
     assert len(tried) == len(set(tried)) <= 9
+
+
+def test_outliers_that_ruin_even_steps_stay_where_floating_numbers_read_them(data):
+    source = build(NORM)
+    gains = np.where(np.arange(32) == 3, 100, 1).astype(np.float32)
+    source.graph.initializers["g"].const_value = ir.tensor(gains, name="g")
+    actions = {}
+    for numbers in (None, "fp8"):
+        (decision,) = smoothed(source.clone(), data, format=numbers, gain=0.5).decisions
+        actions[numbers] = decision.action
+    assert actions == {None: "folded", "fp8": "skipped"}
+    with pytest.raises(UsageError, match="target ort-cpu does not read fp8") as caught:
+        Smooth(target="ort-cpu", format="fp8")(build(NORM))
+    assert caught.value.where == "smooth.format"
+
+
+@pytest.mark.parametrize(("recipe", "numbers"), [("int8", {None}), ("fp8", {"fp8"})])
+def test_every_step_of_a_recipe_works_for_the_same_numbers(data, recipe, numbers):
+    steps = instantiate(load_recipe(recipe), {"data": data})
+    formats = {name: step.format for name, step in steps if "format" in step.options()}
+    assert formats.keys() == {"smooth", "calibrate", "triage", "quantize"}
+    assert set(formats.values()) == numbers
 
 
 def test_a_search_needs_rows_and_a_gain(data, outlier_model):
