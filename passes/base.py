@@ -17,7 +17,7 @@ class Decision:
         node: Name of the node that was looked at.
         op: Its operator type.
         action: What was done, in one word: ``quantized``, ``skipped``, ``fused``, ``folded``, ``raised``,
-            ``kept``.
+            ``rounded``, ``softened``, ``noted``, ``kept``.
         reason: Why, in a few words that are the same for the same cause, so that they can be counted.
     """
 
