@@ -2,8 +2,8 @@
 
 ``x W`` becomes ``(x / s) (s W)``: rounding ``s W`` hurts inputs with a large s less. ``s_j = mean|x_j|^a``, and a is
 searched for the least output error of all products that read x, rounded to the nearest (Lin et al. 2023, "AWQ",
-section 3.2, equation 5). ``1 / s`` goes into whatever makes x (see ``passes.folding.channels``); where it cannot, the products
-keep their weights, with a reason. The rounding itself is left to ``weight-only`` or ``gptq``.
+section 3.2, equation 5). ``1 / s`` goes into whatever makes x (see ``passes.folding.channels``); where it cannot, the
+products keep their weights, with a reason. The rounding itself is left to ``weight-only`` or ``gptq``.
 """
 
 from __future__ import annotations
