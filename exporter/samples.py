@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -150,12 +150,15 @@ def longest(model: ir.Model, recipe: Recipe) -> int:
 
 
 def calibration_passes(recipe: Recipe) -> list[int]:
-    """Return how many samples each enabled calibrating step asks for."""
+    """Return how many samples each enabled calibrating step asks for; ``UsageError`` where its pass refuses that."""
     found, derived = [], derived_options(recipe)
     for step in recipe.step:
-        fields = find_pass(step.pass_, recipe.name).options()
+        cls = find_pass(step.pass_, recipe.name)
+        fields = cls.options()
         if step.enabled and {"data", "samples"} <= set(fields):
             told = step.options.get("samples", derived.get("samples", fields["samples"].default))
+            asked: Mapping[str, object] = {"samples": told}
+            cls(**asked)
             found.append(int(str(told)))
     return found
 

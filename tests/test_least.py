@@ -1,4 +1,6 @@
+import numpy as np
 import pytest
+from helpers import call, save_model
 
 from qexport.calibration.least import check_least
 from qexport.errors import UsageError
@@ -18,6 +20,20 @@ def test_a_count_below_one_is_a_usage_error_that_names_option_value_and_default(
         assert caught.value.where == f"{step}.{option}"
         assert caught.value.hint == f"leave it out for {getattr(cls(), option)}"
     assert getattr(cls(**{option: 1}), option) == 1
+
+
+@pytest.mark.parametrize("count", [-1, 0])
+@pytest.mark.parametrize("step", ["calibrate", "extremes"])
+@pytest.mark.parametrize("judged", [True, False])
+def test_a_build_is_refused_before_it_reads_data(tmp_path, capsys, step, count, judged):
+    model = save_model(tmp_path / "m.onnx")
+    np.save(tmp_path / "x.npy", np.ones((8, 32), np.float32))
+    options = ["--calib", str(tmp_path / "x.npy"), "--set", f"{step}.samples={count}", "-o", str(tmp_path / "out")]
+    options += ["--eval", str(tmp_path / "x.npy")] if judged else []
+    code, _, told = call(capsys, "build", str(model), *options)
+    assert code == 2
+    assert f"samples is {count}, expected 1 or more" in told
+    assert "hint: leave it out for 512" in told
 
 
 @pytest.mark.parametrize("setting", ["calibrate.samples=-1", "extremes.samples=0", "triage.excerpt=-3"])
