@@ -1,5 +1,4 @@
 import re
-from functools import partial
 
 import helpers
 import ml_dtypes
@@ -21,7 +20,11 @@ from qexport.passes.numbers.range import RANGE_KEY, Range
 from qexport.passes.quantize import Quantize
 from qexport.runtime.session import SessionOptions
 
-model_from = partial(helpers.model_from, opset=22)
+
+def model_from(text, opset=22, **weights):
+    return helpers.model_from(text, opset, **weights)
+
+
 RNG = np.random.default_rng(0)
 F32, F16, BF16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 NUMPY = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
