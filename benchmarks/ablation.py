@@ -114,7 +114,8 @@ def variants(recipe: Recipe) -> Iterator[tuple[str, Callable[[Mapping[str, Any]]
     """Name and passes of the default, and of everything that differs from it by one technique."""
     present = {step.pass_ for step in recipe.step if step.enabled}
     yield "default", lambda context: passes(recipe, context)
-    method = next(step.options.get("method", "mse") for step in recipe.step if step.pass_ == "calibrate")
+    usual = find_pass("calibrate", "ablation").options()["method"].default
+    method = next(step.options.get("method", usual) for step in recipe.step if step.pass_ == "calibrate")
     for name in METHODS:
         if name != method:
             changed = override(recipe, [f"calibrate.method={name}"])
