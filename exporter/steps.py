@@ -30,6 +30,7 @@ _HOMES = {
     "fold-batch-norm": "qexport.passes.fold_batch_norm:FoldBatchNorm",
     "equalize": "qexport.passes.equalize:Equalize",
     "widen-bias": "qexport.passes.widen_bias:WidenBias",
+    "sparsify": "qexport.calibration.sparsify:Sparsify",
     "observe": "qexport.calibration.observe:Observe",
     "extremes": "qexport.calibration.extremes:Extremes",
     "shift": "qexport.passes.shift:Shift",

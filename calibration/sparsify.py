@@ -1,0 +1,271 @@
+"""Set weights of products and convolutions to zero, in any share or 2:4, and let what stays make up for them.
+
+Weights are taken as ``[K, N]`` with the inputs in the order in which engines group them: those of a convolution by the
+position in its kernel first, so that 2:4 lies along its input channels. The pattern is put into float weights, where
+zero is zero, and survives symmetric quantization, which stores a zero as a zero.
+
+Layers are pruned in the order of the graph. With ``sequential``, every layer is measured on the model with all earlier
+ones pruned already, so that it makes up for what they lost; the model itself is edited once all is known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qexport.calibration.few_bits import UNSEEN, every
+from qexport.calibration.kernels import Kernel
+from qexport.calibration.least import check_least
+from qexport.calibration.reading.data import Dataset
+from qexport.calibration.statistics.gram import Gram, Tap, by_tap, groups, measure
+from qexport.errors import UsageError
+from qexport.passes.base import Decision, Outcome, Pass
+from qexport.passes.folding.activation import ACTIVATION_KEY
+from qexport.passes.match import check_names
+from qexport.passes.numbers.masks import Mask, Pattern, Scope, keep_mask, keep_masks, magnitude, wanda
+from qexport.passes.numbers.notes import forget_layer, forget_range
+from qexport.passes.numbers.refit import RIDGE, refit
+from qexport.passes.numbers.sparse_gpt import sparse_gpt
+from qexport.passes.placement import Site, plan
+from qexport.passes.target import find_target
+from qexport.passes.writing.lowbit import decision
+from qexport.passes.writing.quantized import quantized_nodes
+
+SPARSITY_KEY = "qexport.sparsity"
+DENSE = "kept dense by name"
+DONE = "has the pattern already"
+SHARED = "something else reads its weight"
+LEAST_DIM = 256  # sparse kernels gain nothing with so few inputs or outputs, or fewer
+Matrix = NDArray[np.float64]  # [K, N]
+Chosen = dict[Site, Mask]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLoss:
+    """Squared output error over squared output on the calibration samples, left on the node; NaN without samples.
+
+    Attributes:
+        masked: Of the float weight without the numbers that go.
+        left: Of the weight that is stored.
+    """
+
+    masked: float
+    left: float
+
+
+@dataclass(frozen=True)
+class Sparsify(Pass):
+    """Set weights to zero, in any share or 2:4, and fit what stays to the outputs (SparseGPT, least squares)."""
+
+    exact: ClassVar[bool] = False
+    one_at_a_time: ClassVar[bool] = True
+
+    data: Dataset | None = field(default=None, metadata={"bound": True})
+    advance: Callable[[], None] = field(default=lambda: None, metadata={"bound": True})
+    target: str = "tensorrt-rtx"
+    samples: int = 512
+    pattern: str | float = "2:4"
+    """Share of zeros, such as 0.5, or n:m: of every m consecutive inputs of an output n stay. Engines have sparse
+    kernels for 2:4 alone."""
+    criterion: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
+    """What tells which numbers go: their size, their size times that of their input, or the output error without them
+    once all others have made up for it."""
+    per: Literal["output", "layer", "model"] | None = None
+    """Where numbers compete for a share: unset, wanda in an output and the others in a layer; model, which is for
+    magnitude alone, takes more from some layers than from others."""
+    repair: bool = True
+    """Whether what stays is fitted to the layer's output by least squares."""
+    sequential: bool = True
+    """Whether every layer is measured behind pruned ones; the samples run once for each value that is read."""
+    ridge: float = RIDGE
+    """Share of the Hessian's mean diagonal that holds repaired weights to what they were."""
+    damping: float = 0.01
+    """The same for the updates of sparsegpt."""
+    min_dim: int | None = None
+    """Layers stay dense with so few inputs or outputs, or fewer; unset, 256 for n:m and 0 for a share."""
+    keep: tuple[str, ...] = ()
+    """Names of nodes that stay dense."""
+
+    def __post_init__(self) -> None:
+        check_least("sparsify", self, samples=1, **({} if self.min_dim is None else {"min_dim": 0}))
+        for name in ("ridge", "damping"):
+            told = getattr(self, name)
+            if not (math.isfinite(told) and told >= 0):
+                raise UsageError(f"{name} is {told:g}, expected a number not below 0", where=f"sparsify.{name}")
+        group = self.wanted.group
+        if self.per is not None and group:
+            hint = "leave it out, or give a share of zeros"
+            what = f"numbers compete in their group of {group}, not per {self.per}"
+            raise UsageError(what, where="sparsify.per", hint=hint)
+        if self.per == "model" and self.criterion != "magnitude":
+            what = f"scores of {self.criterion} cannot be compared between layers"
+            hint = 'set criterion = "magnitude", or per = "layer"'
+            raise UsageError(what, where="sparsify.per", hint=hint)
+
+    @property
+    def wanted(self) -> Pattern:
+        """The pattern; ``UsageError`` where there is no such."""
+        try:
+            return Pattern.parse(self.pattern)
+        except ValueError as error:
+            hint = "set '2:4', or a share such as 0.5"
+            raise UsageError(str(error), where="sparsify.pattern", hint=hint) from error
+
+    @property
+    def scope(self) -> Scope:
+        """Where scores compete, in one layer."""
+        return "output" if self.per == "output" or (self.per is None and self.criterion == "wanda") else "layer"
+
+    def call(self, model: ir.Model) -> Outcome:
+        """Prune every layer that can gain; no data where it is needed, or a share that empties a layer, is an error."""
+        if quantized_nodes(model):
+            return Outcome(model, False, (Decision("", "graph", "skipped", "already quantized"),))
+        blind = self.criterion == "magnitude" and not self.repair
+        if self.data is None and not blind:
+            raise UsageError("sparsify needs calibration data", hint="give real samples with --calib")
+        taps, refused = self._layers(model)
+        chosen = self._ahead([site for sites in taps.values() for site in sites])
+        work = _Copy(model) if self.sequential else None
+        found: dict[Site, tuple[Matrix, LayerLoss]] = {}
+        for tap, gram in self._grams(taps, model if work is None else work.model, blind=blind):
+            for site in taps[tap]:
+                if self.criterion != "magnitude" and not gram.rows:
+                    refused.append(decision(site.node, "skipped", UNSEEN))
+                    continue
+                found[site] = self._pruned(Kernel(site), gram, chosen.get(site))
+                if work is not None:
+                    work.store(site, found[site][0])
+        changed = [site for site, (matrix, _) in found.items() if Kernel(site).store(matrix)]
+        for site, (_, loss) in found.items():
+            site.node.meta[SPARSITY_KEY] = loss
+        _forget(model, changed)
+        done = [_decided(site, self.wanted, loss) for site, (_, loss) in found.items()]
+        return Outcome(model, bool(changed), (*done, *refused))
+
+    def _layers(self, model: ir.Model) -> tuple[dict[Tap, list[Site]], list[Decision]]:
+        """Layers to prune by what they read, and why others stay dense."""
+        check_names(self.keep, model)
+        found = plan(model, find_target(self.target))
+        taps, odd = by_tap(site for site in found.roots if site.weight is not None)
+        reasons = {site: self._dense(site) for sites in taps.values() for site in sites}
+        if self.per == "model" and _share_reached((site for site in reasons if not reasons[site]), self.wanted):
+            reasons = {site: reason or DONE for site, reason in reasons.items()}
+        refused = [decision(site.node, "skipped", reason) for site, reason in (reasons | odd).items() if reason]
+        left = {tap: [site for site in sites if not reasons[site]] for tap, sites in taps.items()}
+        return {tap: sites for tap, sites in left.items() if sites}, [*refused, *found.refused]
+
+    def _dense(self, site: Site) -> str | None:
+        """Why a layer stays dense, if it does; ``UsageError`` where the pattern would leave nothing of it."""
+        pattern, kernel, held = self.wanted, Kernel(site), site.node.inputs[1]
+        least = self.min_dim if self.min_dim is not None else LEAST_DIM if pattern.group else 0
+        if site.node.name in self.keep:
+            return DENSE
+        if held is None or len(held.uses()) > 1 or held.is_graph_output():
+            return SHARED
+        if min(kernel.inputs, kernel.outputs) <= least:
+            return f"at most {least} inputs or outputs: sparse kernels gain nothing" if pattern.group else "too small"
+        if pattern.group and kernel.inputs % pattern.group:
+            return f"its inputs are no multiple of {pattern.group}"
+        matrix = kernel.matrix()
+        if not np.isfinite(matrix).all():
+            return "weights are not finite"
+        try:
+            fits = pattern.fits(matrix == 0, self.scope)
+        except ValueError as error:
+            raise UsageError(f"{error} at node {site.node.name!r}", where="sparsify.pattern", hint=_EMPTY) from error
+        return DONE if fits and self.per != "model" else None
+
+    def _ahead(self, sites: Sequence[Site]) -> Chosen:
+        """The masks of all layers, where their numbers compete."""
+        if self.per != "model" or not sites:
+            return {}
+        masks = keep_masks([magnitude(Kernel(site).matrix()) for site in sites], self.wanted)
+        for site, mask in zip(sites, masks, strict=True):
+            if not mask.any():
+                what = f"{self.wanted.name} of the model's weights leave nothing of node {site.node.name!r}"
+                raise UsageError(what, where="sparsify.pattern", hint=_EMPTY)
+        return dict(zip(sites, masks, strict=True))
+
+    def _grams(self, taps: Mapping[Tap, Sequence[Site]], model: ir.Model, *, blind: bool) -> Iterator[tuple[Tap, Gram]]:
+        """What every value is like, one after the other as the model is by then, or empty where it does not matter."""
+        if blind or self.data is None:
+            yield from ((tap, Gram(0)) for tap in taps)
+            return
+        rounds = [[tap] for tap in taps] if self.sequential else groups(taps)
+        advance = every(len(rounds), self.advance)
+        for group in rounds:
+            yield from measure(model, group, islice(self.data, self.samples), advance).items()
+
+    def _pruned(self, kernel: Kernel, gram: Gram, mask: Mask | None) -> tuple[Matrix, LayerLoss]:
+        """The weight as it will be, and what that costs."""
+        weight = kernel.matrix()
+        hessian = kernel.hessian(gram) if gram.size else np.zeros((0, 0))
+        updated = None
+        if self.criterion == "sparsegpt":
+            mask, updated = sparse_gpt(weight, hessian, self.wanted, per=self.scope, damping=self.damping)
+        elif mask is None:
+            scores = magnitude(weight) if self.criterion == "magnitude" else wanda(weight, hessian)
+            mask = keep_mask(scores, self.wanted, self.scope)
+        masked = np.where(mask, weight, 0.0)
+        if self.repair:
+            updated = refit(weight, hessian, mask, self.ridge)
+        sparse = masked if updated is None else np.asarray(updated, np.float64)
+        return sparse, LayerLoss(_loss(weight, masked, hessian), _loss(weight, sparse, hessian))
+
+
+_EMPTY = "ask for fewer zeros, or keep the node"
+
+
+class _Copy:
+    """A copy of a model whose layers are pruned one after the other."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model.clone()
+        self._makers = {node.outputs[0].name: node for node in self.model.graph}
+
+    def store(self, site: Site, matrix: Matrix) -> None:
+        """Put the sparse weight in place of the dense one."""
+        node = self._makers[site.node.outputs[0].name]
+        Kernel(Site(node, site.inputs, site.weight, site.axis)).store(matrix)
+
+
+def _share_reached(sites: Iterable[Site], pattern: Pattern) -> bool:
+    """Whether all the weights together have the zeros already."""
+    zero = [Kernel(site).matrix().ravel() == 0 for site in sites]
+    return bool(zero) and pattern.fits(np.concatenate(zero)[:, None])
+
+
+def _loss(weight: Matrix, sparse: Matrix, hessian: Matrix) -> float:
+    if not hessian.size:
+        return math.nan
+    gap = weight - sparse
+    return float(np.sum(gap * (hessian @ gap)) / max(float(np.sum(weight * (hessian @ weight))), 1e-30))
+
+
+def _decided(site: Site, pattern: Pattern, loss: LayerLoss) -> Decision:
+    """What it costs, in whole decibels, so that equal losses can be counted."""
+    if math.isnan(loss.left):
+        return decision(site.node, "pruned", f"{pattern.name} zeros")
+    signal = -10 * math.log10(max(loss.left, 1e-12))
+    return decision(site.node, "pruned", f"{pattern.name}, output {signal:.0f} dB above its error")
+
+
+def _forget(model: ir.Model, sites: Iterable[Site]) -> None:
+    """Drop what was measured of layers that are others now, and of the values behind them."""
+    reached: set[ir.Value] = set()
+    pruned = {site.node for site in sites}
+    for node in model.graph:
+        if node in pruned:
+            forget_layer(node)
+        if node in pruned or not reached.isdisjoint(value for value in node.inputs if value is not None):
+            reached.update(node.outputs)
+    for value in reached:
+        forget_range(value)
+        value.meta.pop(ACTIVATION_KEY, None)
