@@ -88,8 +88,8 @@ def inspect_model(model: ir.Model) -> Summary:
     tensors = [value.const_value for graph in seen.graphs() for value in graph.initializers.values()]
     stored: Counter[str] = Counter()
     for tensor in filter(None, tensors):
-        stored[_name(tensor.dtype)] += tensor.nbytes
-    layers = tuple(_layer(node) for node in nodes if _is_layer(node))
+        stored[dtype_name(tensor.dtype)] += tensor.nbytes
+    layers = tuple(map(_layer, find_layers(seen)))
     graph = seen.graph
     return Summary(
         inputs=tuple(_port(value) for value in graph.inputs if value.name not in graph.initializers),
@@ -107,7 +107,7 @@ def inspect_model(model: ir.Model) -> Summary:
 
 def _with_types(model: ir.Model) -> ir.Model:
     """Return a model whose values have types: the same one, or a clone on which they were inferred."""
-    factors = (node.inputs[i] for node in _all_nodes(model) if _is_layer(node) for i in _factors(node))
+    factors = (node.inputs[i] for node in find_layers(model) for i in factors_of(node))
     if all(value is None or stored_type(value) is not None for value in factors):
         return model
     clone = model.clone()
@@ -138,24 +138,31 @@ def _quantized_type(value: ir.Value) -> ir.DataType | None:
     return ir.DataType(code) if code else ir.DataType.UINT8
 
 
+def find_layers(model: ir.Model) -> list[ir.Node]:
+    """Every node that does the arithmetic, in the order of the graph, subgraphs and functions included."""
+    return [node for node in _all_nodes(model) if _is_layer(node)]
+
+
 def _is_layer(node: ir.Node) -> bool:
     return node.op_type in LAYERS and node.domain == _CONTRIBUTED.get(node.op_type, "")
 
 
 def _layer(node: ir.Node) -> Layer:
-    first, second = (_type_name(node.inputs[i]) for i in _factors(node))
+    first, second = (_type_name(node.inputs[i]) for i in factors_of(node))
     return Layer(node=node.name or "", op=node.op_type, activation=first, weight=second)
 
 
-def _factors(node: ir.Node) -> tuple[int, int]:
+def factors_of(node: ir.Node) -> tuple[int, int]:
+    """Which inputs of a layer are multiplied; the weight is the second."""
     return LAYERS[node.op_type]
 
 
 def _type_name(value: ir.Value | None) -> str:
-    return _name(None if value is None else stored_type(value))
+    return dtype_name(None if value is None else stored_type(value))
 
 
-def _name(dtype: ir.DataType | None) -> str:
+def dtype_name(dtype: ir.DataType | None) -> str:
+    """What reports call an element type."""
     if dtype is None:
         return "unknown"
     return {"float": "float32", "double": "float64"}.get(dtype.name.lower(), dtype.name.lower())
@@ -165,7 +172,7 @@ def _port(value: ir.Value) -> Port:
     shape = None
     if value.shape is not None:
         shape = tuple(axis if isinstance(axis, int) else str(axis.value or "?") for axis in value.shape)
-    return Port(name=value.name or "", dtype=_name(value.dtype), shape=shape)
+    return Port(name=value.name or "", dtype=dtype_name(value.dtype), shape=shape)
 
 
 def _op_name(node: ir.Node) -> str:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from qexport.cli.common import make_console, make_table, print_json, shared_flags
 from qexport.errors import printable
 
+if TYPE_CHECKING:
+    from qexport.exporter.sparsity import Zeros
+
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--layers", is_flag=True, help="List every layer that multiplies, with its types.")
+@click.option("--sparsity", is_flag=True, help="List the zeros of every weight as stored, and whether they are 2:4.")
 @shared_flags
-def inspect(model: Path, *, layers: bool, as_json: bool) -> None:
+def inspect(model: Path, *, layers: bool, sparsity: bool, as_json: bool) -> None:
     """Summarize what MODEL is made of.
 
     MODEL is an .onnx file or a Hugging Face folder. Shows inputs and outputs, operators, parameters, and in which
@@ -22,11 +27,14 @@ def inspect(model: Path, *, layers: bool, as_json: bool) -> None:
     """
     from qexport.exporter.inspect import inspect_model
     from qexport.exporter.load import load_model
+    from qexport.exporter.sparsity import zeros_of
     from qexport.exporter.summary import human_bytes
 
-    found = inspect_model(load_model(model))
+    loaded = load_model(model)
+    found, zeros = inspect_model(loaded), zeros_of(loaded) if sparsity else []
     if as_json:
-        print_json({"schema": "qexport.inspect/1", **found.model_dump(mode="json")})
+        more = {"sparsity": [{**row.model_dump(mode="json"), "two_of_four": row.two_of_four} for row in zeros]}
+        print_json({"schema": "qexport.inspect/1", **found.model_dump(mode="json"), **(more if sparsity else {})})
         return
     opsets = ", ".join(f"{domain or 'onnx'} {version}" for domain, version in found.opsets.items())
     console = make_console()
@@ -40,6 +48,21 @@ def inspect(model: Path, *, layers: bool, as_json: bool) -> None:
     if layers:
         rows = [(layer.node, layer.op, layer.activation, layer.weight) for layer in found.layers]
         console.print(make_table(("layer", "operator", "activation", "weight"), rows))
+    if sparsity:
+        header = ("tensor", "layer", "operator", "stored as", "shape", "zeros", "groups of 4 with 2", "2:4")
+        console.print(make_table(header, map(_row, zeros)))
+        console.print(f"{sum(row.two_of_four for row in zeros)} of {len(zeros)} weights are 2:4")
+
+
+def _row(row: Zeros) -> tuple[str, ...]:
+    groups = "4 does not divide" if row.groups is None else _percent(row.groups)
+    where = (row.tensor, row.node, row.op, row.stored, _shape(row.shape))
+    return (*where, _percent(row.zeros), groups, "yes" if row.two_of_four else "no")
+
+
+def _percent(share: float) -> str:
+    """A share in percent, cut and not rounded, so that 100 % is all."""
+    return f"{int(1000 * share) / 10:.1f} %"
 
 
 def _shape(shape: tuple[int | str, ...] | None) -> str:
