@@ -21,17 +21,18 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.calibration.few_bits import UNSEEN, every
+from qexport.calibration.halves import Halves, measure_halves
 from qexport.calibration.kernels import Kernel
 from qexport.calibration.least import check_least
 from qexport.calibration.reading.data import Dataset
-from qexport.calibration.statistics.gram import Gram, Tap, by_tap, groups, measure
+from qexport.calibration.statistics.gram import Gram, Tap, by_tap, groups
 from qexport.errors import UsageError
 from qexport.passes.base import Decision, Outcome, Pass
 from qexport.passes.folding.activation import ACTIVATION_KEY
 from qexport.passes.match import check_names
 from qexport.passes.numbers.masks import Mask, Pattern, Scope, keep_mask, keep_masks, magnitude, wanda
 from qexport.passes.numbers.notes import forget_layer, forget_range
-from qexport.passes.numbers.refit import RIDGE, refit
+from qexport.passes.numbers.refit import RIDGE, best_ridge, refit
 from qexport.passes.numbers.sparse_gpt import sparse_gpt
 from qexport.passes.placement import Site, plan
 from qexport.passes.target import find_target
@@ -41,6 +42,7 @@ from qexport.passes.writing.quantized import quantized_nodes
 SPARSITY_KEY = "qexport.sparsity"
 DENSE = "kept dense by name"
 DONE = "has the pattern already"
+SPARED = "other layers have smaller numbers"
 SHARED = "something else reads its weight"
 LEAST_DIM = 256  # sparse kernels gain nothing with so few inputs or outputs, or fewer
 Matrix = NDArray[np.float64]  # [K, N]
@@ -84,10 +86,9 @@ class Sparsify(Pass):
     """Whether what stays is fitted to the layer's output by least squares."""
     sequential: bool = True
     """Whether every layer is measured behind pruned ones; the samples run once for each value that is read."""
-    ridge: float = RIDGE
-    """Share of the Hessian's mean diagonal that holds repaired weights to what they were."""
-    damping: float = 0.01
-    """The same for the updates of sparsegpt."""
+    ridge: float | None = None
+    """Share of the Hessian's mean diagonal that is added to it, so that noise is not fitted; unset, what is best for
+    one half of the samples when fitted to the other."""
     min_dim: int | None = None
     """Layers stay dense with so few inputs or outputs, or fewer; unset, 256 for n:m and 0 for a share."""
     keep: tuple[str, ...] = ()
@@ -95,10 +96,9 @@ class Sparsify(Pass):
 
     def __post_init__(self) -> None:
         check_least("sparsify", self, samples=1, **({} if self.min_dim is None else {"min_dim": 0}))
-        for name in ("ridge", "damping"):
-            told = getattr(self, name)
-            if not (math.isfinite(told) and told >= 0):
-                raise UsageError(f"{name} is {told:g}, expected a number not below 0", where=f"sparsify.{name}")
+        if self.ridge is not None and not (math.isfinite(self.ridge) and self.ridge >= 0):
+            what = f"ridge is {self.ridge:g}, expected a number not below 0"
+            raise UsageError(what, where="sparsify.ridge", hint="leave it out to have it searched")
         group = self.wanted.group
         if self.per is not None and group:
             hint = "leave it out, or give a share of zeros"
@@ -132,14 +132,16 @@ class Sparsify(Pass):
             raise UsageError("sparsify needs calibration data", hint="give real samples with --calib")
         taps, refused = self._layers(model)
         chosen = self._ahead([site for sites in taps.values() for site in sites])
+        spared = {site for site, mask in chosen.items() if mask.all()}
+        refused += [decision(site.node, "skipped", SPARED) for site in spared]
         work = _Copy(model) if self.sequential else None
         found: dict[Site, tuple[Matrix, LayerLoss]] = {}
-        for tap, gram in self._grams(taps, model if work is None else work.model, blind=blind):
-            for site in taps[tap]:
-                if self.criterion != "magnitude" and not gram.rows:
+        for tap, halves in self._grams(taps, model if work is None else work.model, blind=blind):
+            for site in (site for site in taps[tap] if site not in spared):
+                if self.criterion != "magnitude" and not any(half.rows for half in halves):
                     refused.append(decision(site.node, "skipped", UNSEEN))
                     continue
-                found[site] = self._pruned(Kernel(site), gram, chosen.get(site))
+                found[site] = self._pruned(Kernel(site), halves, chosen.get(site))
                 if work is not None:
                     work.store(site, found[site][0])
         changed = [site for site, (matrix, _) in found.items() if Kernel(site).store(matrix)]
@@ -193,29 +195,35 @@ class Sparsify(Pass):
                 raise UsageError(what, where="sparsify.pattern", hint=_EMPTY)
         return dict(zip(sites, masks, strict=True))
 
-    def _grams(self, taps: Mapping[Tap, Sequence[Site]], model: ir.Model, *, blind: bool) -> Iterator[tuple[Tap, Gram]]:
+    def _grams(
+        self, taps: Mapping[Tap, Sequence[Site]], model: ir.Model, *, blind: bool
+    ) -> Iterator[tuple[Tap, Halves]]:
         """What every value is like, one after the other as the model is by then, or empty where it does not matter."""
         if blind or self.data is None:
-            yield from ((tap, Gram(0)) for tap in taps)
+            yield from ((tap, (Gram(0), Gram(0))) for tap in taps)
             return
         rounds = [[tap] for tap in taps] if self.sequential else groups(taps)
         advance = every(len(rounds), self.advance)
         for group in rounds:
-            yield from measure(model, group, islice(self.data, self.samples), advance).items()
+            yield from measure_halves(model, group, islice(self.data, self.samples), advance).items()
 
-    def _pruned(self, kernel: Kernel, gram: Gram, mask: Mask | None) -> tuple[Matrix, LayerLoss]:
+    def _pruned(self, kernel: Kernel, halves: Halves, mask: Mask | None) -> tuple[Matrix, LayerLoss]:
         """The weight as it will be, and what that costs."""
         weight = kernel.matrix()
-        hessian = kernel.hessian(gram) if gram.size else np.zeros((0, 0))
-        updated = None
+        parts = tuple(kernel.hessian(half) if half.size else np.zeros((0, 0)) for half in halves)
+        hessian = parts[0] + parts[1]
+        updated, ridge = None, self.ridge if self.ridge is not None else RIDGE
+        if self.ridge is None and all(half.rows for half in halves):
+            guess = keep_mask(wanda(weight, hessian), self.wanted, "output") if mask is None else mask
+            ridge = best_ridge(weight, (parts[0], parts[1]), guess)
         if self.criterion == "sparsegpt":
-            mask, updated = sparse_gpt(weight, hessian, self.wanted, per=self.scope, damping=self.damping)
+            mask, updated = sparse_gpt(weight, hessian, self.wanted, per=self.scope, damping=ridge)
         elif mask is None:
             scores = magnitude(weight) if self.criterion == "magnitude" else wanda(weight, hessian)
             mask = keep_mask(scores, self.wanted, self.scope)
         masked = np.where(mask, weight, 0.0)
         if self.repair:
-            updated = refit(weight, hessian, mask, self.ridge)
+            updated = refit(weight, hessian, mask, ridge)
         sparse = masked if updated is None else np.asarray(updated, np.float64)
         return sparse, LayerLoss(_loss(weight, masked, hessian), _loss(weight, sparse, hessian))
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qexport.passes.numbers.gptq import inverse_factor
 from qexport.passes.numbers.masks import Pattern, keep_mask, magnitude, wanda
-from qexport.passes.numbers.refit import refit, refit_rows, refit_rows_and_bias
+from qexport.passes.numbers.refit import RIDGES, best_ridge, refit, refit_rows, refit_rows_and_bias
 from qexport.passes.numbers.sparse_gpt import sparse_gpt
 
 PATTERNS = [Pattern.parse("2:4"), Pattern.parse("1:4"), Pattern.parse("4:8"), Pattern(0.5), Pattern(0.3)]
@@ -201,12 +201,31 @@ def test_every_criterion_loses_less_than_the_one_before_and_repair_wins_with_eac
         hessian = x.T @ x
         masks = [keep_mask(magnitude(weight), pattern, "output"), keep_mask(wanda(weight, hessian), pattern, "output")]
         mask, updated = sparse_gpt(weight, hessian, pattern)
-        found = [*(weight * m for m in masks), updated, refit(weight, hessian, mask)]
+        found = [*(weight * m for m in masks), updated, refit(weight, hessian, mask, 1e-3)]
         for name, sparse in zip(ratios, found, strict=True):
             ratios[name].append(error(weight - sparse, hessian) / error(weight, hessian))
         for m in masks:
-            assert error(weight - refit(weight, hessian, m), hessian) < 0.5 * error(weight * ~m, hessian)
+            assert error(weight - refit(weight, hessian, m, 1e-3), hessian) < 0.5 * error(weight * ~m, hessian)
     means = [float(np.mean(ratios[name])) for name in ratios]
     assert means == sorted(means, reverse=True)
     assert means[3] < 0.25 * means[0]
     assert all(after < before for before, after in zip(ratios["surgeon"], ratios["repaired"], strict=True))
+
+
+@pytest.mark.parametrize("noise", [0.02, 2.0])
+def test_the_ridge_that_two_halves_choose_is_near_the_best_on_rows_that_were_not_seen(noise):
+    """Little noise wants next to no ridge, much noise on few rows wants much of it."""
+    asked = []
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        x = rng.standard_normal((600, 16)) @ rng.standard_normal((16, 48)) + noise * rng.standard_normal((600, 48))
+        weight = normal(seed, 48, 16)
+        halves = (x[0:100:2].T @ x[0:100:2], x[1:100:2].T @ x[1:100:2])
+        seen, unseen = halves[0] + halves[1], x[100:].T @ x[100:]
+        mask = keep_mask(wanda(weight, seen), Pattern.parse("2:4"))
+        errors = {r: error(weight - refit(weight, seen, mask, r), unseen) for r in (1e-6, *RIDGES, 10.0)}
+        ridge = best_ridge(weight, halves, mask)
+        asked.append(ridge)
+        assert error(weight - refit(weight, seen, mask, ridge), unseen) < 1.1 * min(errors.values())
+        assert error(weight - refit(weight, seen, mask, ridge), unseen) < 0.9 * max(errors.values())
+    assert (np.mean(asked) < 0.01) == (noise < 1)

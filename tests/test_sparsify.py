@@ -6,13 +6,17 @@ import pytest
 from helpers import Samples, model_from, session
 
 from qexport.calibration.calibrate import Calibrate
+from qexport.calibration.halves import measure_halves
 from qexport.calibration.sparsify import DENSE, DONE, SHARED, SPARSITY_KEY, Sparsify
+from qexport.calibration.statistics.gram import by_tap, measure
 from qexport.errors import DataInvalid, UsageError
 from qexport.exporter.recipe import Recipe, instantiate, override
 from qexport.passes.numbers.masks import Pattern, keep_mask, wanda
 from qexport.passes.numbers.refit import refit
 from qexport.passes.numbers.sparse_gpt import sparse_gpt
+from qexport.passes.placement import plan
 from qexport.passes.quantize import Quantize
+from qexport.passes.target import find_target
 
 CHAIN = "g (float[n, 64] x) => (float[n, 32] y) { h = MatMul(x, w)  r = Relu(h)  y = Gemm <transB = 1> (r, v, b) }"
 CONV = """g (float[n, 16, 6, 6] x) => (float[n, 24, 3, 3] y) {
@@ -102,7 +106,7 @@ def test_layers_of_a_model_compete_where_asked_and_need_no_data_without_repair()
 def test_what_is_stored_is_what_the_method_says_of_the_rows_that_each_layer_reads():
     model, x = chain(), np.concatenate([sample["x"][None] for sample in rows()]).astype(np.float64)
     dense = {name: np.array(weight(model, name), np.float64) for name in "wv"}
-    Sparsify(data=rows(), min_dim=0)(model)
+    Sparsify(data=rows(), min_dim=0, ridge=0.01)(model)
     mask, _ = sparse_gpt(dense["w"], x.T @ x, TWO)
     np.testing.assert_allclose(weight(model, "w"), refit(dense["w"], x.T @ x, mask), rtol=1e-3, atol=3e-3)
     read = np.maximum(x @ weight(model, "w"), 0)  # behind the pruned layer
@@ -290,15 +294,14 @@ def test_bad_samples_are_told_before_anything_is_edited():
         ({"samples": 0}, "sparsify.samples"),
         ({"min_dim": -1}, "sparsify.min_dim"),
         ({"ridge": -1.0}, "sparsify.ridge"),
-        ({"damping": float("nan")}, "sparsify.damping"),
+        ({"ridge": float("nan")}, "sparsify.ridge"),
     ],
 )
 def test_bad_options_are_usage_errors_that_say_where_and_what_to_do(options, where):
     with pytest.raises(UsageError) as error:
         Sparsify(**options)
     assert error.value.where == where
-    if where not in ("sparsify.ridge", "sparsify.damping"):
-        assert error.value.hint
+    assert error.value.hint
 
 
 @pytest.mark.parametrize(
@@ -339,4 +342,31 @@ def test_a_recipe_takes_the_pass_and_its_options_as_text():
 def test_progress_counts_samples_once_however_many_rounds_there_are():
     calls = []
     Sparsify(data=rows(), min_dim=0, advance=lambda: calls.append(1))(chain())
+    assert len(calls) == 300
+
+
+def test_few_samples_are_not_fitted_closer_than_they_are_worth():
+    text = "g (float[n, 64] x) => (float[n, 32] y) { y = MatMul(x, w) }"
+    rng = np.random.default_rng(5)
+    x = (rng.standard_normal((1000, 20)) @ rng.standard_normal((20, 64)) + rng.standard_normal((1000, 64)) * 2).astype(
+        "f"
+    )
+    lost = {}
+    for ridge in (None, 1e-6):
+        model = model_from(text, w=normal(64, 32))
+        before = output(model, x[80:])
+        Sparsify(data=Samples({"x": row} for row in x[:80]), ridge=ridge, min_dim=0)(model)
+        lost[ridge] = np.square(output(model, x[80:]) - before).mean()
+    assert lost[None] < 0.8 * lost[1e-6]
+
+
+def test_two_halves_of_the_samples_are_measured_in_one_run():
+    model, data, calls = chain(), rows(), []
+    taps, _ = by_tap(plan(model, find_target("tensorrt-rtx")).roots)
+    whole = measure(model, list(taps), data)
+    for tap, halves in measure_halves(model, list(taps), data, lambda: calls.append(1)).items():
+        assert [half.rows for half in halves] == [150, 150]
+        both = halves[0].hessian + halves[1].hessian
+        np.testing.assert_allclose(both, whole[tap].hessian, rtol=1e-4, atol=1e-4 * np.abs(both).max())
+        assert not np.allclose(halves[0].hessian, halves[1].hessian, rtol=1e-3)
     assert len(calls) == 300

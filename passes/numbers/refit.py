@@ -16,7 +16,10 @@ from qexport.passes.numbers.gptq import Square
 from qexport.passes.numbers.masks import Mask, Scores
 
 Vector = NDArray[np.float64]
-RIDGE = 1e-4
+RIDGE = 0.01
+LEAST_RIDGE = 1e-6
+RIDGES = (1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 1.0)  # what is tried
+TRIED = 32  # outputs that decide
 MORE_RIDGE = 10.0  # factor of the next trial where a system cannot be solved
 
 
@@ -75,6 +78,27 @@ def refit_rows_and_bias(
     return found, mean @ np.asarray(weight, np.float64) - mean[np.asarray(keep, bool)] @ found
 
 
+def best_ridge(weight: Scores, halves: tuple[Square, Square], mask: Mask) -> float:
+    """The ridge for :func:`refit` with the sum of two halves of the rows.
+
+    Of ``RIDGES`` the one with the least error on one half when fitted to the other, both ways round, over ``TRIED``
+    outputs; and half of that, since noise counts half as much in twice the rows.
+
+    Args:
+        weight: The weight as it was, ``[K, N]``.
+        halves: ``X^T X`` of each half, ``[K, K]``.
+        mask: True where a number stays, ``[K, N]``.
+    """
+    some = np.unique(np.linspace(0, weight.shape[1] - 1, min(TRIED, weight.shape[1])).astype(int))
+    dense, kept = np.asarray(weight, np.float64)[:, some], mask[:, some]
+
+    def error(ridge: float) -> float:
+        gaps = [dense - refit(dense, half, kept, ridge) for half in halves]
+        return sum(float(np.sum(gap * (other @ gap))) for gap, other in zip(gaps, reversed(halves), strict=True))
+
+    return min(RIDGES, key=error) / 2
+
+
 def _damped(hessian: Square, ridge: float) -> Square:
     """H with a ridge that makes it positive definite; an input that nothing went through gets the mean."""
     diagonal = np.diag(hessian)
@@ -86,7 +110,7 @@ def _damped(hessian: Square, ridge: float) -> Square:
         try:
             np.linalg.cholesky(damped)
         except np.linalg.LinAlgError:
-            ridge = max(ridge * MORE_RIDGE, RIDGE)
+            ridge = max(ridge * MORE_RIDGE, LEAST_RIDGE)
         else:
             return damped
 
