@@ -135,6 +135,47 @@ MODELS = {
         "cm = com.microsoft.Attention<num_heads=4>(a, wqkv, bqkv) " + OUT,
         {"wqkv": "8x24", "bqkv": "24", "wo": "8x8"},
     ),
+    "group_query_attention": (
+        "heads", 2,
+        "q0 = MatMul(a, wq) k0 = MatMul(a, wk) v0 = MatMul(a, wv) "
+        "cm, pk, pv = com.microsoft.GroupQueryAttention<num_heads=4, kv_num_heads=2>(q0, k0, v0, , , lengths, total) "
+        + OUT,
+        {"wq": "8x32", "wk": "8x16", "wv": "8x16", "wo": "32x8", "lengths": np.int32([2, 2]), "total": np.int32(3)},
+    ),
+    "one_key_head": (
+        "heads", 4,
+        PROJECT + "q1 = Reshape(q0, split) q = Transpose<perm=[0,2,1,3]>(q1) k1 = Unsqueeze(k0, one) "
+        "kt = Transpose<perm=[0,1,3,2]>(k1) v = Unsqueeze(v0, one) " + CORE,
+        WIDE | HEADS | {"wk": "8x2", "wv": "8x2", "one": [1]},
+    ),
+    "norms_of_heads": (
+        "heads", 4,
+        PROJECT + SPLIT + "qn = RMSNormalization<axis=-1>(q1, g) kn = LayerNormalization(k1, g, h) "
+        "q = Transpose<perm=[0,2,1,3]>(qn) kt = Transpose<perm=[0,2,3,1]>(kn) v = Transpose<perm=[0,2,1,3]>(v1) "
+        + CORE,
+        WIDE | HEADS | {"g": "2", "h": "2"},
+    ),
+    "einsum": (
+        "heads", 4,
+        PROJECT + SPLIT + "s0 = Einsum<equation=\"bshd,bthd->bhst\">(q1, k1) p = Softmax(s0) "
+        "c = Einsum<equation=\"bhst,bthd->bshd\">(p, v1) cm = Reshape(c, merge) " + OUT,
+        WIDE | HEADS,
+    ),
+    "rotary_operator": (
+        "heads", 4,
+        PROJECT + "qr = RotaryEmbedding<num_heads=4>(q0, cosine, sine) "
+        "kr = RotaryEmbedding<num_heads=4>(k0, cosine, sine) "
+        "cm = Attention<q_num_heads=4, kv_num_heads=4>(qr, kr, v0) " + OUT,
+        WIDE | {"cosine": "2x3x1", "sine": "2x3x1"},
+    ),
+    "resized": (
+        "channels", 6,
+        "y = Conv(a, w1) n = InstanceNormalization(y, g, h) x = Resize<mode=\"nearest\">(n, , twice) "
+        "t = ConvTranspose(x, w2) r = Add(t, x) q = Conv(r, w3) "
+        "out = AveragePool<kernel_shape=[2,2], strides=[2,2]>(q)",
+        {"w1": "6x3x1x1", "w2": "6x6x1x1", "w3": "4x6x1x1", "g": "6", "h": "6", "twice": np.float32([1, 1, 2, 2])}
+        | IMAGE,
+    ),
     "convolutions": (
         "channels", 6,
         f"y = {C3}(a, w1, b1) n = BatchNormalization(y, g, h, mean, var) x = Relu(n) "
@@ -179,6 +220,7 @@ FLAT, APART_SHAPES = ["b", "s", 8], {f"{part}1": ["b", "s", 4, 2] for part in "q
 SHAPES = {
     "multi_head_attention": {"cm": FLAT},
     "packed_attention": {"cm": FLAT},
+    "group_query_attention": {"cm": ["b", "s", 32]},
     "sizes_read_at_run_time": {
         "cm": FLAT, "q": ["b", 4, "s", 2], "kt": ["b", 4, 2, "s"], "v": ["b", 4, "s", 2], "ct": ["b", "s", 4, 2],
         "c": ["b", 4, "s", 2], **{name: ["b", 4, "s", "s"] for name in ("s0", "s1", "s2", "p")}, **APART_SHAPES,

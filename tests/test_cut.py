@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from qexport.passes.folding.axes import channel_ids
 from qexport.passes.match import array
+from qexport.passes.numbers.notes import KERNEL_KEY
+from qexport.passes.numbers.range import RANGE_KEY
 from qexport.passes.pruning.cut import Blocked, Cut, find_cut
 from qexport.passes.pruning.spaces import find_spaces
 
@@ -279,6 +281,28 @@ def test_what_cannot_be_proven_is_refused_with_a_reason(name):
         assert reason in found
 
 
+def test_columns_of_a_table_are_what_makes_units():
+    body = "y = Gather(table, i) x = Relu(y) out = MatMul(x, v)"
+    model = build(body, inputs="int64[b, s] i", outputs="float[b, s, 4] out", table="9x6", v="6x4")
+    cut = cut_of(model)
+    assert [(slot.index, slot.axes, slot.role) for slot in cut.producers] == [(0, (1,), "producer")]
+    keep = np.arange(6) % 3 > 0
+    silence(cut, keep)
+    before = outputs_of(model)
+    cut.apply(keep)
+    check(model)
+    np.testing.assert_allclose(before[0], outputs_of(model)[0], rtol=1e-5)
+
+
+def test_notes_of_what_was_measured_are_void():
+    model = make("mlp")
+    value, node = value_named(model, "x"), value_named(model, "y").producer()
+    value.meta[RANGE_KEY] = node.meta[KERNEL_KEY] = "measured"
+    space_of(model, "neurons").cut.apply(np.arange(6) > 0)
+    assert RANGE_KEY not in value.meta
+    assert KERNEL_KEY not in node.meta
+
+
 def test_one_unit_is_none_too_many():
     model = build("x = MatMul(a, w) out = MatMul(x, v)", w="8x1", v="1x4", outputs="float[b, s, 4] out")
     assert find_cut(value_named(model, "x"), channel_ids(3, -1, 1), 1) == "there is one unit only"
@@ -287,7 +311,8 @@ def test_one_unit_is_none_too_many():
 def test_a_branch_that_reads_a_unit_stops_the_cut():
     body = (
         "x = MatMul(a, w) o = MatMul(x, v) out = If(yes) "
-        "<then_branch = t () => (float[b, s, 4] p) { p = MatMul(x, v) }, else_branch = e () => (float[b, s, 4] q) { q = Identity(o) }>"
+        "<then_branch = t () => (float[b, s, 4] p) { p = MatMul(x, v) }, "
+        "else_branch = e () => (float[b, s, 4] q) { q = Identity(o) }>"
     )
     model = build(body, inputs="float[b, s, 8] a, bool yes", outputs="float[b, s, 4] out", w="8x6", v="6x4")
     found = find_cut(value_named(model, "x"), channel_ids(3, -1, 6), 6)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from qexport.passes.folding.activation import ACTIVATION_KEY
 from qexport.passes.folding.axes import FREE, Ids
-from qexport.passes.match import array, dims
+from qexport.passes.match import array, constant, dims
 from qexport.passes.numbers.notes import forget_layer, forget_range
 from qexport.passes.pruning.labels import Blocked, Port, Tie, compact, varying
 from qexport.passes.pruning.operators import ROWS, spec_of
@@ -118,10 +118,9 @@ class Cut:
         return numbers_, repr([(axis, mask.tobytes()) for axis, mask in sorted(masks.items())]).encode()
 
     def _elements(self, slot: Slot) -> NDArray[np.int64]:
-        numbers_ = array(slot.constant)
-        assert numbers_ is not None
-        found = np.bincount(slot.ids[slot.ids != FREE], minlength=self.count)
-        return found * (numbers_.size // slot.ids.size)
+        tensor = constant(slot.constant)
+        assert tensor is not None
+        return np.bincount(slot.ids[slot.ids != FREE], minlength=self.count) * (tensor.size // slot.ids.size)
 
     def refusal(self, keep: Keep) -> str | None:
         """Why just the units of ``keep`` cannot stay; ``None`` if they can."""
@@ -255,9 +254,9 @@ class _Flood:
         for (side, index), ids in relation.ports.items():
             ends = node.inputs if side == "in" else node.outputs
             end = ends[index]
-            if end is None:
+            if end is None or (end.shape is None and not end.uses() and not end.is_graph_output()):
                 continue
-            if side == "in" and array(end) is not None:
+            if side == "in" and constant(end) is not None:
                 if end.graph is not None and end.graph is not node.graph:
                     raise Blocked("a constant of an outer graph has a part of it")
                 key = (node, index, varying(ids))
@@ -299,7 +298,7 @@ def _role(node: ir.Node, index: int, ids: Ids) -> str:
     axes = spec.ports[port]
     runs = {label for axis in varying(ids) for label in axes[axis] if spec.sizes.get(label, 2) > 1}
     results = {label for other in spec.ports if other[0] == "out" for label in spec.labels(other)}
-    others = (other for other in spec.ports if other[0] == "in" and array(node.inputs[other[1]]) is None)
+    others = (other for other in spec.ports if other[0] == "in" and constant(node.inputs[other[1]]) is None)
     computed = {label for other in others for label in spec.labels(other)}
     if runs - results:
         return "consumer"
