@@ -7,7 +7,8 @@ from helpers import Samples, model_from, session
 
 from qexport.calibration.calibrate import Calibrate
 from qexport.calibration.halves import measure_halves
-from qexport.calibration.sparsify import DENSE, DONE, SHARED, SPARSITY_KEY, Sparsify
+from qexport.calibration.kernels import Kernel
+from qexport.calibration.sparsify import DENSE, DONE, SHARED, SPARED, SPARSITY_KEY, Sparsify
 from qexport.calibration.statistics.gram import by_tap, measure
 from qexport.errors import DataInvalid, UsageError
 from qexport.exporter.recipe import Recipe, instantiate, override
@@ -101,6 +102,26 @@ def test_layers_of_a_model_compete_where_asked_and_need_no_data_without_repair()
     again = asked(model)
     assert not again.modified
     assert {d.reason for d in again.decisions} == {DONE}
+
+
+def test_a_layer_of_large_numbers_is_left_alone_where_layers_compete():
+    model = chain()
+    model.graph.initializers["v"].const_value = ir.tensor(100 + np.abs(weight(model, "v")))
+    before = weight(model, "v").copy()
+    found = Sparsify(data=rows(), pattern=0.5, per="model", criterion="magnitude")(model)
+    assert found.modified
+    assert [(d.op, d.reason) for d in found.decisions if d.action == "skipped"] == [("Gemm", SPARED)]
+    assert np.array_equal(weight(model, "v"), before)
+
+
+def test_storing_what_is_stored_changes_nothing():
+    for model in (chain(), convs()):
+        for site in plan(model, find_target("tensorrt-rtx")).roots:
+            kernel = Kernel(site)
+            before = site.kernel.numpy().copy()
+            assert not kernel.store(kernel.matrix())
+            assert kernel.store(2 * kernel.matrix())
+            assert np.array_equal(site.kernel.numpy(), 2 * before)
 
 
 def test_what_is_stored_is_what_the_method_says_of_the_rows_that_each_layer_reads():

@@ -19,7 +19,7 @@ Vector = NDArray[np.float64]
 RIDGE = 0.01
 LEAST_RIDGE = 1e-6
 RIDGES = (1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 1.0)  # what is tried
-TRIED = 32  # outputs that decide
+TRIED = 8  # outputs that decide
 MORE_RIDGE = 10.0  # factor of the next trial where a system cannot be solved
 
 
