@@ -192,6 +192,21 @@ def test_a_reshape_keeps_what_stays_rectangular():
     assert array(value_named(model, "x").producer().inputs[1]).tolist() == [0, 0, 4, 1]
 
 
+def test_units_that_share_a_number_of_a_constant_are_tied():
+    body = "y = MatMul(a, w) x = Reshape(y, split) t = Add(x, c) m = Reshape(t, merge) out = MatMul(m, v)"
+    constants = {"split": [0, 0, 4, 2], "merge": [0, 0, 8], "c": "4x1"}
+    cut = cut_of(build(body, w="8x8", v="8x4", outputs="float[b, s, 4] out", **constants), "y")
+    assert cut.ties.tolist() == [0, 0, 2, 2, 4, 4, 6, 6]
+    assert cut.refusal(np.arange(8) % 2 == 1) == "units that go together would be parted"
+
+
+def test_a_group_of_units_and_of_what_stays_is_refused():
+    body = "x = Conv(a, w) y = Concat<axis=1>(x, h) z = Conv<group=2>(y, v) out = Conv(z, u)"
+    inputs = "float[b, 3, 5, 5] a, float[b, 4, 5, 5] h"
+    model = build(body, inputs, "float[b, 4, 5, 5] out", w="2x3x1x1", v="4x3x1x1", u="4x4x1x1")
+    assert find_cut(value_named(model, "x"), channel_ids(4, 1, 2), 2) == "units share a place with what stays"
+
+
 def test_heads_go_as_a_whole():
     cut = cut_of(make("mha"), "cm")
     assert cut.ties.tolist() == [0, 0, 2, 2, 4, 4, 6, 6]
