@@ -25,28 +25,23 @@ from qexport.calibration.halves import Halves, measure_halves
 from qexport.calibration.kernels import Kernel
 from qexport.calibration.least import check_least
 from qexport.calibration.reading.data import Dataset
-from qexport.calibration.statistics.gram import Gram, Tap, by_tap, groups
+from qexport.calibration.sparse_layers import Choice
+from qexport.calibration.statistics.gram import BUDGET, Gram, Tap, groups
 from qexport.errors import UsageError
 from qexport.passes.base import Decision, Outcome, Pass
 from qexport.passes.folding.activation import ACTIVATION_KEY
-from qexport.passes.match import check_names
-from qexport.passes.numbers.masks import Mask, Pattern, Scope, keep_mask, keep_masks, magnitude, wanda
+from qexport.passes.numbers.masks import Mask, Pattern, Scope, keep_mask, magnitude, wanda
 from qexport.passes.numbers.notes import forget_layer, forget_range
 from qexport.passes.numbers.refit import RIDGE, best_ridge, refit
 from qexport.passes.numbers.sparse_gpt import sparse_gpt
-from qexport.passes.placement import Site, plan
+from qexport.passes.placement import Site
 from qexport.passes.target import find_target
 from qexport.passes.writing.lowbit import decision
 from qexport.passes.writing.quantized import quantized_nodes
 
 SPARSITY_KEY = "qexport.sparsity"
-DENSE = "kept dense by name"
-DONE = "has the pattern already"
 SPARED = "other layers have smaller numbers"
-SHARED = "something else reads its weight"
-LEAST_DIM = 256  # sparse kernels gain nothing with so few inputs or outputs, or fewer
 Matrix = NDArray[np.float64]  # [K, N]
-Chosen = dict[Site, Mask]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +125,9 @@ class Sparsify(Pass):
         blind = self.criterion == "magnitude" and not self.repair
         if self.data is None and not blind:
             raise UsageError("sparsify needs calibration data", hint="give real samples with --calib")
-        taps, refused = self._layers(model)
-        chosen = self._ahead([site for sites in taps.values() for site in sites])
+        choice = Choice(self.wanted, self.scope, self.min_dim, self.keep, together=self.per == "model")
+        taps, refused = choice.layers(model, find_target(self.target))
+        chosen = choice.masks([site for sites in taps.values() for site in sites])
         spared = {site for site, mask in chosen.items() if mask.all()}
         refused += [decision(site.node, "skipped", SPARED) for site in spared]
         work = _Copy(model) if self.sequential else None
@@ -151,50 +147,6 @@ class Sparsify(Pass):
         done = [_decided(site, self.wanted, loss) for site, (_, loss) in found.items()]
         return Outcome(model, bool(changed), (*done, *refused))
 
-    def _layers(self, model: ir.Model) -> tuple[dict[Tap, list[Site]], list[Decision]]:
-        """Layers to prune by what they read, and why others stay dense."""
-        check_names(self.keep, model)
-        found = plan(model, find_target(self.target))
-        taps, odd = by_tap(site for site in found.roots if site.weight is not None)
-        reasons = {site: self._dense(site) for sites in taps.values() for site in sites}
-        if self.per == "model" and _share_reached((site for site in reasons if not reasons[site]), self.wanted):
-            reasons = {site: reason or DONE for site, reason in reasons.items()}
-        refused = [decision(site.node, "skipped", reason) for site, reason in (reasons | odd).items() if reason]
-        left = {tap: [site for site in sites if not reasons[site]] for tap, sites in taps.items()}
-        return {tap: sites for tap, sites in left.items() if sites}, [*refused, *found.refused]
-
-    def _dense(self, site: Site) -> str | None:
-        """Why a layer stays dense, if it does; ``UsageError`` where the pattern would leave nothing of it."""
-        pattern, kernel, held = self.wanted, Kernel(site), site.node.inputs[1]
-        least = self.min_dim if self.min_dim is not None else LEAST_DIM if pattern.group else 0
-        if site.node.name in self.keep:
-            return DENSE
-        if held is None or len(held.uses()) > 1 or held.is_graph_output():
-            return SHARED
-        if min(kernel.inputs, kernel.outputs) <= least:
-            return f"at most {least} inputs or outputs: sparse kernels gain nothing" if pattern.group else "too small"
-        if pattern.group and kernel.inputs % pattern.group:
-            return f"its inputs are no multiple of {pattern.group}"
-        matrix = kernel.matrix()
-        if not np.isfinite(matrix).all():
-            return "weights are not finite"
-        try:
-            fits = pattern.fits(matrix == 0, self.scope)
-        except ValueError as error:
-            raise UsageError(f"{error} at node {site.node.name!r}", where="sparsify.pattern", hint=_EMPTY) from error
-        return DONE if fits and self.per != "model" else None
-
-    def _ahead(self, sites: Sequence[Site]) -> Chosen:
-        """The masks of all layers, where their numbers compete."""
-        if self.per != "model" or not sites:
-            return {}
-        masks = keep_masks([magnitude(Kernel(site).matrix()) for site in sites], self.wanted)
-        for site, mask in zip(sites, masks, strict=True):
-            if not mask.any():
-                what = f"{self.wanted.name} of the model's weights leave nothing of node {site.node.name!r}"
-                raise UsageError(what, where="sparsify.pattern", hint=_EMPTY)
-        return dict(zip(sites, masks, strict=True))
-
     def _grams(
         self, taps: Mapping[Tap, Sequence[Site]], model: ir.Model, *, blind: bool
     ) -> Iterator[tuple[Tap, Halves]]:
@@ -202,7 +154,7 @@ class Sparsify(Pass):
         if blind or self.data is None:
             yield from ((tap, (Gram(0), Gram(0))) for tap in taps)
             return
-        rounds = [[tap] for tap in taps] if self.sequential else groups(taps)
+        rounds = [[tap] for tap in taps] if self.sequential else groups(taps, BUDGET // 2)
         advance = every(len(rounds), self.advance)
         for group in rounds:
             yield from measure_halves(model, group, islice(self.data, self.samples), advance).items()
@@ -210,25 +162,21 @@ class Sparsify(Pass):
     def _pruned(self, kernel: Kernel, halves: Halves, mask: Mask | None) -> tuple[Matrix, LayerLoss]:
         """The weight as it will be, and what that costs."""
         weight = kernel.matrix()
-        parts = tuple(kernel.hessian(half) if half.size else np.zeros((0, 0)) for half in halves)
-        hessian = parts[0] + parts[1]
-        updated, ridge = None, self.ridge if self.ridge is not None else RIDGE
-        if self.ridge is None and all(half.rows for half in halves):
-            guess = keep_mask(wanda(weight, hessian), self.wanted, "output") if mask is None else mask
-            ridge = best_ridge(weight, (parts[0], parts[1]), guess)
+        one, other = (kernel.hessian(half) if half.size else np.zeros((0, 0)) for half in halves)
+        hessian = one + other
+        if mask is None:
+            scores = magnitude(weight) if self.criterion == "magnitude" else wanda(weight, hessian)
+            mask = keep_mask(scores, self.wanted, self.scope)  # with sparsegpt, what its ridge is tried on
+        updated, ridge = None, RIDGE if self.ridge is None else self.ridge
+        if self.ridge is None and (self.repair or self.criterion == "sparsegpt") and all(half.rows for half in halves):
+            ridge = best_ridge(weight, (one, other), mask)
         if self.criterion == "sparsegpt":
             mask, updated = sparse_gpt(weight, hessian, self.wanted, per=self.scope, damping=ridge)
-        elif mask is None:
-            scores = magnitude(weight) if self.criterion == "magnitude" else wanda(weight, hessian)
-            mask = keep_mask(scores, self.wanted, self.scope)
         masked = np.where(mask, weight, 0.0)
         if self.repair:
             updated = refit(weight, hessian, mask, ridge)
         sparse = masked if updated is None else np.asarray(updated, np.float64)
         return sparse, LayerLoss(_loss(weight, masked, hessian), _loss(weight, sparse, hessian))
-
-
-_EMPTY = "ask for fewer zeros, or keep the node"
 
 
 class _Copy:
@@ -242,12 +190,6 @@ class _Copy:
         """Put the sparse weight in place of the dense one."""
         node = self._makers[site.node.outputs[0].name]
         Kernel(Site(node, site.inputs, site.weight, site.axis)).store(matrix)
-
-
-def _share_reached(sites: Iterable[Site], pattern: Pattern) -> bool:
-    """Whether all the weights together have the zeros already."""
-    zero = [Kernel(site).matrix().ravel() == 0 for site in sites]
-    return bool(zero) and pattern.fits(np.concatenate(zero)[:, None])
 
 
 def _loss(weight: Matrix, sparse: Matrix, hessian: Matrix) -> float:

@@ -8,7 +8,8 @@ from helpers import Samples, model_from, session
 from qexport.calibration.calibrate import Calibrate
 from qexport.calibration.halves import measure_halves
 from qexport.calibration.kernels import Kernel
-from qexport.calibration.sparsify import DENSE, DONE, SHARED, SPARED, SPARSITY_KEY, Sparsify
+from qexport.calibration.sparse_layers import DENSE, DONE, SHARED
+from qexport.calibration.sparsify import SPARED, SPARSITY_KEY, Sparsify
 from qexport.calibration.statistics.gram import by_tap, measure
 from qexport.errors import DataInvalid, UsageError
 from qexport.exporter.recipe import Recipe, instantiate, override
@@ -391,3 +392,9 @@ def test_two_halves_of_the_samples_are_measured_in_one_run():
         np.testing.assert_allclose(both, whole[tap].hessian, rtol=1e-4, atol=1e-4 * np.abs(both).max())
         assert not np.allclose(halves[0].hessian, halves[1].hessian, rtol=1e-3)
     assert len(calls) == 300
+
+
+def test_a_share_that_leaves_outputs_empty_but_no_layer_is_done():
+    model = chain()
+    assert Sparsify(data=rows(), pattern=0.99)(model).modified
+    assert (weight(model, "w") == 0).sum() == round(0.99 * 64 * 48)
