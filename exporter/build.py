@@ -25,6 +25,7 @@ from qexport.exporter.proof.gates import check_judge
 from qexport.exporter.recipe import Recipe, load_recipe, override
 from qexport.exporter.result import EngineInfo, Result
 from qexport.exporter.samples import Samples, longest, open_samples
+from qexport.exporter.sparsity import zeros_of
 from qexport.exporter.steps import find_pass
 from qexport.passes.quantize import quantized_nodes
 from qexport.passes.target import Target, find_target
@@ -112,7 +113,8 @@ def build_plan(model: ir.Model, recipe: Recipe, samples: Samples, stage: Stage, 
     profile = _profile(model, recipe, samples)
     wanted = recipe.export.compute_capabilities
     with stages.stage("engine", 100) as advance:
-        options = EngineOptions(profiles=(profile,), compute_capabilities=wanted, progress=_percent(advance))
+        sparse = any(zeros.two_of_four for zeros in zeros_of(model))
+        options = EngineOptions((profile,), compute_capabilities=wanted, sparse=sparse, progress=_percent(advance))
         info = build_in_child(stage.path / MODEL, target.engine, options, stage.path / PLAN)
         stage.adopt(PLAN)
     return info

@@ -10,8 +10,10 @@ from helpers import Samples, call, model_from, session
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import qexport
 from qexport.calibration.calibrate import Calibrate
 from qexport.calibration.sparsify import Sparsify
+from qexport.errors import BuildFailed
 from qexport.exporter.recipe import instantiate, load_recipe, override
 from qexport.exporter.sparsity import zeros_of
 from qexport.passes.pipeline import run
@@ -199,3 +201,28 @@ def test_json_has_the_same(capsys, path):
     }
     assert told["sparsity"][1]["groups"] is None
     assert "sparsity" not in json.loads(call(capsys, "inspect", path, "--json")[1])
+
+
+@pytest.mark.parametrize("pattern", [True, False])
+def test_an_engine_may_use_sparse_kernels_where_a_stored_weight_is_2_4(tmp_path, monkeypatch, pattern):
+    w = normal(64, 64)
+    if pattern:
+        w[0::4] = w[1::4] = 0
+    model = model_from("g (float[n, 64] x) => (float[n, 64] y) { y = MatMul(x, w) }", opset=21, w=w)
+    ir.save(model, tmp_path / "model.onnx")
+    np.savez(tmp_path / "x.npz", x=normal(40, 64, seed=1))
+    asked = []
+
+    def engine(_model, _module, options, _plan):
+        asked.append(options.sparse)
+        raise BuildFailed("enough is known")
+
+    monkeypatch.setattr("qexport.exporter.build.build_in_child", engine)
+    with pytest.raises(BuildFailed, match="enough"):
+        qexport.build(
+            tmp_path / "model.onnx",
+            calib=tmp_path / "x.npz",
+            target="tensorrt-rtx",
+            options=qexport.BuildOptions(output=tmp_path / "out"),
+        )
+    assert asked == [pattern]
