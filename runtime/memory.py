@@ -11,8 +11,8 @@ _BLOCK = 4 << 20  # bytes; smaller ones come and go by the thousand, and a mappi
 def return_freed_blocks() -> bool:
     """Let every block of 4 MiB or more be a mapping of its own; whether the C library could be told.
 
-    Weights come and go in a build. glibc keeps what was freed, up to 32 MiB a block, in a heap full of holes: a tenth
-    of the peak of a build. For processes that are ours; a service decides for itself.
+    Weights come and go in a build. glibc keeps what was freed, up to 32 MiB a block, in a heap full of holes: a
+    twentieth of the peak of a build. For processes that are ours; a service decides for itself.
     """
     try:
         return bool(ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _BLOCK) == 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from pathlib import Path
 
@@ -30,10 +31,5 @@ def samples():
 
 @pytest.fixture(scope="session")
 def outlier_model():
-    """The module ``outlier_model.py`` beside this file: test files do not import one another by themselves."""
-    spec = importlib.util.spec_from_file_location("outlier_model", Path(__file__).with_name("outlier_model.py"))
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The module ``outlier_model.py`` beside this file."""
+    return importlib.import_module("outlier_model")

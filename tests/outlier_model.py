@@ -15,8 +15,8 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnx_ir as ir
+from helpers import Samples
 
-from qexport.calibration.reading.data import sample_digest
 from qexport.calibration.running.execute import open_model
 
 NORMS = {"LayerNormalization": (1, 2), "RMSNormalization": (1,)}  # inputs that scale with the output
@@ -72,18 +72,6 @@ def transformer(hidden=64, blocks=2, heads=4, vocabulary=256, seed=0, opset=21):
     for node in proto.graph.node:
         node.name = node.output[0]
     return ir.from_proto(onnx.shape_inference.infer_shapes(proto))
-
-
-class Samples(list):
-    """Samples in memory, as calibration reads them."""
-
-    name = "memory"
-    digest = "sha256:0"
-    warnings = ()
-
-    @property
-    def digests(self):
-        return tuple(sample_digest(sample) for sample in self)
 
 
 def sentences(count, vocabulary=256, seed=1):

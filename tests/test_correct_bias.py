@@ -246,3 +246,13 @@ def test_weights_are_read_as_the_runtime_reads_them(block):
 def test_no_data_is_a_usage_error():
     with pytest.raises(UsageError, match="calibration data"):
         CorrectBias()(model_from(PLAIN, w=normal(32, 24), b=normal(24)))
+
+
+def test_a_vector_in_blocks_has_a_scale_for_each_block():
+    text = "g (float[n] x) => (float[n] y) { w = DequantizeLinear <axis = 0, block_size = 4> (q, s)  y = Add(x, w) }"
+    q, s = np.arange(8, dtype=np.int8), np.float32([0.5, 2])
+    model = model_from(text, opset=21, q=q, s=s)
+    expected = q * np.repeat(s, 4)
+    np.testing.assert_array_equal(dequantized(model.graph[0]), expected)
+    found = open_model(model, SessionOptions(threads=1, literal=True)).run({"x": np.zeros(8, np.float32)})["y"]
+    np.testing.assert_array_equal(found, expected)

@@ -22,10 +22,9 @@ def dequantize_weights(model: ir.Model, keep: Collection[str] = ()) -> None:
     """
     for node in list(model.graph):
         made = node.outputs[0]
-        constants = [array(value) for value in node.inputs]
-        if node.op_type != "DequantizeLinear" or made.name in keep or any(numbers is None for numbers in constants):
+        if node.op_type != "DequantizeLinear" or node.domain != "" or made.dtype is None:
             continue
-        if made.is_graph_output() or made.dtype is None:
+        if made.name in keep or made.is_graph_output() or any(array(value) is None for value in node.inputs):
             continue
         tensor = ir.tensor(dequantized(node).astype(made.dtype.numpy(), copy=False), name=made.name)
         value = ir.val(str(made.name), made.dtype, tensor.numpy().shape, const_value=tensor)
@@ -45,9 +44,9 @@ def dequantized(node: ir.Node) -> Array:
 
     def wide(numbers: NDArray[Any]) -> Array:
         exact: Array = numbers.astype(np.float32)
-        if numbers.ndim == 1 and numbers.size > 1:
-            return exact.reshape([-1 if i == axis else 1 for i in range(codes.ndim)])
-        return np.repeat(exact, block, axis)[tuple(slice(size) for size in codes.shape)] if block else exact
+        if block:
+            return np.repeat(exact, block, axis)[tuple(slice(size) for size in codes.shape)]
+        return exact.reshape([-1 if i == axis else 1 for i in range(codes.ndim)]) if numbers.size > 1 else exact
 
     steps: Array = codes.astype(np.float32)
     if zero is not None and np.any(zero):

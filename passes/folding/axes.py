@@ -7,7 +7,7 @@ size 1, so sizes that are not known do no harm as long as no channel runs along 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import onnx_ir as ir
@@ -32,6 +32,20 @@ def only_along(ids: Ids, axis: int) -> Ids | None:
     """The ids along one axis, ``[size]``; ``None`` where channels differ along another one too."""
     axis %= ids.ndim
     return ids.reshape(-1) if all(size == 1 for i, size in enumerate(ids.shape) if i != axis) else None
+
+
+def tied(count: int, pairs: Iterable[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> NDArray[np.int64]:
+    """For each of ``count`` channels the smallest one that pairs, of arrays of the same size, connect it with."""
+    known, found = list(pairs), np.arange(count)
+    while True:
+        before = found.copy()
+        for one, other in known:
+            least = np.minimum(found[one], found[other])
+            np.minimum.at(found, one, least)
+            np.minimum.at(found, other, least)
+        found = found[found]
+        if np.array_equal(before, found):
+            return found
 
 
 def spread(ids: Ids, shape: tuple[int, ...]) -> Ids | None:

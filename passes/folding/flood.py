@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.passes.folding.axes import FREE, Ids, spread
+from qexport.passes.folding.axes import FREE, Ids, spread, tied
 from qexport.passes.match import Dims, add_constant, array, dims, maker, sweep
 from qexport.passes.numbers.notes import forget_layer
 
@@ -208,17 +208,7 @@ class Flood:
 
     def ties(self) -> NDArray[np.int64]:
         """For each channel the smallest one it is tied to."""
-        found = np.arange(self.count)
-        changed = True
-        while changed:
-            before = found.copy()
-            for one, other in self._ties:
-                least = np.minimum(found[one], found[other])
-                np.minimum.at(found, one, least)
-                np.minimum.at(found, other, least)
-            found = found[found]
-            changed = not np.array_equal(before, found)
-        return found
+        return tied(self.count, self._ties)
 
 
 def _fits(ids: Ids, shape: Dims | None) -> bool:

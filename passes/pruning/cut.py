@@ -15,7 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.passes.folding.activation import ACTIVATION_KEY
-from qexport.passes.folding.axes import FREE, Ids
+from qexport.passes.folding.axes import FREE, Ids, tied
 from qexport.passes.match import array, constant, dims
 from qexport.passes.numbers.notes import forget_layer, forget_range
 from qexport.passes.pruning.labels import Blocked, Port, Tie, compact, varying
@@ -235,16 +235,7 @@ class _Flood:
 
     def tied(self) -> NDArray[np.int64]:
         """For each unit the smallest one it is tied to."""
-        found = np.arange(self.count)
-        while True:
-            before = found.copy()
-            for one, other in self._ties:
-                least = np.minimum(found[one], found[other])
-                np.minimum.at(found, one, least)
-                np.minimum.at(found, other, least)
-            found = found[found]
-            if np.array_equal(before, found):
-                return found
+        return tied(self.count, self._ties)
 
     def _relate(self, node: ir.Node, port: Port, value: ir.Value) -> None:
         relation = relate(node, port, self.values[value])
