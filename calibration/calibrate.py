@@ -24,7 +24,7 @@ from qexport.passes.base import Outcome, Pass
 from qexport.passes.numbers.formats import FORMATS
 from qexport.passes.numbers.notes import KERNEL_KEY
 from qexport.passes.numbers.range import RANGE_KEY, SQNR_KEY, Range
-from qexport.passes.placement import Plan, Site, plan
+from qexport.passes.placement import Outputs, Plan, Site, plan
 from qexport.passes.target import Target, find_target
 
 OUTPUT_MSE = "output-mse"
@@ -52,6 +52,8 @@ class Calibrate(Pass):
     """Whether products of two computed tensors are measured too; needed by quantize.attention."""
     format: Literal["fp8"] | None = None
     """8-bit numbers that ranges are searched for: unset, the integers that the target takes; as in quantize.format."""
+    outputs: Outputs = "none"
+    """Whether what products with 2:4 weights make is measured too; needed by quantize.outputs."""
 
     def __post_init__(self) -> None:
         check_least("calibrate", self, samples=1)
@@ -66,8 +68,8 @@ class Calibrate(Pass):
         if self.method != OUTPUT_MSE and self.method not in METHODS:
             raise UsageError(f"unknown method {self.method!r}", hint=f"known: {', '.join([*METHODS, OUTPUT_MSE])}")
         target = find_target(self.target).using(self.format, "calibrate.format")
-        found = plan(model, target, attention=self.attention)
-        values = {value.name or "": value for site in found.sites for value in site.values}
+        found = plan(model, target, attention=self.attention, outputs=self.outputs)
+        values = {value.name or "": value for site in found.sites for value in site.measured}
         taps = dict.fromkeys(values, WHOLE_ROWS) | _windows(found)
         journal = self.store.entry(model, taps, self.data.digests[: self.samples])
         statistics = collect(model, taps, islice(self.data, self.samples), self.advance, journal)

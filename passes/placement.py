@@ -7,17 +7,23 @@ normalization, softmax or activation ever reads a tensor that was quantized for 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import onnx_ir as ir
 
 from qexport.passes.base import Decision
-from qexport.passes.match import constant, dims
+from qexport.passes.match import constant, consumer, dims, operands
+from qexport.passes.numbers.masks import Pattern
 from qexport.passes.target import Target
 
 ATTENTION = "both inputs are computed (attention product)"
 MIN_HEAD, MAX_HEAD, MAX_SEQUENCE = 16, 256, 512
 FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, None}
+TWO_OF_FOUR = Pattern.parse("2:4")
+
+Outputs = Literal["none", "sparse"]
+"""Which roots have their output quantized, too: those with 2:4 weights, where the target has kernels for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +35,25 @@ class Site:
         inputs: Indices of its inputs that get an activation quantizer.
         weight: Index of its constant weight, or ``None``.
         axis: Axis of the weight's output channels.
+        output: What leaves the fused kernel, where all its readers shall get quantized numbers.
     """
 
     node: ir.Node
     inputs: tuple[int, ...]
     weight: int | None = None
     axis: int = 0
+    output: ir.Value | None = None
+
+    @property
+    def measured(self) -> Iterator[ir.Value]:
+        """All values that need a range."""
+        yield from self.values
+        if self.output is not None:
+            yield self.output
 
     @property
     def values(self) -> Iterator[ir.Value]:
-        """The activations to quantize."""
+        """The activations to quantize at its inputs."""
         for index in self.inputs:
             value = self.node.inputs[index]
             if value is not None:
@@ -48,7 +63,7 @@ class Site:
     def kind(self) -> str:
         """What is quantized, for the report."""
         if self.weight is not None:
-            return "weight and activation"
+            return "weight and activation" if self.output is None else "2:4 weight, activation and output"
         return "both inputs" if len(self.inputs) == 2 else "skip input of a residual Add"
 
     @property
@@ -80,7 +95,7 @@ class Plan:
         return self.roots + self.skips
 
 
-def plan(model: ir.Model, target: Target, *, attention: bool = False) -> Plan:
+def plan(model: ir.Model, target: Target, *, attention: bool = False, outputs: Outputs = "none") -> Plan:
     """Find the sites of ``model`` that are worth quantizing for ``target``.
 
     With ``attention``, products of two computed tensors are sites too, where sizes that are known allow it.
@@ -102,6 +117,8 @@ def plan(model: ir.Model, target: Target, *, attention: bool = False) -> Plan:
         for node in ir.traversal.RecursiveGraphIterator(model.graph)
         if node.op_type in CHANNEL_AXIS and node.graph is not model.graph
     ]
+    if outputs == "sparse" and target.sparse_kernels:
+        sites = list(_with_outputs(model.graph, sites, target))
     skips = [] if target.residual_add == "none" else _possible_skips(model.graph, sites, target)
     return Plan(tuple(sites), tuple(skips), tuple(refused))
 
@@ -172,13 +189,57 @@ def residual_sites(graph: ir.Graph, chosen: Iterable[Site], target: Target) -> l
     """
     if target.residual_add == "none":
         return []
+    return [
+        Site(node, (1 - main,) if target.residual_add == "skip" else (0, 1))
+        for node, main in _fused_adds(graph, chosen)
+    ]
+
+
+def _fused_adds(graph: ir.Graph, chosen: Iterable[Site]) -> Iterator[tuple[ir.Node, int]]:
+    """Every residual Add that fuses with a convolution, and the index of the input that it makes."""
     depth = _depths(graph)
-    sites = []
     for node, fused in _fusing_adds(graph, chosen):
         main = max(fused, key=lambda index: depth[_consumed_alone(node.inputs[index])])
         if constant(node.inputs[1 - main]) is None:
-            sites.append(Site(node, (1 - main,) if target.residual_add == "skip" else (0, 1)))
-    return sites
+            yield node, main
+
+
+def _with_outputs(graph: ir.Graph, roots: Iterable[Site], target: Target) -> Iterator[Site]:
+    """The roots, those with 2:4 weights together with what their fused kernel makes.
+
+    TensorRT takes a sparse int8 kernel only where its epilogue keeps data in int8 (NVIDIA Model Optimizer, "Sparse +
+    INT8 -> ONNX -> TensorRT example", which quantizes what a linear layer makes, its bias added). So the quantizer
+    stands behind what the engine fuses into the product: the bias; the residual sum of a convolution, where the target
+    says that they fuse; a Relu or Clip. What comes then, a Gelu or a residual sum, computes with dequantized numbers.
+    """
+    known = list(roots)
+    sums = {} if target.residual_add != "skip" else {node.inputs[i]: node for node, i in _fused_adds(graph, known)}
+    for site in known:
+        if site.weight is None or not is_two_of_four(site):
+            yield site
+            continue
+        made = _biased(site)
+        made = sums[made].outputs[0] if made in sums else made
+        activation = consumer(made, "Relu", "Clip")
+        made = made if activation is None else activation.outputs[0]
+        yield site if made.is_graph_output() else replace(site, output=made)
+
+
+def is_two_of_four(site: Site) -> bool:
+    """Whether of every 4 consecutive inputs of each output of a layer at most 2 have a weight."""
+    zero = site.kernel.numpy() == 0
+    convolution = {"Conv": 1, "ConvTranspose": 0}
+    inputs = convolution.get(site.node.op_type, 1 - site.axis)
+    moved = zero.swapaxes(0, inputs)
+    return TWO_OF_FOUR.fits(moved.reshape(len(moved), -1))
+
+
+def _biased(site: Site) -> ir.Value:
+    """The output of a root, or of the only thing that reads it if that adds a bias."""
+    made = site.node.outputs[0]
+    add, channels = consumer(made, "Add"), site.kernel.numpy().shape[site.axis]
+    biases = (constant(other) for one, other in operands(add) if one is made)
+    return add.outputs[0] if add and any(b is not None and b.size in (1, channels) for b in biases) else made
 
 
 def _possible_skips(graph: ir.Graph, roots: Iterable[Site], target: Target) -> Iterator[Site]:

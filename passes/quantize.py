@@ -4,9 +4,11 @@
    only; they share one pair.
 2. Weight: ``W -> op`` becomes ``int8 W -> DequantizeLinear -> op`` (or fp8), symmetric per output channel, rounded as
    ``adaround`` chose if it did, else to the nearest; the float weight is dropped when nothing else reads it.
-3. Embedding table: rows are stored as int8, whatever the format, with one scale each (``target.table`` says how they
+3. Output, where asked for: everything that reads what a product with 2:4 weights makes, its bias and Relu included,
+   reads it through a pair, the same one that quantized consumers share.
+4. Embedding table: rows are stored as int8, whatever the format, with one scale each (``target.table`` says how they
    are read back), where nothing else needs the float rows.
-4. Biases stay float.
+5. Biases stay float.
 
 Scales have the type of what they scale, and are float16 numbers wherever half precision may come to read them.
 
@@ -16,7 +18,7 @@ Equations: Jacob et al. 2018, eq. 1; symmetric ranges of Wu et al. 2020, section
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import onnx_ir as ir
@@ -27,7 +29,7 @@ from qexport.passes.match import check_names, constant
 from qexport.passes.numbers.formats import FORMATS
 from qexport.passes.numbers.range import HALF_QUANTIZERS, SQNR_KEY, beyond_half, range_of
 from qexport.passes.numbers.weights import misfit
-from qexport.passes.placement import Site, plan, residual_sites
+from qexport.passes.placement import Outputs, Site, plan, residual_sites
 from qexport.passes.target import Target, find_target
 from qexport.passes.writing.qdq import Editor, float_type, needs_half
 from qexport.passes.writing.quantized import quantized_nodes
@@ -57,6 +59,9 @@ class Quantize(Pass):
     """Whether products of two computed tensors are quantized; needs calibrate.attention, and no fuse-attention."""
     format: Literal["fp8"] | None = None
     """8-bit numbers of the products: unset, the integers that the target takes; fp8 is float8e4m3fn."""
+    outputs: Outputs = "none"
+    """Whether products with 2:4 weights have their output quantized, too: engines have sparse kernels for integers in
+    and integers out alone. Needs calibrate.outputs; nothing happens for targets without such kernels."""
 
     def call(self, model: ir.Model) -> Outcome:
         """Insert the quantizers; a model that has some, or an opset without them, is left alone with a reason.
@@ -69,7 +74,7 @@ class Quantize(Pass):
         if refusal is not None:
             return Outcome(model, False, (Decision("", "graph", "skipped", refusal),))
         check_names(self.keep, model)
-        found = plan(model, target, attention=self.attention)
+        found = plan(model, target, attention=self.attention, outputs=self.outputs)
         rules = _Rules(target, opset, self.keep, self.min_sqnr)
         chosen, refused = rules.split(found.roots)
         if any(d.reason == NOT_CALIBRATED for d in refused) and not any(map(_calibrated, found.roots)):
@@ -77,6 +82,8 @@ class Quantize(Pass):
         skips, refused_skips = rules.split(residual_sites(model.graph, chosen, target))
         editor = Editor(model.graph, target)
         done = [editor.quantize(site) for site in chosen + skips]
+        for site in chosen:
+            editor.quantize_output(site)
         tables, refused_tables = rules.split_tables(model.graph)
         done += [editor.quantize_table(node) for node in tables]
         editor.finish()
@@ -108,10 +115,12 @@ class _Rules:
         chosen, refused = [], []
         for site in sites:
             reason = self._site(site)
+            loose = None if reason else self._output(site)
             if reason is None:
-                chosen.append(site)
-            else:
-                refused.append(Decision(site.node.name or "", site.node.op_type, "skipped", reason))
+                chosen.append(site if loose is None else replace(site, output=None))
+            if reason or loose:
+                told = reason or f"output stays in float: {loose}"
+                refused.append(Decision(site.node.name or "", site.node.op_type, "skipped", told))
         return chosen, refused
 
     def split_tables(self, graph: ir.Graph) -> tuple[list[ir.Node], list[Decision]]:
@@ -146,6 +155,15 @@ class _Rules:
         if sqnr is not None and sqnr < self.min_sqnr:
             return f"output SQNR below {self.min_sqnr:g} dB"
         return self._numbers(site)
+
+    def _output(self, site: Site) -> str | None:
+        """Why what a chosen site makes cannot be quantized."""
+        if site.output is None:
+            return None
+        span = range_of(site.output)
+        if span is None:
+            return NOT_CALIBRATED
+        return beyond_half(span, self.target.activation) if self._half(float_type(site)) else None
 
     def _numbers(self, site: Site) -> str | None:
         """Why 8-bit numbers with scales of the right type cannot stand for a calibrated site."""

@@ -35,6 +35,7 @@ class Target:
             fuses into the convolution; ``both``, where the Add itself has integer kernels; ``none``.
         integer_products: Whether onnxruntime's MatMulIntegerToFloat (uint8 x int8, float bias and output) is fast.
         plain_residuals: Whether a residual sum before LayerNormalization has to be kept from being merged with it.
+        sparse_kernels: Whether it has kernels for 2:4 weights that read and write integers.
         formats: What else it reads: ``int4`` (blocked DequantizeLinear), ``nbits`` (onnxruntime's MatMulNBits), ``fp8``
             (float8e4m3fn Q/DQ), ``bfloat16``, ``dynamic`` (ranges per call), ``qlinear`` (integer-only operators),
             ``nf4`` (MatMulBnb4).
@@ -53,6 +54,7 @@ class Target:
     residual_add: Literal["none", "skip", "both"] = "skip"
     integer_products: bool = False
     plain_residuals: bool = False
+    sparse_kernels: bool = False
     formats: frozenset[str] = frozenset()
 
     def demand(self, wanted: str, where: str = "") -> None:
@@ -90,9 +92,20 @@ TARGETS = {
             "float16",
             "dequantize",
             residual_add="none",
+            sparse_kernels=True,
             formats=_ENGINE_FORMATS,
         ),
-        Target("tensorrt", "tensorrt", _CPU, "int8", 20, "float16", "dequantize", formats=_ENGINE_FORMATS - {"int4"}),
+        Target(
+            "tensorrt",
+            "tensorrt",
+            _CPU,
+            "int8",
+            20,
+            "float16",
+            "dequantize",
+            sparse_kernels=True,
+            formats=_ENGINE_FORMATS - {"int4"},
+        ),
         Target(
             "ort-cpu",
             None,

@@ -16,10 +16,28 @@ from qexport.passes.numbers.weights import stored_numbers
 from qexport.passes.placement import Site
 from qexport.passes.target import Target
 
+MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity")
+"""Operators behind which a quantizer gives the same numbers as before them."""
+
 
 def needs_half(target: Target, dtype: ir.DataType) -> bool:
     """Whether the scales of a tensor of ``dtype`` must be float16 numbers."""
     return target.rest == "float16" or dtype == ir.DataType.FLOAT16
+
+
+def is_quantized(value: ir.Value) -> bool:
+    """Whether a value is read by quantizers alone, through operators that move numbers."""
+    todo = [value]
+    while todo:
+        seen = todo.pop()
+        if seen.is_graph_output() or not seen.uses():
+            return False
+        for node, _ in seen.uses():
+            if node.op_type in MOVES:
+                todo.append(node.outputs[0])
+            elif node.op_type != "QuantizeLinear":
+                return False
+    return True
 
 
 def float_type(site: Site) -> ir.DataType:
@@ -52,6 +70,20 @@ class Editor:
             if weight is not None:
                 site.node.replace_input_with(site.weight, self._weight(weight, site.kernel, site.axis, kind))
         return Decision(site.node.name or "", site.node.op_type, "quantized", site.kind)
+
+    def quantize_output(self, site: Site) -> None:
+        """Let everything that reads what a site makes read it through a pair.
+
+        Where all readers do already, behind operators that only move numbers, the engine quantizes it as it is: there
+        the pair moves up to what makes them (NVIDIA TensorRT, "Explicit Quantization": Q backward propagation).
+        """
+        if site.output is None or is_quantized(site.output):
+            return
+        readers = tuple(site.output.uses())
+        numbers = self._pair(site.output, float_type(site))
+        for node, index in readers:
+            if node.op_type != "QuantizeLinear":
+                node.replace_input_with(index, numbers)
 
     def quantize_table(self, node: ir.Node) -> Decision:
         """Store the table of a Gather as integers, read back as the target wants it."""
