@@ -74,14 +74,14 @@ def _united(value: ir.Value, ids: Ids, count: int) -> tuple[Ids, Cut | str]:
 def _heads(graph: ir.Graph) -> Iterator[tuple[ir.Node, Space]]:
     for node in graph:
         value = node.outputs[0] if node.outputs else None
-        if value is None or not _attends(node):
+        if value is None or not attends(node):
             continue
         start = _head_ids(node)
         ids, cut = (np.zeros(0, np.int64), start) if isinstance(start, str) else _united(value, *start)
         yield node, Space(node.name or str(value.name), "heads", value, ids, cut)
 
 
-def _attends(node: ir.Node) -> bool:
+def attends(node: ir.Node) -> bool:
     """Whether a node is an attention, or the Softmax whose chances weigh computed values."""
     if node.domain == "" and node.op_type == "Softmax":
         return _weighs(node.outputs[0])
@@ -152,7 +152,7 @@ def _between_products(cut: Cut) -> bool:
         bool(cut.producers)
         and all(slot.node.op_type in PRODUCTS for slot in ends)
         and not any(True for _ in computed)
-        and not any(_attends(node) for node in nodes)
+        and not any(attends(node) for node in nodes)
     )
 
 
