@@ -21,6 +21,7 @@ from qexport.passes.numbers.notes import forget_layer, forget_range
 from qexport.passes.pruning.labels import Blocked, Port, Tie, compact, varying
 from qexport.passes.pruning.operators import ROWS, spec_of
 from qexport.passes.pruning.relations import relate
+from qexport.passes.pruning.reorder import moved, order_refusal
 from qexport.passes.pruning.sizes import Kept, Number, along, demand_traced, numbers
 from qexport.passes.pruning.write import Writer
 
@@ -133,13 +134,19 @@ class Cut:
         if keep.all():
             return None
         padded = np.append(keep, True)
-        for slot in self.slots:
-            if any(slot.constant.shape is None or slot.constant.shape[a] != slot.ids.shape[a] for a in slot.axes):
-                return "the model was changed since"
+        if reason := self._changed():
+            return reason
         for ids in (*(slot.ids for slot in self.slots), *self.values.values()):
             reason = _uneven(padded[ids])
             if reason is not None:
                 return reason
+        return None
+
+    def _changed(self) -> str | None:
+        """Why the cut is good no longer, if it is not."""
+        for slot in self.slots:
+            if any(slot.constant.shape is None or slot.constant.shape[a] != slot.ids.shape[a] for a in slot.axes):
+                return "the model was changed since"
         return None
 
     def apply(self, keep: Keep) -> None:
@@ -163,6 +170,30 @@ class Cut:
         writer.close()
         for value, ids in self.values.items():
             _shrink(value, ids, kept)
+
+    def reorder(self, order: NDArray[np.int64]) -> None:
+        """Let unit ``order[i]`` take the place of unit ``i`` in all constants; the model computes the same.
+
+        Raises:
+            Blocked: The units cannot change places, or that is not proven; the model is as it was.
+        """
+        reason = self._changed() or order_refusal(self, order)
+        if reason is not None:
+            raise Blocked(reason)
+        if np.array_equal(order, np.arange(self.count)):
+            return
+        writer = Writer()
+        for node, index in dict.fromkeys((slot.node, slot.index) for slot in self.slots):
+            slots = [slot for slot in self.slots if slot.node is node and slot.index == index]
+            numbers_ = array(slots[0].constant)
+            assert numbers_ is not None
+            for slot in slots:
+                numbers_ = moved(numbers_, slot.ids, order)
+            writer.constant(node, index, numbers_, repr([(slot.axes, slot.ids.tobytes()) for slot in slots]).encode())
+            forget_layer(node)
+        writer.close()
+        for value in self.values:
+            value.meta.pop(ACTIVATION_KEY, None)
 
 
 def find_cut(value: ir.Value, ids: Ids, count: int) -> Cut | str:
