@@ -229,3 +229,16 @@ def test_the_pattern_is_looked_for_along_the_inputs(layout):
         (site,) = plan(model, find_target("tensorrt-rtx")).roots
         assert is_two_of_four(site) is not change
         assert zeros_of(model)[0].two_of_four is not change
+
+
+@pytest.mark.parametrize("opset", [20, 21, 23])
+def test_a_runtime_that_moves_pairs_loads_the_model_at_every_opset(opset):
+    """Onnxruntime copies a pair to behind what moves numbers, and types the copy from its zero point."""
+    text = "(float[n, 8, 64] x) => (float[n, 4, 8, 12] y) {"
+    text += " m = MatMul(x, w)  r = Reshape(m, s)  t = Transpose <perm = [0, 2, 1, 3]> (r)  y = Tanh(t) }"
+    weights = {"w": sparse(64, 48), "s": np.array([0, 0, 4, 12])}
+    model, _ = quantized(text, sample=(8, 64), opset=opset, **weights)
+    assert in_integers(model) == ["x", "m"]
+    x = normal(5, 8, 64, seed=9)
+    (expected,) = ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": x})
+    np.testing.assert_allclose(session(model).run(None, {"x": x})[0], expected, atol=1e-4)

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.passes.base import Decision
-from qexport.passes.match import Names, constant, sweep
+from qexport.passes.match import Names, constant, maker, producer, sweep
 from qexport.passes.numbers.formats import FORMATS, Kind
 from qexport.passes.numbers.range import integers_for, range_of
 from qexport.passes.numbers.weights import stored_numbers
@@ -18,6 +18,8 @@ from qexport.passes.target import Target
 
 MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity")
 """Operators behind which a quantizer gives the same numbers as before them."""
+
+UNTYPED_ZERO = 21  # first opset whose QuantizeLinear tells its type without a zero point
 
 
 def needs_half(target: Target, dtype: ir.DataType) -> bool:
@@ -84,6 +86,8 @@ class Editor:
         for node, index in readers:
             if node.op_type != "QuantizeLinear":
                 node.replace_input_with(index, numbers)
+        if self.graph.opset_imports.get("", 1) >= UNTYPED_ZERO:
+            _leave_out_zero(numbers)
 
     def quantize_table(self, node: ir.Node) -> Decision:
         """Store the table of a Gather as integers, read back as the target wants it."""
@@ -181,3 +185,20 @@ class Editor:
             self.graph.insert_before(self.graph[0], nodes)
         else:
             self.graph.insert_after(producer, nodes)
+
+
+def _leave_out_zero(numbers: ir.Value) -> None:
+    """Let the pair that makes ``numbers`` tell its type by an attribute, where its zero point is zero.
+
+    onnxruntime 1.31 copies a pair to behind a Reshape or Transpose that reads it, notes the type of its integers there,
+    turns int8 zero points into uint8, and then refuses the copy as contradictory.
+    """
+    dequantize = maker(numbers)
+    quantize, zero = producer(dequantize.inputs[0], "QuantizeLinear"), constant(dequantize.inputs[2])
+    if quantize is None or zero is None or zero.numpy().any():
+        return
+    quantize.attributes["output_dtype"] = ir.AttrInt64("output_dtype", zero.dtype)
+    dropped = dequantize.inputs[2]
+    for node in (quantize, dequantize):
+        node.resize_inputs(2)
+    sweep([dropped])
