@@ -31,12 +31,12 @@ from qexport.calibration.statistics.collect import numbered, stream
 from qexport.calibration.statistics.patches import Patch, patch_of
 from qexport.errors import UsageError
 from qexport.passes.base import Decision, Outcome, Pass
-from qexport.passes.match import Names, add_constant, array, consumer, operands, producer, sweep
+from qexport.passes.match import array, producer
+from qexport.passes.writing.bias import bias_refusal, raise_bias
 
 CORRECTED_KEY = "qexport.corrected"
 LAYERS = ("MatMul", "Gemm", "Conv")
 BLOCKS = 16  # shares of the samples whose spread is the error of the mean
-NO_BIAS = "no bias to fold into: an Add of its own costs time (option 'insert')"
 Array = NDArray[np.float64]
 
 
@@ -67,7 +67,7 @@ class CorrectBias(Pass):
             if not np.any(shift):
                 decisions.append(_decision(layer.node, "skipped", "no mean error beyond chance"))
                 continue
-            _fold(layer.node, -shift)
+            raise_bias(layer.node, -shift)
             layer.node.meta[CORRECTED_KEY] = modified = True
             decisions.append(_decision(layer.node, "folded", "mean error, into its bias"))
         return Outcome(model, modified, tuple(decisions))
@@ -193,15 +193,7 @@ def _find(model: ir.Model, *, insert: bool) -> tuple[list[Quantized], list[Decis
 def _refusal(node: ir.Node, *, insert: bool) -> str | None:
     if CORRECTED_KEY in node.meta:
         return "corrected already"
-    if node.op_type == "MatMul":
-        return None if insert or _bias_behind(node) is not None else NO_BIAS
-    if node.attributes.get_int("transA", 0):
-        return "transposed activation"
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    numbers = array(bias)
-    if bias is not None and (numbers is None or not _is_row(numbers) or not node.attributes.get_float("beta", 1.0)):
-        return "its bias is computed, switched off or different from row to row"
-    return None
+    return bias_refusal(node, insert=insert)
 
 
 def _open(node: ir.Node) -> Quantized | None:
@@ -224,59 +216,6 @@ def _as_rows(node: ir.Node, weight: NDArray[Any]) -> Array:
     if node.op_type != "Conv":
         return (exact.T if node.attributes.get_int("transB", 0) else exact)[None]
     return exact.reshape(node.attributes.get_int("group", 1), -1, int(np.prod(exact.shape[1:]))).transpose(0, 2, 1)
-
-
-def _bias_behind(node: ir.Node) -> tuple[ir.Node, int] | None:
-    """The Add that alone reads a product, and the index of its constant that has one number for each channel."""
-    add = consumer(node.outputs[0], "Add")
-    for own, bias in operands(add):
-        numbers = array(bias)
-        if add is not None and own is node.outputs[0] and numbers is not None and _is_row(numbers):
-            return add, list(add.inputs).index(bias)
-    return None
-
-
-def _is_row(numbers: NDArray[Any]) -> bool:
-    """Whether an array differs along its last axis at most."""
-    return numbers.size == (numbers.shape[-1] if numbers.ndim else 1)
-
-
-def _fold(node: ir.Node, shift: Array) -> None:
-    """Add ``shift`` to the output of a layer through its bias."""
-    if node.op_type != "MatMul":
-        alpha, beta = (node.attributes.get_float(name, 1.0) for name in ("alpha", "beta"))
-        _raise_bias(node, 2, shift * alpha / (beta or 1.0))
-        return
-    behind = _bias_behind(node)
-    if behind is not None:
-        _raise_bias(*behind, shift)
-        return
-    output, graph = node.outputs[0], node.graph
-    assert graph is not None
-    add = ir.node("Add", [output, None], name=Names(graph).fresh(f"{node.name}/Add"))
-    made = add.outputs[0]
-    made.shape, made.type = output.shape, output.type
-    graph.insert_after(node, add)
-    _raise_bias(add, 1, shift)
-    output.replace_all_uses_with(made, replace_graph_outputs=True)
-    add.replace_input_with(0, output)
-    made.name, output.name = output.name, Names(graph).fresh(f"{output.name}/product")
-
-
-def _raise_bias(node: ir.Node, index: int, shift: Array) -> None:
-    """Replace a bias by one with ``shift`` added, made where there is none; others may share the old one."""
-    old = node.inputs[index] if len(node.inputs) > index else None
-    numbers = array(old)
-    if old is None or numbers is None:
-        like, name = node.inputs[0], f"{node.name}/bias"
-        dtype = np.dtype(np.float32) if like is None or like.dtype is None else like.dtype.numpy()
-        raised = shift
-        node.resize_inputs(max(len(node.inputs), index + 1))
-    else:
-        dtype, name = numbers.dtype, f"{old.name}"
-        raised = (numbers.reshape(-1).astype(np.float64) + shift).reshape([1] * (numbers.ndim - 1) + [-1])
-    node.replace_input_with(index, add_constant(node, name, raised.astype(dtype)))
-    sweep([old])
 
 
 def _decision(node: ir.Node, action: str, reason: str) -> Decision:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +15,7 @@ from qexport.passes.numbers.groups import CODES_KEY
 from qexport.passes.placement import Site
 
 Matrix = NDArray[np.float64]
+Number = TypeVar("Number", bound=np.generic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +40,22 @@ class Kernel:
 
     def matrix(self) -> Matrix:
         """The weight ``[K, N]``; K of a convolution is its kernel's positions times input channels, in this order."""
-        weight = np.asarray(self.site.kernel.numpy(), np.float64)
-        return weight.transpose(self._axes).reshape(-1, self.outputs)
+        return self.laid(np.asarray(self.site.kernel.numpy(), np.float64))
+
+    def laid(self, numbers: NDArray[Number]) -> NDArray[Number]:
+        """Any numbers with the weight's shape, or that broadcast to it, in the order of :meth:`matrix`."""
+        wide = np.broadcast_to(numbers, self.site.kernel.numpy().shape)
+        return wide.transpose(self._axes).reshape(-1, self.outputs)
 
     def hessian(self, gram: Gram) -> Matrix:
         """``X^T X`` with rows and columns in the order of :meth:`matrix`."""
-        if self.site.node.op_type != "Conv":
-            return gram.hessian
-        shape = self.site.kernel.numpy().shape[1:]
-        order = np.moveaxis(np.arange(gram.size).reshape(shape), 0, -1).ravel()
-        return np.asarray(gram.hessian[np.ix_(order, order)])
+        order = self._order
+        return gram.hessian if order is None else np.asarray(gram.hessian[np.ix_(order, order)])
+
+    def row(self, numbers: NDArray[Number]) -> NDArray[Number]:
+        """A number of each input as a Gram matrix has them, in the order of :meth:`matrix`."""
+        order = self._order
+        return numbers if order is None else numbers[order]
 
     def store(self, matrix: Matrix) -> bool:
         """Put ``matrix`` in place of the weight, in its type; whether that changes anything."""
@@ -66,6 +74,14 @@ class Kernel:
             node.replace_input_with(1, add_constant(node, f"{held.name}/sparse", np.ascontiguousarray(kernel)))
             sweep([held])
         return True
+
+    @property
+    def _order(self) -> NDArray[np.intp] | None:
+        """Where a row of patches, channels first, has the inputs of :meth:`matrix`; ``None`` for the same order."""
+        if self.site.node.op_type != "Conv":
+            return None
+        shape = self.site.kernel.numpy().shape[1:]
+        return np.moveaxis(np.arange(int(np.prod(shape))).reshape(shape), 0, -1).ravel()
 
     @property
     def _axes(self) -> tuple[int, ...]:

@@ -6,12 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.calibration.calibrate import Calibrate
-from qexport.calibration.correct import NO_BIAS, CorrectBias, correction
+from qexport.calibration.correct import CorrectBias, correction
 from qexport.calibration.running.execute import open_model
 from qexport.calibration.running.literal import dequantized
 from qexport.errors import UsageError
 from qexport.passes.numbers.range import RANGE_KEY, Range
 from qexport.passes.quantize import Quantize
+from qexport.passes.writing.bias import NO_BIAS
 from qexport.runtime.session import SessionOptions
 
 RNG = np.random.default_rng(0)

@@ -61,18 +61,21 @@ class Gram:
         size: Columns of a row.
         hessian: Sum of ``x^T x``, ``[size, size]``.
         magnitude: Sum of ``|x|``, ``[size]``.
+        total: Sum of x, ``[size]``.
         rows: How many there were.
     """
 
     size: int
     hessian: NDArray[np.float64] = field(init=False)
     magnitude: NDArray[np.float64] = field(init=False)
+    total: NDArray[np.float64] = field(init=False)
     rows: int = 0
     _waiting: list[Floats] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.hessian = np.zeros((self.size, self.size))
         self.magnitude = np.zeros(self.size)
+        self.total = np.zeros(self.size)
 
     def add(self, rows: Floats) -> None:
         """Take in ``[n, size]``; NaN and infinity are ``DataInvalid``."""
@@ -90,6 +93,7 @@ class Gram:
             self._waiting.clear()
             self.hessian += rows.T @ rows
             self.magnitude += np.abs(rows).sum(axis=0, dtype=np.float64)
+            self.total += rows.sum(axis=0, dtype=np.float64)
 
     def error(self, gap: NDArray[np.floating]) -> float:
         """Sum over all rows x of ``|x gap|^2``, ``gap`` being ``[size, N]``."""

@@ -35,7 +35,7 @@ def refit(weight: Scores, hessian: Square, mask: Mask, ridge: float = RIDGE) -> 
         ridge: Share of H's mean diagonal that is added to the diagonal; raised tenfold until H can be factorized.
     """
     dense = np.asarray(weight, np.float64)
-    damped = _damped(hessian, ridge)
+    damped = damped_hessian(hessian, ridge)
     found = np.where(mask, dense, 0.0)
     lost = damped @ (dense - found)  # H_SP w_P, in the rows of S
     for columns in _alike(mask):
@@ -99,7 +99,7 @@ def best_ridge(weight: Scores, halves: tuple[Square, Square], mask: Mask) -> flo
     return min(RIDGES, key=error) / 2
 
 
-def _damped(hessian: Square, ridge: float) -> Square:
+def damped_hessian(hessian: Square, ridge: float) -> Square:
     """H with a ridge that makes it positive definite; an input that nothing went through gets the mean."""
     diagonal = np.diag(hessian)
     live = diagonal > 0

@@ -1,0 +1,199 @@
+"""Remove the units that a model can best do without, and let what reads them make up for their loss.
+
+The story of a structured cut: find the spaces and what goes with their units (``passes.pruning``), score the units on
+calibration data, choose within the budget, and then space by space fit the weights that read the units to the outputs
+they had (least squares with a ridge, the mean of what is lost going into the bias), and cut. Every space is measured
+on the model with all earlier ones cut already, so that what one layer loses is made up for by the next.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import ClassVar, Literal
+
+import onnx_ir as ir
+
+from qexport.calibration.cutting.budget import Budget
+from qexport.calibration.cutting.readers import Reader, Repair, hessians, merged, readers_of, repair, taps_of
+from qexport.calibration.cutting.scores import CRITERIA, LOCAL, Evidence, merges_of
+from qexport.calibration.few_bits import every
+from qexport.calibration.halves import measure_halves
+from qexport.calibration.least import check_least
+from qexport.calibration.reading.data import Dataset, Sample
+from qexport.errors import UsageError
+from qexport.passes.base import Decision, Outcome, Pass
+from qexport.passes.numbers.refit import RIDGE
+from qexport.passes.numbers.removal import inputs_of
+from qexport.passes.pruning.cut import Cut, Keep, find_cut
+from qexport.passes.pruning.spaces import Space, find_spaces
+from qexport.passes.writing.quantized import quantized_nodes
+
+CUT_KEY = "qexport.cut"
+"""The number of units that a space had, left on its value: what was cut is not cut again."""
+LOOKED_AT = 64  # samples for criteria that run the model once for each unit
+Kind = Literal["heads", "neurons", "channels"]
+
+
+@dataclass(frozen=True)
+class Prune(Pass):
+    """Base of the passes that remove heads, neurons and channels."""
+
+    exact: ClassVar[bool] = False
+    one_at_a_time: ClassVar[bool] = True
+    kind: ClassVar[Kind]
+    of: ClassVar[Literal["units", "work"]] = "units"
+
+    data: Dataset | None = field(default=None, metadata={"bound": True})
+    advance: Callable[[], None] = field(default=lambda: None, metadata={"bound": True})
+    keep: float = 0.75
+    """Share that stays, above 0 and below 1."""
+    per: Literal["layer", "model"] = "model"
+    """Whether every layer keeps this share, or all layers together, some losing more than others."""
+    criterion: Literal["magnitude", "activation", "surgery", "likeness", "change", "gradient"] = "surgery"
+    """What tells which units go: their weights, the energy they add to what reads them, the error that is left once
+    all others have made up for it, their likeness to others, how much the model's outputs change without them, or the
+    gradient of that."""
+    multiple: int = 1
+    """What the number that stays in a layer is a multiple of, for the sake of the kernels."""
+    repair: bool = True
+    """Whether the weights that read the units are fitted to the outputs they had, by least squares."""
+    ridge: float | None = None
+    """Share of the mean square of an input that is added to all of them, so that noise is not fitted; unset, what is
+    best for one half of the samples when fitted to the other."""
+    samples: int = 512
+    spare: tuple[str, ...] = ()
+    """Names of layers that lose nothing."""
+    missing: Literal["error", "skip"] = "error"
+    """Whether a model without such units is an error."""
+
+    def __post_init__(self) -> None:
+        check_least(self.kind, self, samples=1, multiple=1)
+
+    @property
+    def budget(self) -> Budget:
+        """How much may stay; ``UsageError`` for a share outside (0, 1)."""
+        return Budget(self.keep, self.per, self.of, self.multiple, f"{self.kind}.keep")
+
+    def call(self, model: ir.Model) -> Outcome:
+        """Cut; a model without such units, a budget that empties a layer, and data that is missing are errors."""
+        budget = self.budget
+        if quantized_nodes(model):
+            return Outcome(model, False, (Decision("", "graph", "skipped", "already quantized"),))
+        if self.data is None and (self.repair or self.criterion != "magnitude"):
+            raise UsageError(f"{self.kind} needs calibration data", hint="give real samples with --calib")
+        spaces, decisions = self._spaces(model)
+        if not spaces:
+            return Outcome(model, False, tuple(decisions))
+        scores = CRITERIA[self.criterion](spaces, self._evidence(model))
+        chosen = list(zip(spaces, budget.choose(model, spaces, scores), strict=True))
+        for space, keep in chosen:
+            reason = "all of it stays" if keep.all() else _cut(space).refusal(keep)
+            if reason is not None:
+                decisions.append(Decision(space.name, self.kind, "skipped", reason))
+        losing = [(space, keep) for space, keep in chosen if not keep.all() and _cut(space).refusal(keep) is None]
+        advance = every(max(len(losing), 1), self.advance)
+        for space, keep in losing:
+            decisions.append(self._remove(model, space, keep, advance))
+        return Outcome(model, bool(losing), tuple(decisions))
+
+    def _spaces(self, model: ir.Model) -> tuple[list[Space], list[Decision]]:
+        """The spaces to cut, and why others stay whole."""
+        found = find_spaces(model, self.kind)
+        self._check_spared(found)
+        reasons = {space: self._refusal(space) for space in found}
+        refused = [Decision(space.name, self.kind, "skipped", why) for space, why in reasons.items() if why]
+        able = [space for space, why in reasons.items() if not why]
+        stuck = [space for space in found if isinstance(space.cut, str)]
+        if not any(space.count for space in found):
+            what = f"no {self.kind} of the model can be removed" if stuck else f"the model has no {self.kind}"
+            why = f": {stuck[0].cut} (at {stuck[0].name!r})" if stuck else ""
+            if self.missing == "error":
+                raise UsageError(
+                    what + why, where=self.kind, hint=f"leave the step out, or set {self.kind}.missing=skip"
+                )
+            refused = [Decision("", "graph", "skipped", what + why)]
+        return able, refused
+
+    def _check_spared(self, found: Sequence[Space]) -> None:
+        names = [space.name for space in found]
+        for name in self.spare:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1) or names[:1]
+                hint = f"did you mean {near[0]!r}?" if near else "there is none"
+                raise UsageError(f"no {self.kind} are called {name!r}", where=f"{self.kind}.spare", hint=hint)
+
+    def _refusal(self, space: Space) -> str | None:
+        """Why a space stays whole."""
+        if isinstance(space.cut, str):
+            return space.cut
+        if space.name in self.spare:
+            return "spared by name"
+        if CUT_KEY in space.value.meta:
+            return "cut already"
+        if space.count <= self.multiple and self.multiple > 1:
+            return f"no more than {self.multiple} {self.kind}"
+        if self.criterion in LOCAL:
+            readers = readers_of(space.cut)
+            if not readers or not all(_even(reader) for reader in readers):
+                return "what reads it cannot be measured: choose another criterion"
+            if self.criterion == "likeness" and len(taps_of(readers)) > 1:
+                return "units that several values hold cannot be merged"
+        return None
+
+    def _evidence(self, model: ir.Model) -> Evidence:
+        count = self.samples if self.criterion not in ("change", "gradient") else min(self.samples, LOOKED_AT)
+        return Evidence(model, lambda: self._samples(count), lambda: None, RIDGE if self.ridge is None else self.ridge)
+
+    def _samples(self, count: int) -> Iterator[Sample]:
+        return islice(iter(self.data or ()), count)
+
+    def _remove(self, model: ir.Model, space: Space, keep: Keep, advance: Callable[[], None]) -> Decision:
+        """Cut one space, its readers fitted to what they made on the model as it is by now."""
+        cut = find_cut(space.value, space.ids, space.count)
+        assert isinstance(cut, Cut)
+        repairs = self._repairs(model, cut, keep, advance)
+        gone = int(cut.parameters()[~keep].sum())
+        cut.apply(keep)
+        for done in repairs:
+            done.write()
+        space.value.meta[CUT_KEY] = space.count
+        kept = f"{int(keep.sum())} of {space.count} kept, {gone:,} parameters fewer"
+        return Decision(space.name, self.kind, "pruned", kept + _told(repairs))
+
+    def _repairs(self, model: ir.Model, cut: Cut, keep: Keep, advance: Callable[[], None]) -> list[Repair]:
+        readers = readers_of(cut)
+        merges = self.criterion == "likeness"
+        if not readers or not (self.repair or merges):
+            return []
+        grams = measure_halves(model, taps_of(readers), self._samples(self.samples), advance)
+        if self.repair:
+            found = [repair(reader, grams[reader.tap], keep, self.ridge) for reader in readers]
+            return [done for done in found if done is not None]
+        squares = hessians(readers, grams)
+        return merged(readers, squares, merges_of(readers, squares)[1], keep)
+
+
+def _told(repairs: Sequence[Repair]) -> str:
+    """The worst output error, in whole decibels, without and with repair."""
+    if not repairs:
+        return ""
+    masked, left = (
+        10 * math.log10(max(max(rows), 1e-12)) for rows in zip(*((r.masked, r.left) for r in repairs), strict=True)
+    )
+    return f", error {masked:.0f} dB, {left:.0f} dB with repair"
+
+
+def _even(reader: Reader) -> bool:
+    try:
+        return len(inputs_of(reader.units)) > 0
+    except ValueError:
+        return False
+
+
+def _cut(space: Space) -> Cut:
+    assert isinstance(space.cut, Cut)
+    return space.cut
