@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from qexport.calibration.statistics.gram import Tap, by_tap
 from qexport.errors import UsageError
 from qexport.passes.base import Decision
 from qexport.passes.match import check_names
-from qexport.passes.numbers.masks import Mask, Pattern, Scope, keep_masks, magnitude
+from qexport.passes.numbers.masks import Mask, Pattern, Scope, Scores, keep_mask, keep_masks
 from qexport.passes.placement import Site, plan
 from qexport.passes.target import Target
 from qexport.passes.writing.lowbit import decision
@@ -59,16 +59,16 @@ class Choice:
         left = {tap: [site for site in sites if not reasons[site]] for tap, sites in taps.items()}
         return {tap: sites for tap, sites in left.items() if sites}, [*refused, *found.refused]
 
-    def masks(self, sites: Sequence[Site]) -> dict[Site, Mask]:
-        """The masks of layers whose numbers compete, by magnitude; ``UsageError`` where nothing of one is left."""
-        if not self.together or not sites:
-            return {}
-        masks = keep_masks([magnitude(Kernel(site).matrix()) for site in sites], self.pattern)
-        for site, mask in zip(sites, masks, strict=True):
+    def masks(self, scores: Mapping[Site, Scores]) -> dict[Site, Mask]:
+        """The masks of layers by scores ``[K, N]``; ``UsageError`` where they compete and nothing of one is left."""
+        if not self.together:
+            return {site: keep_mask(found, self.pattern, self.scope) for site, found in scores.items()}
+        masks = dict(zip(scores, keep_masks(list(scores.values()), self.pattern), strict=True)) if scores else {}
+        for site, mask in masks.items():
             if not mask.any():
                 what = f"{self.pattern.name} of the model's weights leave nothing of node {site.node.name!r}"
                 raise UsageError(what, where="sparsify.pattern", hint=_EMPTY)
-        return dict(zip(sites, masks, strict=True))
+        return masks
 
     def _dense(self, site: Site) -> str | None:
         """Why a layer stays dense, if it does."""

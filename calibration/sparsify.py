@@ -21,6 +21,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.calibration.few_bits import UNSEEN, every
+from qexport.calibration.gradients.saliency import weight_saliency
 from qexport.calibration.halves import Halves, measure_halves
 from qexport.calibration.kernels import Kernel
 from qexport.calibration.least import check_least
@@ -30,7 +31,7 @@ from qexport.calibration.statistics.gram import BUDGET, Gram, Tap, groups
 from qexport.errors import UsageError
 from qexport.passes.base import Decision, Outcome, Pass
 from qexport.passes.folding.activation import ACTIVATION_KEY
-from qexport.passes.numbers.masks import Mask, Pattern, Scope, keep_mask, magnitude, wanda
+from qexport.passes.numbers.masks import Mask, Pattern, Scope, Scores, keep_mask, magnitude, wanda
 from qexport.passes.numbers.notes import forget_layer, forget_range
 from qexport.passes.numbers.refit import RIDGE, best_ridge, refit
 from qexport.passes.numbers.sparse_gpt import sparse_gpt
@@ -40,6 +41,7 @@ from qexport.passes.writing.lowbit import decision
 from qexport.passes.writing.quantized import quantized_nodes
 
 SPARSITY_KEY = "qexport.sparsity"
+_COMPARABLE = ("magnitude", "gradient")  # criteria whose scores mean the same in all layers
 SPARED = "other layers have smaller numbers"
 Matrix = NDArray[np.float64]  # [K, N]
 
@@ -71,12 +73,12 @@ class Sparsify(Pass):
     pattern: str | float = "2:4"
     """Share of zeros, such as 0.5, or n:m: of every m consecutive inputs of an output n stay. Engines have sparse
     kernels for 2:4 alone."""
-    criterion: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
-    """What tells which numbers go: their size, their size times that of their input, or the output error without them
-    once all others have made up for it."""
+    criterion: Literal["magnitude", "wanda", "gradient", "sparsegpt"] = "sparsegpt"
+    """What tells which numbers go: their size, their size times that of their input, what the model's outputs owe to
+    them to first order, or the layer's output error without them once all others have made up for it."""
     per: Literal["output", "layer", "model"] | None = None
     """Where numbers compete for a share: unset, wanda in an output and the others in a layer; model, which is for
-    magnitude alone, takes more from some layers than from others."""
+    magnitude and gradient, takes more from some layers than from others."""
     repair: bool = True
     """Whether what stays is fitted to the layer's output by least squares."""
     sequential: bool = True
@@ -99,9 +101,9 @@ class Sparsify(Pass):
             hint = "leave it out, or give a share of zeros"
             what = f"numbers compete in their group of {group}, not per {self.per}"
             raise UsageError(what, where="sparsify.per", hint=hint)
-        if self.per == "model" and self.criterion != "magnitude":
+        if self.per == "model" and self.criterion not in _COMPARABLE:
             what = f"scores of {self.criterion} cannot be compared between layers"
-            hint = 'set criterion = "magnitude", or per = "layer"'
+            hint = 'set criterion = "magnitude" or "gradient", or per = "layer"'
             raise UsageError(what, where="sparsify.per", hint=hint)
 
     @property
@@ -127,7 +129,7 @@ class Sparsify(Pass):
             raise UsageError("sparsify needs calibration data", hint="give real samples with --calib")
         choice = Choice(self.wanted, self.scope, self.min_dim, self.keep, together=self.per == "model")
         taps, refused = choice.layers(model, find_target(self.target))
-        chosen = choice.masks([site for sites in taps.values() for site in sites])
+        chosen = choice.masks(self._scores([site for sites in taps.values() for site in sites], model))
         spared = {site for site, mask in chosen.items() if mask.all()}
         refused += [decision(site.node, "skipped", SPARED) for site in spared]
         work = _Copy(model) if self.sequential else None
@@ -146,6 +148,15 @@ class Sparsify(Pass):
         _forget(model, changed)
         done = [_decided(site, self.wanted, loss) for site, (_, loss) in found.items()]
         return Outcome(model, bool(changed), (*done, *refused))
+
+    def _scores(self, sites: Sequence[Site], model: ir.Model) -> dict[Site, Scores]:
+        """Scores that are known before any layer is pruned."""
+        if self.criterion == "gradient" and sites:
+            assert self.data is not None
+            names = [site.node.inputs[1].name or "" for site in sites if site.node.inputs[1] is not None]
+            owed = weight_saliency(model, names, islice(self.data, self.samples))
+            return {site: Kernel(site).laid(owed[name]) for site, name in zip(sites, names, strict=True)}
+        return {site: magnitude(Kernel(site).matrix()) for site in sites} if self.per == "model" else {}
 
     def _grams(
         self, taps: Mapping[Tap, Sequence[Site]], model: ir.Model, *, blind: bool
