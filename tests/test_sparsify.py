@@ -6,7 +6,6 @@ import pytest
 from helpers import Samples, model_from, session
 
 from qexport.calibration.calibrate import Calibrate
-from qexport.calibration.gradients.saliency import weight_saliency
 from qexport.calibration.halves import measure_halves
 from qexport.calibration.kernels import Kernel
 from qexport.calibration.sparse_layers import DENSE, DONE, SHARED
@@ -84,9 +83,7 @@ def test_two_of_every_four_inputs_are_zero_whatever_the_layout_of_the_weight(cri
     assert (two_of_four(weight(pictures, "v"), 1) == 2).all()
 
 
-@pytest.mark.parametrize(
-    ("per", "criterion"), [(None, "sparsegpt"), ("output", "wanda"), ("layer", "magnitude"), (None, "gradient")]
-)
+@pytest.mark.parametrize(("per", "criterion"), [(None, "sparsegpt"), ("output", "wanda"), ("layer", "magnitude")])
 def test_a_share_of_zeros_is_kept_to_the_number(per, criterion):
     model = chain()
     Sparsify(data=rows(), pattern=0.3, per=per, criterion=criterion)(model)
@@ -106,30 +103,6 @@ def test_layers_of_a_model_compete_where_asked_and_need_no_data_without_repair()
     again = asked(model)
     assert not again.modified
     assert {d.reason for d in again.decisions} == {DONE}
-
-
-@pytest.mark.parametrize("repair", [True, False])
-def test_what_the_outputs_owe_least_to_goes_whatever_the_layout_of_the_weight(repair):
-    for model, data in ((chain(), rows()), (convs(), images())):
-        owed = weight_saliency(model, "wv", data)
-        assert Sparsify(data=data, pattern=0.5, criterion="gradient", repair=repair)(model).modified
-        for name in "wv":
-            stays = weight(model, name) != 0
-            assert stays.mean() == 0.5
-            assert owed[name][stays].min() > owed[name][~stays].max()
-
-
-def test_gradients_compare_layers_of_a_model():
-    model = chain()
-    model.graph.initializers["v"].const_value = ir.tensor(0.1 * weight(model, "v"))  # so are gradients of the first
-    asked = Sparsify(data=rows(), pattern=0.4, per="model", criterion="gradient", repair=False)
-    before = model.clone()
-    assert asked(model).modified
-    zeros = [(weight(model, name) == 0).sum() for name in "wv"]
-    assert sum(zeros) == round(0.4 * (64 * 48 + 48 * 32))
-    Sparsify(pattern=0.4, per="model", criterion="magnitude", repair=False)(before)
-    assert zeros[1] < 0.5 * (weight(before, "v") == 0).sum()
-    assert not asked(model).modified
 
 
 def test_a_layer_of_large_numbers_is_left_alone_where_layers_compete():
@@ -340,7 +313,6 @@ def test_bad_samples_are_told_before_anything_is_edited():
         ({"pattern": 1.0}, "sparsify.pattern"),
         ({"per": "output"}, "sparsify.per"),
         ({"pattern": 0.5, "per": "model"}, "sparsify.per"),
-        ({"pattern": 0.5, "per": "model", "criterion": "wanda"}, "sparsify.per"),
         ({"samples": 0}, "sparsify.samples"),
         ({"min_dim": -1}, "sparsify.min_dim"),
         ({"ridge": -1.0}, "sparsify.ridge"),
@@ -358,7 +330,6 @@ def test_bad_options_are_usage_errors_that_say_where_and_what_to_do(options, whe
     ("options", "what"),
     [
         ({}, "needs calibration data"),
-        ({"criterion": "gradient", "repair": False}, "needs calibration data"),
         ({"data": [], "keep": ("nothing",)}, "no node is called 'nothing'"),
         ({"data": [], "pattern": 0.9999}, "leave none of 3072 numbers at node"),
         ({"data": [], "pattern": 0.99, "per": "output"}, "leave none of 48 numbers at node"),
