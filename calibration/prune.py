@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import ClassVar, Literal
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from qexport.calibration.cutting.budget import Budget
 from qexport.calibration.cutting.readers import Reader, Repair, hessians, merged, readers_of, repair, taps_of
@@ -35,6 +37,7 @@ from qexport.passes.writing.quantized import quantized_nodes
 CUT_KEY = "qexport.cut"
 """The number of units that a space had, left on its value: what was cut is not cut again."""
 LOOKED_AT = 64  # samples for criteria that run the model once for each unit
+LISTED = 12  # units that a report names
 Kind = Literal["heads", "neurons", "channels"]
 
 
@@ -161,8 +164,10 @@ class Prune(Pass):
         for done in repairs:
             done.write()
         space.value.meta[CUT_KEY] = space.count
-        kept = f"{int(keep.sum())} of {space.count} kept, {gone:,} parameters fewer"
-        return Decision(space.name, self.kind, "pruned", kept + _told(repairs))
+        detail = f"{gone:,} parameters fewer{_told(repairs)}; {_listed(np.flatnonzero(~keep))} went"
+        what = "refitted" if repairs else "not refitted"
+        units = (int(keep.sum()), space.count)
+        return Decision(space.name, self.kind, "pruned", f"what reads it is {what}", detail, units)
 
     def _repairs(self, model: ir.Model, cut: Cut, keep: Keep, advance: Callable[[], None]) -> list[Repair]:
         readers = readers_of(cut)
@@ -185,6 +190,12 @@ def _told(repairs: Sequence[Repair]) -> str:
         10 * math.log10(max(max(rows), 1e-12)) for rows in zip(*((r.masked, r.left) for r in repairs), strict=True)
     )
     return f", error {masked:.0f} dB, {left:.0f} dB with repair"
+
+
+def _listed(numbers: NDArray[np.intp]) -> str:
+    """The first of some numbers, and how many more they are."""
+    more = f" and {len(numbers) - LISTED} more" if len(numbers) > LISTED else ""
+    return ", ".join(map(str, numbers[:LISTED])) + more
 
 
 def _even(reader: Reader) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -72,10 +72,9 @@ def summarize(recipe: Recipe, product: Product, samples: Samples, seconds: float
             modified=step.modified,
             seconds=step.seconds,
             nodes=step.nodes,
+            parameters=step.parameters,
             proof=proof,
-            decisions=tuple(
-                DecisionInfo(node=d.node, op=d.op, action=d.action, reason=d.reason) for d in step.decisions
-            ),
+            decisions=tuple(DecisionInfo(**asdict(decision)) for decision in step.decisions),
         )
         for step, proof in zip(product.steps, product.proofs, strict=True)
     )

@@ -10,6 +10,7 @@ from qexport.exporter.result import DecisionInfo, LayerQuality, Quality, Result
 from qexport.exporter.summary import (
     LOSS,
     counts,
+    cut_line,
     engine_line,
     human_bytes,
     latency_line,
@@ -24,7 +25,7 @@ EXAMPLES = 4
 
 def report_markdown(result: Result) -> str:
     """Return the report as GitHub-flavoured Markdown; names from the model are escaped."""
-    parts = (_head, _sizes, _quality, _layers, _latency, _backed_off, _engine, _decisions, _steps, _provenance)
+    parts = (_head, _sizes, _cut, _quality, _layers, _latency, _backed_off, _engine, _decisions, _steps, _provenance)
     return "\n".join(line for part in parts for line in part(result)) + "\n"
 
 
@@ -67,6 +68,23 @@ def _sizes(result: Result) -> Iterator[str]:
     source = result.source
     rows.insert(0, (f"source: {code(source.path)}", human_bytes(source.bytes), code(source.digest)))
     yield from table(("file", "size:", "digest"), rows)
+
+
+def _cut(result: Result) -> Iterator[str]:
+    line = cut_line(result)
+    if not line:
+        return
+    yield f"## Cut: {text(line)}"
+    yield ""
+    yield "What went is no longer in the file: its tensors are smaller. Latency, below, is of both models in turn."
+    yield ""
+    rows = (
+        (text(step.name), code(d.node), f"{d.units[0]} of {d.units[1]}", text(d.reason), text(d.detail))
+        for step in result.steps
+        for d in step.decisions
+        if d.units is not None
+    )
+    yield from table(("step", "where", "stay:", "what", "numbers"), rows)
 
 
 def _quality(result: Result) -> Iterator[str]:

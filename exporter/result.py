@@ -35,15 +35,22 @@ class DecisionInfo(_Record):
     op: str
     action: str
     reason: str
+    detail: str = ""
+    units: tuple[int, int] | None = None
 
 
 class StepInfo(_Record):
-    """One pass of the recipe. ``proof`` is the worst relative error against the step before, if it had to be equal."""
+    """One pass of the recipe.
+
+    ``parameters`` counts elements of initializers afterwards. ``proof`` is the worst relative error against the step
+    before, if it had to be equal.
+    """
 
     name: str
     modified: bool
     seconds: float
     nodes: int
+    parameters: int = 0
     proof: float | None = None
     decisions: tuple[DecisionInfo, ...] = ()
 

@@ -42,6 +42,30 @@ def size_line(result: Result) -> str:
     return f"{before} -> {after} ({ratio:.1f}x smaller)" if ratio >= 1 else f"{before} -> {after} (LARGER)"
 
 
+def cut_line(result: Result) -> str:
+    """Write how many units of each kind stay, and what that makes of the parameters; empty where none were cut."""
+    kept: dict[str, list[int]] = {}
+    for step in result.steps:
+        for decision in step.decisions:
+            if decision.units is not None:
+                total = kept.setdefault(decision.op, [0, 0])
+                total[:] = (total[0] + decision.units[0], total[1] + decision.units[1])
+    if not kept:
+        return ""
+    units = ", ".join(f"{left:,} of {count:,} {kind}" for kind, (left, count) in kept.items())
+    before, after = parameters_around(result)
+    share = f" ({1 - after / before:.1%} fewer)" if before else ""
+    return f"{units} stay; {before:,} -> {after:,} parameters{share}"
+
+
+def parameters_around(result: Result) -> tuple[int, int]:
+    """Parameters before the first and after the last step that cut units out."""
+    cuts = [place for place, step in enumerate(result.steps) if any(d.units is not None for d in step.decisions)]
+    first, last = cuts[0], cuts[-1]
+    before = result.steps[first - 1].parameters if first else result.source.parameters
+    return before, result.steps[last].parameters
+
+
 def quality_line(quality: Quality) -> str:
     """Write how close the result is to the float model."""
     data = "held-out samples" if quality.held_out else "samples, some of them from calibration,"
@@ -106,6 +130,8 @@ def _facts(result: Result) -> Iterator[tuple[str, str]]:
     recipe = result.recipe.get("name", "?")
     yield "built", f"{result.source.path} with recipe {recipe} for {result.target} in {result.seconds:.1f} s"
     yield "size", size_line(result)
+    if cut := cut_line(result):
+        yield "cut", cut
     yield "quantized", f"{result.quantized} nodes"
     if result.skipped:
         yield "skipped", f"{sum(result.skipped.values())} nodes: {counts(result.skipped)}"

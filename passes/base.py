@@ -17,14 +17,18 @@ class Decision:
         node: Name of the node that was looked at.
         op: Its operator type.
         action: What was done, in one word: ``quantized``, ``skipped``, ``fused``, ``folded``, ``raised``,
-            ``rounded``, ``softened``, ``noted``, ``kept``.
+            ``rounded``, ``softened``, ``noted``, ``kept``, ``pruned``.
         reason: Why, in a few words that are the same for the same cause, so that they can be counted.
+        detail: The numbers of this one case.
+        units: How many units stay of how many there were, where some were cut out.
     """
 
     node: str
     op: str
     action: str
     reason: str
+    detail: str = ""
+    units: tuple[int, int] | None = None
 
 
 @dataclass

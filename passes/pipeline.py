@@ -22,6 +22,7 @@ class Step:
         seconds: Wall time of the pass alone.
         nodes: Number of nodes in the main graph afterwards.
         decisions: What was done or refused, node by node.
+        parameters: Number of elements of all initializers afterwards.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Step:
     seconds: float
     nodes: int
     decisions: tuple[Decision, ...]
+    parameters: int = 0
 
 
 class Observer(Protocol):
@@ -61,7 +63,13 @@ def _walk(model: ir.Model, steps: Iterable[tuple[str, Pass]], observers: tuple[O
         result = step(model)
         seconds = time.perf_counter() - start
         decisions = getattr(result, "decisions", ())
-        record = Step(name, result.modified, seconds, model.graph.num_nodes(), decisions)
+        record = Step(name, result.modified, seconds, model.graph.num_nodes(), decisions, parameters(model))
         for observer in observers:
             observer.after(record, model)
         yield record
+
+
+def parameters(model: ir.Model) -> int:
+    """Number of elements of all initializers."""
+    tensors = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
+    return sum(tensor.size for tensor in tensors if tensor is not None)

@@ -248,3 +248,30 @@ def test_a_result_survives_json() -> None:
     told = json.loads(result.model_dump_json(by_alias=True))
     assert told["schema"] == "qexport.result/1"
     assert Result.model_validate(told) == result
+
+
+def with_cuts() -> Result:
+    first = DecisionInfo(node="a|b", op="heads", action="pruned", reason="refitted", detail="1, 2 went", units=(9, 12))
+    second = DecisionInfo(node="c", op="heads", action="pruned", reason="refitted", units=(12, 12))
+    third = DecisionInfo(node="d", op="neurons", action="pruned", reason="refitted", units=(1072, 1536))
+    steps = (
+        StepInfo(name="cleanup", modified=True, seconds=0.1, nodes=200, parameters=20_000_000),
+        StepInfo(name="heads", modified=True, seconds=1, nodes=200, parameters=19_000_000, decisions=(first, second)),
+        StepInfo(name="neurons", modified=True, seconds=1, nodes=200, parameters=15_000_000, decisions=(third,)),
+        StepInfo(name="quantize", modified=True, seconds=1, nodes=400, parameters=15_100_000),
+    )
+    return make_result(steps=steps)
+
+
+def test_the_summary_and_the_report_tell_what_was_cut_out() -> None:
+    result = with_cuts()
+    line = "21 of 24 heads, 1,072 of 1,536 neurons stay; 20,000,000 -> 15,000,000 parameters (25.0% fewer)"
+    assert fact(result, "cut").endswith(line)
+    report = report_markdown(result)
+    assert f"## Cut: {line}" in report.replace("\\", "")
+    assert "| heads | `a\\|b` | 9 of 12 | refitted | 1, 2 went |" in report
+
+
+def test_a_model_that_lost_nothing_has_no_word_of_cuts() -> None:
+    assert not any(line.startswith("cut") for line in summary_lines(make_result()))
+    assert "## Cut" not in report_markdown(make_result())
