@@ -331,10 +331,9 @@ POOLS = [
 
 @pytest.mark.parametrize("body", POOLS)
 def test_pools(body):
-    for sizes in ("2, 3, 5, 6", "n, c, h, w"):
-        check(
-            f"g (double[{sizes}] x) => (double[n, c, i, j] y) {{ {body} }}", {"x": numbers((2, 3, 5, 6))}, double=False
-        )
+    for sizes in ("2, 2, 4, 4", "n, c, h, w"):
+        text = f"g (double[{sizes}] x) => (double[n, c, i, j] y) {{ {body} }}"
+        check(text, {"x": numbers((2, 2, 4, 4))}, double=False)
 
 
 def attention(how, sizes, mask=None):
