@@ -67,11 +67,11 @@ class Kernel:
         kernel = matrix.reshape(shape).transpose(np.argsort(self._axes)).astype(old.dtype)
         if np.array_equal(kernel, old):
             return False
-        if held.is_initializer():
+        if held.is_initializer() and len(held.uses()) == 1:
             held.const_value = ir.tensor(np.ascontiguousarray(kernel), tensor.dtype, name=held.name)
             held.meta.pop(CODES_KEY, None)
         else:
-            node.replace_input_with(1, add_constant(node, f"{held.name}/sparse", np.ascontiguousarray(kernel)))
+            node.replace_input_with(1, add_constant(node, f"{held.name}/own", np.ascontiguousarray(kernel)))
             sweep([held])
         return True
 

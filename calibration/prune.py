@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import ClassVar, Literal
@@ -20,8 +20,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.calibration.cutting.budget import Budget
-from qexport.calibration.cutting.readers import Reader, Repair, hessians, merged, readers_of, repair, taps_of
-from qexport.calibration.cutting.scores import CRITERIA, LOCAL, Evidence, merges_of
+from qexport.calibration.cutting.readers import Repair, hessians, merged, readers_of, repair, taps_of
+from qexport.calibration.cutting.scores import CRITERIA, Evidence, unmeasured
 from qexport.calibration.few_bits import every
 from qexport.calibration.halves import measure_halves
 from qexport.calibration.least import check_least
@@ -29,15 +29,16 @@ from qexport.calibration.reading.data import Dataset, Sample
 from qexport.errors import UsageError
 from qexport.passes.base import Decision, Outcome, Pass
 from qexport.passes.numbers.refit import RIDGE
-from qexport.passes.numbers.removal import inputs_of
 from qexport.passes.pruning.cut import Cut, Keep, find_cut
 from qexport.passes.pruning.spaces import Space, find_spaces
 from qexport.passes.writing.quantized import quantized_nodes
 
 CUT_KEY = "qexport.cut"
-"""The number of units that a space had, left on its value: what was cut is not cut again."""
+"""With the kind behind it, left on all values whose units were looked at: what was cut is not cut again."""
 LOOKED_AT = 64  # samples for criteria that run the model once for each unit
 LISTED = 12  # units that a report names
+UNREPAIRED = "what reads it is not refitted"
+SPARED, DONE = "spared by name", "cut already"
 Kind = Literal["heads", "neurons", "channels"]
 
 
@@ -75,6 +76,10 @@ class Prune(Pass):
 
     def __post_init__(self) -> None:
         check_least(self.kind, self, samples=1, multiple=1)
+        if self.ridge is not None and not (math.isfinite(self.ridge) and self.ridge >= 0):
+            what = f"ridge is {self.ridge:g}, expected a number not below 0"
+            raise UsageError(what, where=f"{self.kind}.ridge", hint="leave it out to have it searched")
+        _ = self.budget  # a share that is none is told at once
 
     @property
     def budget(self) -> Budget:
@@ -83,7 +88,6 @@ class Prune(Pass):
 
     def call(self, model: ir.Model) -> Outcome:
         """Cut; a model without such units, a budget that empties a layer, and data that is missing are errors."""
-        budget = self.budget
         if quantized_nodes(model):
             return Outcome(model, False, (Decision("", "graph", "skipped", "already quantized"),))
         if self.data is None and (self.repair or self.criterion != "magnitude"):
@@ -92,7 +96,7 @@ class Prune(Pass):
         if not spaces:
             return Outcome(model, False, tuple(decisions))
         scores = CRITERIA[self.criterion](spaces, self._evidence(model))
-        chosen = list(zip(spaces, budget.choose(model, spaces, scores), strict=True))
+        chosen = list(zip(spaces, self.budget.choose(model, spaces, scores), strict=True))
         for space, keep in chosen:
             reason = "all of it stays" if keep.all() else _cut(space).refusal(keep)
             if reason is not None:
@@ -101,7 +105,9 @@ class Prune(Pass):
         advance = every(max(len(losing), 1), self.advance)
         for space, keep in losing:
             decisions.append(self._remove(model, space, keep, advance))
-        return Outcome(model, bool(losing), tuple(decisions))
+        for value in (value for space in spaces for value in _cut(space).values):
+            value.meta[_key(self.kind)] = True
+        return Outcome(model, any(d.action == "pruned" for d in decisions), tuple(decisions))
 
     def _spaces(self, model: ir.Model) -> tuple[list[Space], list[Decision]]:
         """The spaces to cut, and why others stay whole."""
@@ -110,15 +116,14 @@ class Prune(Pass):
         reasons = {space: self._refusal(space) for space in found}
         refused = [Decision(space.name, self.kind, "skipped", why) for space, why in reasons.items() if why]
         able = [space for space, why in reasons.items() if not why]
-        stuck = [space for space in found if isinstance(space.cut, str)]
-        if not any(space.count for space in found):
-            what = f"no {self.kind} of the model can be removed" if stuck else f"the model has no {self.kind}"
-            why = f": {stuck[0].cut} (at {stuck[0].name!r})" if stuck else ""
+        if not able and not {SPARED, DONE} & set(reasons.values()):
+            what, space = f"the model has no {self.kind}", next(iter(_telling(reasons)), None)
+            if space is not None:
+                what = f"no {self.kind} of the model can be removed: {reasons[space]} (at {space.name!r})"
             if self.missing == "error":
-                raise UsageError(
-                    what + why, where=self.kind, hint=f"leave the step out, or set {self.kind}.missing=skip"
-                )
-            refused = [Decision("", "graph", "skipped", what + why)]
+                hint = f"leave the step out, or set {self.kind}.missing=skip"
+                raise UsageError(what, where=self.kind, hint=hint)
+            refused = [Decision("", "graph", "skipped", what)]
         return able, refused
 
     def _check_spared(self, found: Sequence[Space]) -> None:
@@ -134,18 +139,12 @@ class Prune(Pass):
         if isinstance(space.cut, str):
             return space.cut
         if space.name in self.spare:
-            return "spared by name"
-        if CUT_KEY in space.value.meta:
-            return "cut already"
+            return SPARED
+        if _key(self.kind) in space.value.meta:
+            return DONE
         if space.count <= self.multiple and self.multiple > 1:
             return f"no more than {self.multiple} {self.kind}"
-        if self.criterion in LOCAL:
-            readers = readers_of(space.cut)
-            if not readers or not all(_even(reader) for reader in readers):
-                return "what reads it cannot be measured: choose another criterion"
-            if self.criterion == "likeness" and len(taps_of(readers)) > 1:
-                return "units that several values hold cannot be merged"
-        return None
+        return unmeasured(space.cut, self.criterion)
 
     def _evidence(self, model: ir.Model) -> Evidence:
         count = self.samples if self.criterion not in ("change", "gradient") else min(self.samples, LOOKED_AT)
@@ -157,17 +156,18 @@ class Prune(Pass):
     def _remove(self, model: ir.Model, space: Space, keep: Keep, advance: Callable[[], None]) -> Decision:
         """Cut one space, its readers fitted to what they made on the model as it is by now."""
         cut = find_cut(space.value, space.ids, space.count)
-        assert isinstance(cut, Cut)
+        reason = cut if isinstance(cut, str) else cut.refusal(keep)
+        if isinstance(cut, str) or reason is not None:
+            return Decision(space.name, self.kind, "skipped", f"what was cut before has changed it: {reason}")
         repairs = self._repairs(model, cut, keep, advance)
         gone = int(cut.parameters()[~keep].sum())
         cut.apply(keep)
         for done in repairs:
             done.write()
-        space.value.meta[CUT_KEY] = space.count
         detail = f"{gone:,} parameters fewer{_told(repairs)}; {_listed(np.flatnonzero(~keep))} went"
-        what = "refitted" if repairs else "not refitted"
+        what = "what reads it is refitted" if self.repair else "those that stay take over"
         units = (int(keep.sum()), space.count)
-        return Decision(space.name, self.kind, "pruned", f"what reads it is {what}", detail, units)
+        return Decision(space.name, self.kind, "pruned", what if repairs else UNREPAIRED, detail, units)
 
     def _repairs(self, model: ir.Model, cut: Cut, keep: Keep, advance: Callable[[], None]) -> list[Repair]:
         readers = readers_of(cut)
@@ -178,18 +178,17 @@ class Prune(Pass):
         if self.repair:
             found = [repair(reader, grams[reader.tap], keep, self.ridge) for reader in readers]
             return [done for done in found if done is not None]
-        squares = hessians(readers, grams)
-        return merged(readers, squares, merges_of(readers, squares)[1], keep)
+        return merged(readers, hessians(readers, grams), keep)
 
 
 def _told(repairs: Sequence[Repair]) -> str:
-    """The worst output error, in whole decibels, without and with repair."""
+    """The worst output error, in whole decibels, of a cut alone and with what makes up for it."""
     if not repairs:
         return ""
     masked, left = (
         10 * math.log10(max(max(rows), 1e-12)) for rows in zip(*((r.masked, r.left) for r in repairs), strict=True)
     )
-    return f", error {masked:.0f} dB, {left:.0f} dB with repair"
+    return f", error {masked:.0f} dB, {left:.0f} dB made up for"
 
 
 def _listed(numbers: NDArray[np.intp]) -> str:
@@ -198,11 +197,13 @@ def _listed(numbers: NDArray[np.intp]) -> str:
     return ", ".join(map(str, numbers[:LISTED])) + more
 
 
-def _even(reader: Reader) -> bool:
-    try:
-        return len(inputs_of(reader.units)) > 0
-    except ValueError:
-        return False
+def _telling(reasons: Mapping[Space, str | None]) -> list[Space]:
+    """Spaces that stay whole, those first that could be cut but for an option."""
+    return sorted(reasons, key=lambda space: isinstance(space.cut, str))
+
+
+def _key(kind: str) -> str:
+    return f"{CUT_KEY}/{kind}"
 
 
 def _cut(space: Space) -> Cut:

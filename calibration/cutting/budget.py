@@ -11,13 +11,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.errors import UsageError
-from qexport.passes.folding.axes import Ids
+from qexport.passes.folding.axes import FREE, Ids
 from qexport.passes.match import constant, dims
 from qexport.passes.pruning.cut import Cut, Keep
 from qexport.passes.pruning.spaces import Space
 
 Scores = NDArray[np.float64]  # [units], what is lost without each
 WEIGHTED = ("MatMul", "Gemm", "Conv", "ConvTranspose")
+Cuts = dict[tuple[ir.Node, int], list[tuple[int, Ids]]]
 STEPS = 256  # shares that are tried where every layer loses as much
 
 
@@ -45,19 +46,23 @@ class Budget:
             raise UsageError(what, where=self.where, hint="to leave all as it is, disable the step")
 
     def choose(self, model: ir.Model, spaces: Sequence[Space], scores: Sequence[Scores]) -> list[Keep]:
-        """Return for each space which units stay, the first of equal scores.
+        """Return for each space which units stay, the first of equal scores; scores for their work where that counts.
 
         Raises:
             UsageError: Nothing would be left of a space.
         """
-        share = Work(model, spaces).share if self.of == "work" else _units
+        share = _units
+        if self.of == "work":
+            work = Work(model, spaces)
+            share = work.share
+            scores = [row / np.maximum(work.of_units(place), 1) for place, row in enumerate(scores)]
         if self.per == "layer" and self.of == "units":
             return [
                 self._largest(space, row, self.keep * space.count) for space, row in zip(spaces, scores, strict=True)
             ]
         if self.per == "layer":
             return self._first(lambda step: self._even(spaces, scores, 1 - step / STEPS), STEPS, share)
-        order = _cheapest(model, spaces, scores, weighed=self.of == "work")
+        order = _cheapest(scores)
         return self._first(lambda count: self._without(spaces, scores, order[:count]), len(order) + 1, share)
 
     def _first(
@@ -102,48 +107,65 @@ def _units(keeps: Sequence[Keep]) -> float:
     return float(np.concatenate(list(keeps)).mean())
 
 
-def _cheapest(
-    model: ir.Model, spaces: Sequence[Space], scores: Sequence[Scores], *, weighed: bool
-) -> NDArray[np.int64]:
-    """Units of all spaces, ``[units, 2]`` of space and unit: the least score, or score for its work, first."""
-    rates = [
-        row / np.maximum(_cut(space).work(), 1) if weighed else row for space, row in zip(spaces, scores, strict=True)
-    ]
-    rows = [(place, unit) for place, space in enumerate(spaces) for unit in range(space.count)]
-    return np.array(rows, np.int64).reshape(-1, 2)[np.argsort(np.concatenate(rates), kind="stable")]
+def _cheapest(scores: Sequence[Scores]) -> NDArray[np.int64]:
+    """Units of all spaces, ``[units, 2]`` of space and unit, the least score first."""
+    rows = [(place, unit) for place, row in enumerate(scores) for unit in range(len(row))]
+    return np.array(rows, np.int64).reshape(-1, 2)[np.argsort(np.concatenate(list(scores)), kind="stable")]
 
 
 class Work:
     """The multiplications of a model's weights, and what cuts leave of them.
 
-    A convolution counts for each pixel it makes, a product for each row; a weight that loses inputs and outputs loses
-    both shares.
+    A weight counts for each pixel of a convolution and each row of a product, of those that are known; one that loses
+    inputs and outputs loses both shares.
     """
 
     def __init__(self, model: ir.Model, spaces: Sequence[Space]) -> None:
-        self._cuts: dict[tuple[ir.Node, int], list[tuple[int, Ids]]] = {}
+        self._counts = [space.count for space in spaces]
+        self._cuts: Cuts = {}
         for place, space in enumerate(spaces):
             for slot in _cut(space).slots:
                 self._cuts.setdefault((slot.node, slot.index), []).append((place, slot.ids))
-        self._base = {node: _work(node) for node in model.graph if node.op_type in WEIGHTED and node.domain == ""}
+        nodes = (node for node in model.graph if node.op_type in WEIGHTED and node.domain == "")
+        self._base = {(node, index): _work(node, index) for node in nodes for index in _weights(node)}
 
     def share(self, keeps: Sequence[Keep]) -> float:
         """What is left of all work where ``keeps`` stays."""
         padded = [np.append(keep, True) for keep in keeps]
         left = 0.0
-        for node, base in self._base.items():
-            for place, ids in self._cuts.get((node, 1), ()):
+        for weight, base in self._base.items():
+            for place, ids in self._cuts.get(weight, ()):
                 base *= float(padded[place][ids].mean())
             left += base
         return left / max(sum(self._base.values()), 1e-30)
 
+    def of_units(self, place: int) -> NDArray[np.float64]:
+        """Multiplications that each unit of a space takes part in, ``[units]``."""
+        found = np.zeros(self._counts[place])
+        for weight, base in self._base.items():
+            for own, ids in self._cuts.get(weight, ()):
+                if own == place:
+                    found += base / ids.size * np.bincount(ids[ids != FREE], minlength=len(found))
+        return found
 
-def _work(node: ir.Node) -> float:
-    kernel = constant(node.inputs[1])
-    if kernel is None:
-        return 0.0
-    pixels = (dims(node.outputs[0]) or ())[2:] if node.op_type.startswith("Conv") else ()
-    return float(kernel.size) * float(np.prod([size for size in pixels if isinstance(size, int)]))
+
+def _weights(node: ir.Node) -> list[int]:
+    """The input that holds the weight, of a product either one."""
+    found = [index for index in (1, 0) if constant(node.inputs[index]) is not None]
+    return found[:1] if len(found) == 1 else []
+
+
+def _work(node: ir.Node, index: int) -> float:
+    kernel = constant(node.inputs[index])
+    assert kernel is not None
+    made = dims(node.inputs[0] if node.op_type == "ConvTranspose" else node.outputs[0]) or ()
+    if node.op_type in ("Conv", "ConvTranspose"):
+        places = made[2:]
+    elif len(kernel.shape) != 2:
+        places = ()
+    else:
+        places = made[1:-1] if index == 1 else (*made[1:-2], *made[-1:])
+    return float(kernel.size) * float(np.prod([size for size in places if isinstance(size, int)]))
 
 
 def _cut(space: Space) -> Cut:

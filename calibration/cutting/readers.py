@@ -15,8 +15,10 @@ from qexport.calibration.statistics.gram import Gram, Tap, tap_of
 from qexport.passes.folding.axes import FREE
 from qexport.passes.numbers.gptq import Square
 from qexport.passes.numbers.refit import RIDGE, best_ridge, refit_rows, refit_rows_and_bias
+from qexport.passes.numbers.removal import merge
 from qexport.passes.placement import CHANNEL_AXIS, Site
 from qexport.passes.pruning.cut import Cut, Keep, Slot
+from qexport.passes.pruning.spaces import attends
 from qexport.passes.writing.bias import bias_refusal, raise_bias
 
 Units = NDArray[np.int64]
@@ -44,9 +46,14 @@ class Reader:
         return self.kernel.site.node
 
 
+def sums_of(cut: Cut) -> list[Slot]:
+    """The weights that sum over the units; not those of an attention itself, which sum over the numbers of a head."""
+    return [slot for slot in cut.consumers if not attends(slot.node)]
+
+
 def readers_of(cut: Cut) -> list[Reader]:
     """All readers of a cut whose inputs can be measured."""
-    found = (_reader(slot, cut.slots) for slot in cut.consumers)
+    found = (_reader(slot, cut.slots) for slot in sums_of(cut))
     return [reader for reader in found if reader is not None]
 
 
@@ -164,21 +171,16 @@ def hessians(readers: Sequence[Reader], grams: Mapping[Tap, Halves]) -> list[Squ
     return [sum((reader.kernel.hessian(half) for half in grams[reader.tap]), np.zeros(())) for reader in readers]
 
 
-def merged(
-    readers: Sequence[Reader], squares: Sequence[Square], merges: Sequence[tuple[int, int, float]], keep: Keep
-) -> list[Repair]:
-    """What to write where every unit that goes is added to the one it is like, in the order of ``merges``."""
+def merged(readers: Sequence[Reader], squares: Sequence[Square], keep: Keep) -> list[Repair]:
+    """What to write where every unit that goes is added to the one of those that stay that it is most like."""
     found = []
     for reader, square in zip(readers, squares, strict=True):
-        old, weight = reader.kernel.matrix(), reader.kernel.matrix()
-        place = {int(unit): row for row, unit in enumerate(reader.units) if unit != FREE}
-        for gone, stays, share in merges:
-            if not keep[gone]:
-                weight[place[stays]] += share * weight[place[gone]]
-        stay = np.append(keep, True)[reader.units]
+        old = reader.kernel.matrix()
+        new = merge(square, old, reader.units, keep)
+        padded = np.append(keep, True)
+        stay, columns = padded[reader.units], padded[reader.outputs]
         moments = Moments(square, np.zeros(len(square)), 0)
         energy = moments.energy(old)
         masked = moments.error(np.where(stay[:, None], 0.0, old)) / energy
-        left = moments.error(old - np.where(stay[:, None], weight, 0.0)) / energy
-        found.append(Repair(reader, weight[stay], None, masked, left))
+        found.append(Repair(reader, new[stay][:, columns], None, masked, moments.error(old - new) / energy))
     return found

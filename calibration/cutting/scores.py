@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.calibration.cutting.gates import gate_gradients, output_change
-from qexport.calibration.cutting.readers import Reader, hessians, readers_of, taps_of
+from qexport.calibration.cutting.readers import Reader, hessians, readers_of, sums_of, taps_of
 from qexport.calibration.few_bits import every
 from qexport.calibration.halves import measure_halves
 from qexport.calibration.reading.data import Sample
@@ -18,12 +18,11 @@ from qexport.calibration.statistics.gram import BUDGET
 from qexport.passes.folding.axes import FREE
 from qexport.passes.match import array
 from qexport.passes.numbers.gptq import Square
-from qexport.passes.numbers.removal import System, merge_costs, removal_costs
+from qexport.passes.numbers.removal import System, inputs_of, merge_costs, removal_costs
 from qexport.passes.pruning.cut import Cut
 from qexport.passes.pruning.spaces import Space
 
 Scores = NDArray[np.float64]
-Merges = list[tuple[int, int, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +62,17 @@ def _norms(cut: Cut) -> Scores:
 def by_activation(spaces: Sequence[Space], evidence: Evidence) -> list[Scores]:
     """Energy that a unit adds to the outputs of its readers, ``tr(W_g^T H_gg W_g)``: none for one that is never on."""
     return [
-        np.sum([_energies(reader, h) for reader, h in zip(readers, squares, strict=True)], axis=0)
-        for readers, squares in _measured(spaces, evidence)
+        np.sum([_energies(reader, h, space.count) for reader, h in zip(readers, squares, strict=True)], axis=0)
+        for space, readers, squares in _measured(spaces, evidence)
     ]
 
 
-def _energies(reader: Reader, hessian: Square) -> Scores:
-    system = System.of(reader.kernel.matrix(), hessian, reader.units)
-    rows = system.weight[system.inputs]
-    block = hessian[system.inputs[:, :, None], system.inputs[:, None, :]]
-    return np.asarray(np.sum(rows * (block @ rows), axis=(1, 2)) / system.total)
+def _energies(reader: Reader, hessian: Square, count: int) -> Scores:
+    weight, units = reader.kernel.matrix(), reader.units
+    parts = hessian * (weight @ weight.T)
+    held = units != FREE
+    own = np.where(units[:, None] == units, parts, 0).sum(axis=1)
+    return np.bincount(units[held], own[held], count) / max(float(parts.sum()), 1e-30)
 
 
 def by_surgery(spaces: Sequence[Space], evidence: Evidence) -> list[Scores]:
@@ -80,24 +80,21 @@ def by_surgery(spaces: Sequence[Space], evidence: Evidence) -> list[Scores]:
     return [
         removal_costs(
             [
-                System.of(reader.kernel.matrix(), h, reader.units, evidence.ridge)
+                System.of(reader.kernel.matrix(), h, reader.units, space.count, evidence.ridge)
                 for reader, h in zip(readers, squares, strict=True)
             ]
         )
-        for readers, squares in _measured(spaces, evidence)
+        for space, readers, squares in _measured(spaces, evidence)
     ]
 
 
 def by_likeness(spaces: Sequence[Space], evidence: Evidence) -> list[Scores]:
-    """``1 - |cosine|`` to the unit that takes over for it."""
-    return [merges_of(readers, squares)[0] for readers, squares in _measured(spaces, evidence)]
-
-
-def merges_of(readers: Sequence[Reader], squares: Sequence[Square]) -> tuple[Scores, Merges]:
-    """The merges of the units that ``readers`` read; all must read the same value, ``ValueError`` otherwise."""
-    if len({reader.tap for reader in readers}) != 1:
-        raise ValueError("units that several values hold cannot be merged")
-    return merge_costs(squares[0], np.hstack([reader.kernel.matrix() for reader in readers]), readers[0].units)
+    """``1 - |cosine|`` to the unit that takes over for it; all readers of a space read the same value."""
+    found = []
+    for space, readers, squares in _measured(spaces, evidence):
+        weight = np.hstack([reader.kernel.matrix() for reader in readers])
+        found.append(merge_costs(squares[0], weight, readers[0].units, space.count))
+    return found
 
 
 def by_change(spaces: Sequence[Space], evidence: Evidence) -> list[Scores]:
@@ -121,9 +118,26 @@ CRITERIA: dict[str, Callable[[Sequence[Space], Evidence], list[Scores]]] = {
 LOCAL = ("activation", "surgery", "likeness")  # criteria that look at what reads a unit
 
 
-def _measured(spaces: Sequence[Space], evidence: Evidence) -> Iterator[tuple[list[Reader], list[Square]]]:
+def unmeasured(cut: Cut, criterion: str) -> str | None:
+    """Why a criterion says nothing of the units of a cut; ``None`` where it does."""
+    if criterion not in LOCAL:
+        return None
+    readers = readers_of(cut)
+    if not readers or len(readers) < len(sums_of(cut)):
+        return "what reads it cannot be measured: choose another criterion"
+    if criterion != "likeness":
+        return None
+    if len(taps_of(readers)) > 1:
+        return "units that several values hold cannot be merged"
+    places = inputs_of(readers[0].units, cut.count)
+    return "units of different sizes cannot be merged" if places.max() >= len(readers[0].units) else None
+
+
+def _measured(
+    spaces: Sequence[Space], evidence: Evidence
+) -> Iterator[tuple[Space, Sequence[Reader], Sequence[Square]]]:
     """The readers of each space and their Hessians, of as many spaces at a time as memory has room for."""
-    rounds: list[list[list[Reader]]] = [[]]
+    rounds: list[list[tuple[Space, list[Reader]]]] = [[]]
     held = 0
     for space in spaces:
         readers = readers_of(_cut(space))
@@ -131,14 +145,14 @@ def _measured(spaces: Sequence[Space], evidence: Evidence) -> Iterator[tuple[lis
         if rounds[-1] and held + size > BUDGET:
             rounds.append([])
             held = 0
-        rounds[-1].append(readers)
+        rounds[-1].append((space, readers))
         held += size
     advance = every(len(rounds), evidence.advance)
     for group in rounds:
-        taps = taps_of([reader for readers in group for reader in readers])
+        taps = taps_of([reader for _, readers in group for reader in readers])
         grams = measure_halves(evidence.model, taps, evidence.samples(), advance)
-        for readers in group:
-            yield readers, hessians(readers, grams)
+        for space, readers in group:
+            yield space, readers, hessians(readers, grams)
 
 
 def _cut(space: Space) -> Cut:
