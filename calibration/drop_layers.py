@@ -86,7 +86,7 @@ class DropLayers(Pass):
         count = len(found) - max(1, round(self.keep * whole.setdefault(self.unit, len(found))))
         if count <= 0:
             return Outcome(model, False, (Decision("", "graph", "skipped", FEW), *refused))
-        self._check_budget(count, len(free), refused)
+        self._check_budget((count, len(found), len(free)), refused)
         search = _Search(self, model.clone(), model, _spread(self.data, self.samples))
         steps = list(search.run([block.name for block in free], count))
         if not steps:
@@ -113,10 +113,11 @@ class DropLayers(Pass):
                 hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
                 raise UsageError(f"no {self.unit} is called {name!r}", where="layers.spare", hint=hint)
 
-    def _check_budget(self, count: int, free: int, refused: Sequence[Decision]) -> None:
+    def _check_budget(self, counts: tuple[int, int, int], refused: Sequence[Decision]) -> None:
+        count, found, free = counts
         if count > free:
             reasons = "; ".join(f"{decision.node!r}: {decision.reason}" for decision in refused)
-            what = f"{count} {self.unit}s are to go, {free} can" + (f" ({reasons})" if reasons else "")
+            what = f"{count} of {found} {self.unit}s are to go, {free} can" + (f" ({reasons})" if reasons else "")
             raise UsageError(what, where="layers.keep", hint="keep more, or spare fewer")
 
 
