@@ -37,6 +37,7 @@ bench: $(READY) $(MINILM_READY)
 	$(BIN)/python benchmarks/resnet20.py
 	$(BIN)/python benchmarks/recipes.py
 	$(BIN)/python benchmarks/ablation.py
+	$(BIN)/python benchmarks/sparsity.py
 	$(BIN)/python benchmarks/sensitivity.py
 	$(BIN)/python benchmarks/weight_only.py
 	$(BIN)/python benchmarks/outliers.py
