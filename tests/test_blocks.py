@@ -72,8 +72,9 @@ def names(blocks):
         (SMALL_POST + "out = Relu(y)", ("Add/h", "x", "y", None), SPELLED.format("x", "a") + "out = Relu(x)"),
         (FEED.format("f", "a") + ATTEND.format("t", "a") + "h0 = Add(t, f) h = Add(h0, a) out = Relu(h)",
          ("Add/h", "a", "h", None), "out = Relu(a)"),
-        (f"x = {LN}(a, gamma, beta) " + FEED.format("f", "x") + "h = Add(x, f) n = Relu(h) out = Add(n, h)",
-         ("Add/h", "x", "h", None), f"x = {LN}(a, gamma, beta) n = Relu(x) out = Add(n, x)"),
+        (f"x = {LN}(a, gamma, beta) " + FEED.format("f", "x")
+         + f"h = Add(x, f) n = {LN}(h, gamma, beta) out = Add(n, h)",
+         ("Add/h", "x", "h", None), f"x = {LN}(a, gamma, beta) n = {LN}(x, gamma, beta) out = Add(n, x)"),
     ],
     ids=["pre-norm", "scaled branch", "post-norm", "post-norm in small operators", "parallel", "norm not only behind"],
 )  # fmt: skip

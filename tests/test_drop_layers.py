@@ -88,7 +88,7 @@ def test_the_layers_that_do_least_are_removed_with_their_weights(criterion, post
 
 
 def test_influence_is_one_minus_the_mean_cosine_of_what_goes_in_and_comes_out():
-    model, data = stack([0.3, 0.1]), rows(4)
+    model, data = stack([0.3, 0.1]), Samples([*rows(3), {"a": normal(9, WIDTH, seed=1)}])
     x = np.concatenate([sample["a"] for sample in data]).astype(np.float64)
     expected = {}
     for i in range(2):
