@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from qexport.calibration.layers import Layer, sqnr
 from qexport.calibration.least import check_least
+from qexport.calibration.outputs import least_row_error, signal
 from qexport.calibration.reading.data import Dataset
 from qexport.calibration.statistics.collect import Statistics, collect, workers
 from qexport.calibration.statistics.excerpts import Window
@@ -82,6 +83,10 @@ class Calibrate(Pass):
             if site.weight is not None:
                 site.node.meta[KERNEL_KEY] = site.kernel
         _rate(found, statistics, spans, target)
+        for name, value in _outputs(found).items():
+            found_signal = signal(statistics[name], spans[name], target.activation) if name in spans else None
+            if found_signal is not None:
+                value.meta[SQNR_KEY] = found_signal
         return Outcome(model, modified)
 
     def _ranges(self, found: Plan, statistics: Mapping[str, Statistics], target: Target) -> dict[str, Range]:
@@ -94,9 +99,14 @@ class Calibrate(Pass):
         for site in found.sites:
             for value in site.values:
                 readers.get(value.name or "", []).append(site)
+        made = {name for name in _outputs(found) if not readers.get(name)}
+
+        def choose(name: str) -> Range:
+            by_row = least_row_error(statistics[name], target.activation) if name in made else None
+            return by_row or _least_output_error(statistics[name], readers[name], target)
+
         with ThreadPoolExecutor(workers()) as pool:
-            spans = pool.map(lambda name: _least_output_error(statistics[name], readers[name], target), seen)
-            return dict(zip(seen, spans, strict=True))
+            return dict(zip(seen, pool.map(choose, seen), strict=True))
 
 
 def _least_output_error(known: Statistics, readers: list[Site], target: Target) -> Range:
@@ -130,6 +140,12 @@ def _least_output_error(known: Statistics, readers: list[Site], target: Target) 
     fine = np.minimum(coarse[int((rough / best).sum(axis=0).argmin())] + FINE, stretches[-1])
     share = float(fine[int((losses(fine) / best).sum(axis=0).argmin())])
     return Range(low * share, high * share)
+
+
+def _outputs(found: Plan) -> dict[str, ir.Value]:
+    """What products make whose output is quantized; not of convolutions, whose rows are no positions."""
+    sites = (site for site in found.roots if site.node.op_type not in CONVOLUTIONS)
+    return {site.output.name or "": site.output for site in sites if site.output is not None}
 
 
 def _windows(found: Plan) -> dict[str, Window]:

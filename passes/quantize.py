@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+import numpy as np
 import onnx_ir as ir
 
 from qexport.errors import UsageError
@@ -62,6 +63,8 @@ class Quantize(Pass):
     outputs: Outputs = "none"
     """Whether products with 2:4 weights have their output quantized, too: engines have sparse kernels for integers in
     and integers out alone. Needs calibrate.outputs; nothing happens for targets without such kernels."""
+    min_output_sqnr: float = 10.0
+    """With outputs: one whose rows would have less signal over quantization noise than this (dB) stays in float."""
 
     def call(self, model: ir.Model) -> Outcome:
         """Insert the quantizers; a model that has some, or an opset without them, is left alone with a reason.
@@ -75,7 +78,7 @@ class Quantize(Pass):
             return Outcome(model, False, (Decision("", "graph", "skipped", refusal),))
         check_names(self.keep, model)
         found = plan(model, target, attention=self.attention, outputs=self.outputs)
-        rules = _Rules(target, opset, self.keep, self.min_sqnr)
+        rules = _Rules(target, opset, self.keep, (self.min_sqnr, self.min_output_sqnr))
         chosen, refused = rules.split(found.roots)
         if any(d.reason == NOT_CALIBRATED for d in refused) and not any(map(_calibrated, found.roots)):
             raise UsageError("no tensor has a calibrated range", hint="put a calibrate step before quantize")
@@ -103,12 +106,16 @@ def _calibrated(site: Site) -> bool:
 
 @dataclass(frozen=True)
 class _Rules:
-    """Which sites and tables are not quantized although the target could: by request, by their numbers."""
+    """Which sites and tables are not quantized although the target could: by request, by their numbers.
+
+    Attributes:
+        min_sqnr: Least SQNR of what a layer makes from quantized inputs, and of its rows if these are quantized.
+    """
 
     target: Target
     opset: int
     keep: tuple[str, ...]
-    min_sqnr: float
+    min_sqnr: tuple[float, float]
 
     def split(self, sites: Iterable[Site]) -> tuple[list[Site], list[Decision]]:
         """The sites to quantize, and why the others are not."""
@@ -152,8 +159,8 @@ class _Rules:
         if any(span.low == span.high == 0 for span in ranges if span is not None):
             return "its input is always zero"
         sqnr = site.node.meta.get(SQNR_KEY)
-        if sqnr is not None and sqnr < self.min_sqnr:
-            return f"output SQNR below {self.min_sqnr:g} dB"
+        if sqnr is not None and sqnr < self.min_sqnr[0]:
+            return f"output SQNR below {self.min_sqnr[0]:g} dB"
         return self._numbers(site)
 
     def _output(self, site: Site) -> str | None:
@@ -163,6 +170,8 @@ class _Rules:
         span = range_of(site.output)
         if span is None:
             return NOT_CALIBRATED
+        if site.output.meta.get(SQNR_KEY, np.inf) < self.min_sqnr[1]:
+            return f"SQNR of its rows below {self.min_sqnr[1]:g} dB"
         return beyond_half(span, self.target.activation) if self._half(float_type(site)) else None
 
     def _numbers(self, site: Site) -> str | None:

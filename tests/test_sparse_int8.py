@@ -10,7 +10,7 @@ from qexport.calibration.calibrate import Calibrate
 from qexport.exporter.sparsity import zeros_of
 from qexport.passes.half import Half
 from qexport.passes.numbers.masks import Pattern, keep_mask
-from qexport.passes.numbers.range import RANGE_KEY, Range, integers_for, range_of
+from qexport.passes.numbers.range import RANGE_KEY, SQNR_KEY, Range, integers_for, range_of
 from qexport.passes.placement import is_two_of_four, plan
 from qexport.passes.quantize import KEPT, NOT_CALIBRATED, Quantize
 from qexport.passes.target import TARGETS, find_target
@@ -242,3 +242,54 @@ def test_a_runtime_that_moves_pairs_loads_the_model_at_every_opset(opset):
     x = normal(5, 8, 64, seed=9)
     (expected,) = ReferenceEvaluator(ir.to_proto(model)).run(None, {"x": x})
     np.testing.assert_allclose(session(model).run(None, {"x": x})[0], expected, atol=1e-4)
+
+
+TANH = f"{XY} {{ m = MatMul(x, w)  y = Tanh(m) }}"
+
+
+def row_signal(rows, span):
+    """Mean over rows of error over power, in dB; rows of next to nothing have a floor."""
+    power, error = (rows**2).sum(axis=1), ((integers_for(span, "int8").apply(rows) - rows) ** 2).sum(axis=1)
+    return -10 * np.log10((error / (power + 0.01 * np.median(power))).mean())
+
+
+def test_a_few_large_rows_do_not_decide_the_range_of_an_output():
+    data = Samples({"x": normal(64, seed=seed) * (300 if seed == 3 else 1)} for seed in range(60))
+    model, rows = model_from(f"g {TANH}", w=sparse(64, 48)), np.stack([sample["x"] for sample in data]) @ sparse(64, 48)
+    Calibrate(data=data, outputs="sparse")(model)
+    made = model.graph[0].outputs[0]
+    reach = np.abs(rows).max()
+    assert range_of(made).high < 0.1 * reach
+    assert made.meta[SQNR_KEY] == pytest.approx(row_signal(rows, range_of(made)), abs=0.01)
+    wide = Range(rows.min(), rows.max())
+    assert row_signal(rows, range_of(made)) > row_signal(rows, wide) + 10
+    for share in np.linspace(0.01, 1, 50):
+        assert row_signal(rows, Range(share * wide.low, share * wide.high)) < made.meta[SQNR_KEY] + 1
+
+
+def test_an_output_whose_rows_would_suffer_stays_in_float():
+    model = calibrated(TANH, w=sparse(64, 48))
+    found = model.graph[0].outputs[0].meta[SQNR_KEY]
+    for least, told in ((found - 0.1, BOTH), (found + 0.1, "weight and activation")):
+        work = model.clone()
+        decisions = Quantize(outputs="sparse", min_output_sqnr=least)(work).decisions
+        assert decisions[0].reason == told
+        assert in_integers(work) == (["x", "m"] if told == BOTH else ["x"])
+    assert decisions[1].reason == f"output stays in float: SQNR of its rows below {least:g} dB"
+
+
+def test_an_output_that_a_product_reads_has_the_range_that_is_best_for_it():
+    text = f"{XY} {{ m = MatMul(x, w)  p = MatMul(m, v)  t = Tanh(m)  y = Add(p, t) }}"
+    weights = {"w": sparse(64, 48), "v": normal(48, 48)}
+    ranges = [range_of(calibrated(text, outputs=o, **weights).graph[0].outputs[0]) for o in ("none", "sparse")]
+    assert ranges[0] == ranges[1] is not None
+
+
+@pytest.mark.parametrize("method", ["minmax", "mse", "percentile", "entropy"])
+def test_outputs_have_the_method_that_was_asked_for(method):
+    data = Samples({"x": normal(64, seed=seed)} for seed in range(8))
+    model = model_from(f"g {TANH}", w=sparse(64, 48))
+    Calibrate(data=data, outputs="sparse", method=method)(model)
+    rows = np.stack([sample["x"] for sample in data]) @ sparse(64, 48)
+    found = range_of(model.graph[0].outputs[0])
+    assert 0.5 * rows.max() < found.high <= rows.max() * 1.0001
