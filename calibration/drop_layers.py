@@ -28,6 +28,7 @@ from qexport.passes.writing.quantized import quantized_nodes
 
 COUNT_KEY = "qexport.layers"  # on the graph: how many units it had, by kind
 FEW = "no more are left than are to stay"
+LEAST, MORE = "it does least", "others do less"
 SPARED = "spared by name"
 REPAIRED = "scale and offset that make up for a removed neighbour"
 
@@ -78,7 +79,9 @@ class DropLayers(Pass):
             raise UsageError("layers need calibration data to be rated", hint="give real samples with --calib")
         found = FIND[self.unit](model)
         free = [block for block in found if block.refusal is None and block.name not in self.spare]
-        refused = [_decision(block, "skipped", block.refusal) for block in found if block.refusal is not None]
+        refused = [
+            _decision(block, self.unit, "skipped", (block.refusal, "")) for block in found if block.refusal is not None
+        ]
         if len(refused) == len(found):
             return self._nothing(model, refused)
         self._check_spare(found)
@@ -93,7 +96,7 @@ class DropLayers(Pass):
             return Outcome(model, False, (Decision("", "graph", "skipped", UNSEEN), *refused))
         done = [decision for step in steps for decision in step.apply(model, self.unit)]
         model.graph.meta[COUNT_KEY] = whole
-        spared = [_decision(block, "kept", SPARED) for block in found if block.name in self.spare]
+        spared = [_decision(block, self.unit, "kept", (SPARED, "")) for block in found if block.name in self.spare]
         return Outcome(model, True, (*done, *search.stayed(), *spared, *refused))
 
     def _nothing(self, model: ir.Model, refused: Sequence[Decision]) -> Outcome:
@@ -134,13 +137,13 @@ class _Step:
         block, before = _named(model, unit, self.name), _parameters(model)
         remove(block)
         fewer = before - _parameters(model)
-        yield _decision(block, "pruned", f"{self.rated}, {fewer:,} parameters fewer")
+        yield _decision(block, unit, "pruned", (LEAST, f"{self.rated}, {fewer:,} parameters fewer"))
         if isinstance(self.repair, Affine):
             norm = maker(block.entry)
             fold(norm, self.repair)
             yield Decision(norm.name or "", norm.op_type, "folded", REPAIRED)
         elif self.repair is not None:
-            yield _decision(block, "skipped", self.repair)
+            yield Decision(self.name, f"{unit}s", "skipped", self.repair)
 
 
 @dataclass
@@ -189,7 +192,8 @@ class _Search:
         """Say how the others were rated in the end."""
         for block in FIND[self.asked.unit](self.work):
             if block.name in self._left:
-                yield _decision(block, "kept", f"{self.asked.criterion} {self._left[block.name]:.4f}")
+                rated = f"{self.asked.criterion} {self._left[block.name]:.4f}"
+                yield _decision(block, self.asked.unit, "kept", (MORE, rated))
 
     def _rated(self, blocks: Sequence[Block], advance: Callable[[], None]) -> dict[str, float]:
         if self.asked.criterion == "influence":
@@ -220,6 +224,6 @@ def _parameters(model: ir.Model) -> int:
     return sum(tensor.size for tensor in tensors if tensor is not None)
 
 
-def _decision(block: Block, action: str, reason: str | None) -> Decision:
-    op = next((node.op_type for node in block.nodes if node.name == block.name), "Add")
-    return Decision(block.name, op, action, reason or "")
+def _decision(block: Block, unit: Unit, action: str, told: tuple[str, str] = ("", "")) -> Decision:
+    """What became of a unit: the reason, and its numbers; one that is pruned is none of one."""
+    return Decision(block.name, f"{unit}s", action, *told, (0 if action == "pruned" else 1, 1))

@@ -82,8 +82,9 @@ def test_the_layers_that_do_least_are_removed_with_their_weights(criterion, post
     assert not {"w1", "v1", "w3", "v3"} & set(model.graph.initializers)
     assert [d.action for d in outcome.decisions if d.node in ("Add/h0", "Add/h2")] == ["kept", "kept"]
     assert all(
-        d.reason.endswith(f"{2 * WIDTH * 24} parameters fewer") for d in outcome.decisions if d.action == "pruned"
+        d.detail.endswith(f"{2 * WIDTH * 24} parameters fewer") for d in outcome.decisions if d.action == "pruned"
     )
+    assert np.sum([d.units for d in outcome.decisions if d.units], axis=0).tolist() == [2, 4]
     assert run(model)[0].shape == (2, 5, WIDTH)
 
 
@@ -130,7 +131,7 @@ def test_of_two_layers_that_do_the_same_one_stays():
     model = build(text, f"float[b, s, {WIDTH}] a", f"float[b, s, {WIDTH}] out", **constants)
     outcome = DropLayers(data=rows(), keep=0.34, criterion="change")(model)
     assert gone(outcome) == ["Add/h0", "Add/h2"]
-    assert outcome.decisions[0].reason.startswith("change 0.0000")
+    assert outcome.decisions[0].detail.startswith("change 0.0000")
 
 
 @settings(max_examples=6, deadline=None)
@@ -171,7 +172,7 @@ def test_samples_come_from_all_over_the_data():
     model = stack([0.3, 0.1])
     whole = influences(model, find_blocks(model), rows(24)[::6])
     outcome = DropLayers(data=Samples([*rows(24)]), keep=0.5, samples=4, repair=False)(model)
-    assert outcome.decisions[0].reason.startswith(f"influence {whole['Add/h1']:.4f}")
+    assert outcome.decisions[0].detail.startswith(f"influence {whole['Add/h1']:.4f}")
     assert DropLayers(data=zeros, keep=0.5)(stack([0.3, 0.1])).modified  # zeros are like zeros
 
 
@@ -351,7 +352,7 @@ def test_minilm_without_two_layers_is_the_model_that_is_built_without_them(minil
     spare = tuple(f"encoder.layer.{i}.output/Add" for i in (0, 1, 3, 5))
     outcome = DropLayers(data=data, keep=4 / 6, spare=spare, repair=False)(model)
     assert sorted(gone(outcome)) == ["encoder.layer.2.output/Add", "encoder.layer.4.output/Add"]
-    assert all("1,774,464 parameters fewer" in d.reason for d in outcome.decisions if d.action == "pruned")
+    assert all("1,774,464 parameters fewer" in d.detail for d in outcome.decisions if d.action == "pruned")
     size = [sum(v.const_value.size for v in m.graph.initializers.values()) for m in (model, Cleanup()(reference).model)]
     assert size[0] == size[1]
     feeds = {name: np.stack([sample[name] for sample in data]) for name in names}
