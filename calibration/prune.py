@@ -136,12 +136,12 @@ class Prune(Pass):
 
     def _refusal(self, space: Space) -> str | None:
         """Why a space stays whole."""
+        if _key(self.kind) in space.value.meta:
+            return DONE
         if isinstance(space.cut, str):
             return space.cut
         if space.name in self.spare:
             return SPARED
-        if _key(self.kind) in space.value.meta:
-            return DONE
         if space.count <= self.multiple and self.multiple > 1:
             return f"no more than {self.multiple} {self.kind}"
         return unmeasured(space.cut, self.criterion)

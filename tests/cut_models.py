@@ -9,6 +9,8 @@ from channel_models import build, give_shapes
 from helpers import session
 
 from qexport.passes.match import add_constant, array, sweep
+from qexport.passes.pruning.cut import Cut
+from qexport.passes.pruning.spaces import find_spaces
 
 WIDE = {"wq": "8x8", "wk": "8x8", "wv": "8x8", "wo": "8x8"}
 HEADS = {"split": [0, 0, 4, 2], "merge": [0, 0, 8], "scale": np.float32(0.7)}
@@ -239,6 +241,10 @@ def make(name):
         if len(value.shape) > 1 and value.dtype.is_floating_point():
             value.const_value = ir.tensor(array(value) * np.float32(0.3), name=value.name)
     return model
+
+
+def cuts(model, kind):
+    return [space for space in find_spaces(model, kind) if isinstance(space.cut, Cut)]
 
 
 def copy_of(model):

@@ -3,23 +3,18 @@
 import numpy as np
 import pytest
 from channel_models import build
-from cut_models import MODELS, bytes_of, check, make, outputs_of, silence
+from cut_models import MODELS, bytes_of, check, cuts, make, outputs_of, silence
 
 from qexport.calibration.running.execute import open_model
 from qexport.exporter.load import load_model
 from qexport.passes.cleanup import Cleanup
 from qexport.passes.fuse_attention import FuseAttention
-from qexport.passes.pruning.cut import Cut
 from qexport.passes.pruning.spaces import find_spaces
 from qexport.passes.raise_opset import RaiseOpset
 
 
 def counts(model, kind):
     return [space.count for space in find_spaces(model, kind)]
-
-
-def cuts(model, kind):
-    return [space for space in find_spaces(model, kind) if isinstance(space.cut, Cut)]
 
 
 def prove(model, spaces, feeds, share=0.25):

@@ -14,7 +14,7 @@ from qexport.calibration.kernels import Kernel, Matrix
 from qexport.calibration.statistics.gram import Gram, Tap, tap_of
 from qexport.passes.folding.axes import FREE
 from qexport.passes.numbers.gptq import Square
-from qexport.passes.numbers.refit import RIDGE, best_ridge, refit_rows, refit_rows_and_bias
+from qexport.passes.numbers.refit import RIDGE, best_ridge, centred, refit_rows, refit_rows_and_bias
 from qexport.passes.numbers.removal import merge
 from qexport.passes.placement import CHANNEL_AXIS, Site
 from qexport.passes.pruning.cut import Cut, Keep, Slot
@@ -143,7 +143,7 @@ class Moments:
     @property
     def centred(self) -> Square:
         """Of ``(x - mean)^T (x - mean)``."""
-        return self.square - np.outer(self.total, self.total) / max(self.rows, 1)
+        return centred(self.square, self.total, self.rows)
 
     def energy(self, weight: Matrix) -> float:
         """Sum of ``|x W|^2``."""

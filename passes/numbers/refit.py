@@ -20,6 +20,7 @@ RIDGE = 0.01
 LEAST_RIDGE = 1e-6
 RIDGES = (1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 1.0)  # what is tried
 TRIED = 8  # outputs that decide
+FLAT = 1e-6  # share of the mean square that a variance is below where it is noise of sums in float32
 MORE_RIDGE = 10.0  # factor of the next trial where a system cannot be solved
 
 
@@ -72,10 +73,23 @@ def refit_rows_and_bias(
         keep: Which inputs stay, ``[K]``.
         ridge: As for :func:`refit`.
     """
-    centred = hessian - np.outer(total, total) / count
-    found = refit_rows(weight, centred, keep, ridge)
+    found = refit_rows(weight, centred(hessian, total, count), keep, ridge)
     mean = np.asarray(total, np.float64) / count
     return found, mean @ np.asarray(weight, np.float64) - mean[np.asarray(keep, bool)] @ found
+
+
+def centred(hessian: Square, total: Vector, count: int) -> Square:
+    """``(X - mean)^T (X - mean)``, zero for inputs that vary no more than rounding does.
+
+    Args:
+        hessian: ``X^T X`` of all rows, ``[K, K]``.
+        total: Their sum, ``[K]``.
+        count: How many they are.
+    """
+    found = np.asarray(hessian - np.outer(total, total) / max(count, 1), np.float64)
+    flat = np.diag(found) <= FLAT * np.diag(hessian)
+    found[flat] = found[:, flat] = 0
+    return found
 
 
 def best_ridge(weight: Scores, halves: tuple[Square, Square], mask: Mask) -> float:
@@ -105,6 +119,7 @@ def damped_hessian(hessian: Square, ridge: float) -> Square:
     live = diagonal > 0
     mean = float(diagonal[live].mean()) if live.any() else 1.0
     damped = np.array(hessian, np.float64)
+    damped[~live] = damped[:, ~live] = 0
     while True:
         np.fill_diagonal(damped, np.where(live, diagonal + ridge * mean, mean))
         try:
