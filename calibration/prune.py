@@ -3,7 +3,7 @@
 The story of a structured cut: find the spaces and what goes with their units (``passes.pruning``), score the units on
 calibration data, choose within the budget, and then space by space fit the weights that read the units to the outputs
 they had (least squares with a ridge, the mean of what is lost going into the bias), and cut. Every space is measured
-on the model with all earlier ones cut already, so that what one layer loses is made up for by the next.
+on the model with all earlier ones cut already, so that weights are fitted to what they will really read.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ def net():
 
 def two_mlps(first=12, second=20):
     same_numbers()
-    body = "y = MatMul(a, w1) x = Relu(y) o = MatMul(x, w2) h = Add(o, a) z = MatMul(h, w3) t = Tanh(z) out = MatMul(t, w4)"
-    return build(body, w1=f"8x{first}", w2=f"{first}x8", w3=f"8x{second}", w4=f"{second}x4")
+    body = "y = MatMul(a, w1) x = Relu(y) o = MatMul(x, w2) h = Add(o, a) z = MatMul(h, w3) t = Tanh(z) "
+    return build(body + "out = MatMul(t, w4)", w1=f"8x{first}", w2=f"{first}x8", w3=f"8x{second}", w4=f"{second}x4")
 
 
 def multiplications(model, pixels):

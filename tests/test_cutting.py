@@ -178,3 +178,16 @@ def test_readers_with_one_weight_for_both_get_a_weight_each():
     assert not np.array_equal(*weights)
     error = sum(np.square(run(model, s)[0] - y).sum() for s, y in zip(samples, truth, strict=True))
     assert error < 0.5 * sum(np.square(y).sum() for y in truth)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-6])
+def test_what_never_varies_goes_into_the_bias_and_nothing_is_fitted_to_noise(noise):
+    model, space = small(*READERS["mlp"])
+    (sample,) = data(model, 1)
+    row = sample["a"][:1]
+    samples = Samples({"a": row.repeat(3, axis=0) * np.float32(1 + noise * n)} for n in range(4))
+    before, weight = run(model, samples[0])[0], array(model.graph.initializers["w2"])
+    keep = np.arange(6) > 2
+    cut_and_repair(space, keep, repairs_of(model, space, keep, samples))
+    assert run(model, samples[0])[0] == pytest.approx(before, abs=1e-4)
+    assert array(model.graph.initializers["w2"]) == pytest.approx(weight[keep], rel=1e-6)
