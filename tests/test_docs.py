@@ -202,8 +202,9 @@ def test_the_targets_in_the_table_of_recipes_are_those_that_take_them(name, tmp_
     np.save(tmp_path / "x.npy", np.random.default_rng(1).standard_normal((16, 128)).astype(np.float32))
     data = open_dataset(tmp_path / "x.npy", input_specs(model), DataSpec())
     taken = []
+    cuts = [step.pass_ for step in shipped(name).step if "missing" in settable(find_pass(step.pass_, ""))]
     for target in TARGETS:
-        recipe = override(shipped(name), [f"export.target={target}"])
+        recipe = override(shipped(name), [f"export.target={target}", *(f"{step}.missing=skip" for step in cuts)])
         try:
             run(model, instantiate(recipe, {"data": data}))
         except UsageError:

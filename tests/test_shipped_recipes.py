@@ -100,3 +100,13 @@ def test_sparse_int8_is_close_to_what_its_zeros_alone_leave(target):
     pruned, _ = run(model, [(name, step) for name, step in steps if name == "sparsify"])
     truth, alone, found = (session(m).run(None, {"x": x})[0] for m in (model, pruned, made(target)[0]))
     assert np.linalg.norm(found - alone) < 0.2 * np.linalg.norm(alone - truth)
+
+
+def test_prune_heads_is_float32_with_one_step_between() -> None:
+    plain = [step.pass_ for step in load_recipe("float32").step]
+    found = [step.pass_ for step in load_recipe("prune-heads").step if step.enabled]
+    place = found.index("heads")
+    assert (found[place - 1], found[place + 1]) == ("fold-batch-norm", "cleanup")
+    assert found[:place] + found[place + 1 :] == plain
+    (heads,) = (step for step in override(load_recipe("prune-heads"), ["heads.keep=0.5"]).step if step.pass_ == "heads")
+    assert heads.options == {"keep": 0.5}
