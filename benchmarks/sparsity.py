@@ -86,6 +86,7 @@ def _jobs() -> list[tuple[str, str, str]]:
 def errors(name: str) -> measure.Row:
     """One row of the table of layer errors, in this process."""
     import ablation
+
     from qexport.calibration.sparsify import SPARSITY_KEY, Sparsify
     from qexport.passes.pipeline import run
 
@@ -127,6 +128,7 @@ def _cleanup() -> list[tuple[str, Any]]:
 def curves(kind: str, share: str, repair: str) -> measure.Row:
     """One row of the table of cuts, in this process."""
     import ablation
+
     from qexport.exporter.proof.latency import measure as paired
     from qexport.exporter.steps import find_pass
     from qexport.passes.pipeline import parameters, run

@@ -17,5 +17,9 @@ class Channels(Prune):
 
     keep: float = 0.8
     """Share of the model's multiplications that stays, above 0 and below 1."""
+    criterion: Literal["magnitude", "activation", "surgery", "likeness", "change", "gradient"] = "gradient"
+    """What tells which channels go: the gradient of the outputs by a factor on each channel (one run for each sample),
+    how much they change without it (one for each channel and sample), its weights, the energy it adds to what reads
+    it, the error that is left once all others have made up for it, or its likeness to others."""
     multiple: int = 4
     """What the number that stays in a layer is a multiple of."""

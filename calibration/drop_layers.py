@@ -37,7 +37,7 @@ FIND: dict[Unit, Callable[[ir.Model], tuple[Block, ...]]] = {"layer": find_layer
 
 
 @dataclass(frozen=True)
-class DropLayers(Pass):
+class Layers(Pass):
     """Remove the layers, or single residual blocks, that do least (Men et al. 2024, ShortGPT)."""
 
     exact: ClassVar[bool] = False
@@ -157,7 +157,7 @@ class _Search:
         samples: What it is measured on.
     """
 
-    asked: DropLayers
+    asked: Layers
     work: ir.Model
     whole: ir.Model
     samples: Sequence[Sample]

@@ -34,7 +34,7 @@ _HOMES = {
     "neurons": "qexport.calibration.neurons:Neurons",
     "channels": "qexport.calibration.channels:Channels",
     "sparsify": "qexport.calibration.sparsify:Sparsify",
-    "layers": "qexport.calibration.drop_layers:DropLayers",
+    "layers": "qexport.calibration.drop_layers:Layers",
     "observe": "qexport.calibration.observe:Observe",
     "extremes": "qexport.calibration.extremes:Extremes",
     "shift": "qexport.passes.shift:Shift",

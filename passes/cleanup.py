@@ -15,6 +15,9 @@ from qexport.passes.base import Decision, Outcome, Pass
 ROUNDS = 16
 """Rounds until nothing changes; real models need two or three."""
 
+SMALL = 64
+"""Elements of a constant that is stored rather than filled in at run time; amounts of padding are such."""
+
 BOUNDED = ("Compress", "NonZero", "Unique")
 """Operators whose output size is unknown before they run, yet never far above the input's."""
 
@@ -94,6 +97,8 @@ def _steps(size_limit: int) -> tuple[Callable[[ir.Model], object], ...]:
     from onnxscript.rewriter.rules import common as rules
 
     def foldable(node: ir.Node) -> bool | None:
+        if node.op_type == "ConstantOfShape" and _elements(node.outputs) <= SMALL:
+            return True  # the library keeps all of them, to keep files small
         return None if node.op_type in BOUNDED or _elements(node.outputs) <= size_limit or not _grows(node) else False
 
     def fold(model: ir.Model) -> None:

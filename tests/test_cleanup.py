@@ -6,6 +6,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from helpers import model_from
 
 from qexport.passes.cleanup import Cleanup
 
@@ -223,3 +224,17 @@ def test_slim_that_finds_nothing_changes_nothing():
     assert not result.modified
     assert str(model) == before
     assert [d.reason for d in result.decisions] == ["onnxslim found nothing"]
+
+
+def test_amounts_of_padding_become_constants_and_large_fillings_do_not():
+    model = model_from(
+        """g (float[n, 3] x) => (float[n, 5] y, float[4096] z)
+        <int64[1] one = {1}, int64[1] large = {4096}> {
+        some = ConstantOfShape <value = int64[1] {1}> (one) none = ConstantOfShape <value = int64[1] {0}> (one)
+        amounts = Concat <axis = 0> (none, some, none, some)
+        y = Pad (x, amounts) z = ConstantOfShape <value = float[1] {0}> (large) }"""
+    )
+    Cleanup()(model)
+    pad = next(node for node in model.graph if node.op_type == "Pad")
+    assert pad.inputs[1].const_value.numpy().tolist() == [0, 1, 0, 1]
+    assert [node.op_type for node in model.graph] == ["Pad", "ConstantOfShape"]

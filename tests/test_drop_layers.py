@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from qexport.calibration.affine import NO_GAIN, NO_NORM, SHARED, SHARES, Affine, Trial, fold, solve
-from qexport.calibration.drop_layers import FEW, REPAIRED, SPARED, DropLayers
+from qexport.calibration.drop_layers import FEW, REPAIRED, SPARED, Layers
 from qexport.calibration.few_bits import UNSEEN
 from qexport.calibration.influence import change, influences
 from qexport.errors import DataInvalid, UsageError
@@ -75,7 +75,7 @@ def bytes_of(model):
 @pytest.mark.parametrize("post", [False, True])
 def test_the_layers_that_do_least_are_removed_with_their_weights(criterion, post):
     model = stack([0.3, 0.01, 0.3, 0.02], post=post)
-    outcome = DropLayers(data=rows(), keep=0.5, criterion=criterion)(model)
+    outcome = Layers(data=rows(), keep=0.5, criterion=criterion)(model)
     assert outcome.modified
     assert sorted(gone(outcome)) == ["Add/h1", "Add/h3"]
     assert left(model) == ["Add/h0", "Add/h2"]
@@ -129,7 +129,7 @@ def test_of_two_layers_that_do_the_same_one_stays():
     constants = {"e": unit.T, "et": unit, "five": np.float32(5), "w": normal(WIDTH, WIDTH, size=0.02)}
     text += "f2 = MatMul(h1, w) h2 = Add(h1, f2) out = Relu(h2)"
     model = build(text, f"float[b, s, {WIDTH}] a", f"float[b, s, {WIDTH}] out", **constants)
-    outcome = DropLayers(data=rows(), keep=0.34, criterion="change")(model)
+    outcome = Layers(data=rows(), keep=0.34, criterion="change")(model)
     assert gone(outcome) == ["Add/h0", "Add/h2"]
     assert outcome.decisions[0].detail.startswith("change 0.0000")
 
@@ -139,7 +139,7 @@ def test_of_two_layers_that_do_the_same_one_stays():
 def test_as_many_stay_as_the_share_rounds_to_and_outputs_keep_their_shapes(keep, post, count, repair):
     model = stack(np.linspace(0.05, 0.4, count), post=post)
     before = [(value.name, dims(value)) for value in model.graph.outputs]
-    asked = DropLayers(data=rows(4), keep=keep, repair=repair)
+    asked = Layers(data=rows(4), keep=keep, repair=repair)
     outcome = asked(model)
     assert len(left(model)) == max(1, round(keep * count))
     assert outcome.modified == (len(left(model)) < count)
@@ -153,16 +153,16 @@ def test_as_many_stay_as_the_share_rounds_to_and_outputs_keep_their_shapes(keep,
 
 def test_a_clone_remembers_how_many_layers_there_were():
     model = stack([0.3, 0.1, 0.2, 0.4])
-    assert DropLayers(data=rows(), keep=0.75)(model).modified
+    assert Layers(data=rows(), keep=0.75)(model).modified
     copy = model.clone()
-    assert not DropLayers(data=rows(), keep=0.75)(copy).modified
-    assert DropLayers(data=rows(), keep=0.5)(copy).modified
+    assert not Layers(data=rows(), keep=0.75)(copy).modified
+    assert Layers(data=rows(), keep=0.5)(copy).modified
     assert len(left(copy)) == 2
 
 
 def test_spared_layers_stay():
     model = stack([0.3, 0.01, 0.2])
-    outcome = DropLayers(data=rows(), keep=0.6, spare=("Add/h1",))(model)
+    outcome = Layers(data=rows(), keep=0.6, spare=("Add/h1",))(model)
     assert gone(outcome) == ["Add/h2"]
     assert ("Add/h1", "kept", SPARED) in told(outcome)
 
@@ -171,9 +171,9 @@ def test_samples_come_from_all_over_the_data():
     zeros = Samples([{"a": np.zeros((5, WIDTH), np.float32)}] * 12)
     model = stack([0.3, 0.1])
     whole = influences(model, find_blocks(model), rows(24)[::6])
-    outcome = DropLayers(data=Samples([*rows(24)]), keep=0.5, samples=4, repair=False)(model)
+    outcome = Layers(data=Samples([*rows(24)]), keep=0.5, samples=4, repair=False)(model)
     assert outcome.decisions[0].detail.startswith(f"influence {whole['Add/h1']:.4f}")
-    assert DropLayers(data=zeros, keep=0.5)(stack([0.3, 0.1])).modified  # zeros are like zeros
+    assert Layers(data=zeros, keep=0.5)(stack([0.3, 0.1])).modified  # zeros are like zeros
 
 
 def affine_layer(*, bias=True, shared=False):
@@ -204,7 +204,7 @@ def behind_another(model):
 
 
 def drop_last(model, data=None, **options):
-    return DropLayers(data=rows(64) if data is None else data, keep=0.5, spare=("front/Add",), **options)(model)
+    return Layers(data=rows(64) if data is None else data, keep=0.5, spare=("front/Add",), **options)(model)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -224,7 +224,7 @@ def test_the_norm_in_front_makes_up_for_a_layer_without_a_node_more(bias):
 def test_a_layer_that_others_read_beside_or_that_no_norm_feeds_is_not_repaired():
     told_shared = told(drop_last(behind_another(affine_layer(shared=True))))
     assert ("Add/h", "skipped", SHARED) in told_shared
-    assert ("Add/h1", "skipped", NO_NORM) in told(DropLayers(data=rows(), keep=0.5)(stack([0.3, 0.01])))
+    assert ("Add/h1", "skipped", NO_NORM) in told(Layers(data=rows(), keep=0.5)(stack([0.3, 0.01])))
 
 
 def test_what_does_not_help_on_the_other_half_is_left_out():
@@ -235,7 +235,7 @@ def test_what_does_not_help_on_the_other_half_is_left_out():
     base = normal(1, WIDTH, seed=4)
     data = Samples({"a": (-1) ** i * (base + normal(5, WIDTH, seed=5, size=0.01 + 0.001 * i))} for i in range(8))
     assert ("Add/h", "skipped", NO_GAIN) in told(drop_last(model, data))
-    alone = DropLayers(data=rows(1), keep=0.5)(stack([0.3, 0.2], post=True))
+    alone = Layers(data=rows(1), keep=0.5)(stack([0.3, 0.2], post=True))
     assert NO_GAIN in {d.reason for d in alone.decisions}
 
 
@@ -267,26 +267,26 @@ def test_what_cannot_be_is_refused_before_any_edit():
     before = bytes_of(model)
     for keep in (0.0, 1.0, -1.0, 1.5, float("nan")):
         with pytest.raises(UsageError, match="share between 0 and 1") as error:
-            DropLayers(keep=keep)
+            Layers(keep=keep)
         assert error.value.where == "layers.keep"
     with pytest.raises(UsageError, match="no layer is called 'Add/h7'") as error:
-        DropLayers(data=rows(), keep=0.5, spare=("Add/h7",))(model)
+        Layers(data=rows(), keep=0.5, spare=("Add/h7",))(model)
     assert (error.value.where, error.value.hint) == ("layers.spare", "did you mean 'Add/h1'?")
     with pytest.raises(UsageError, match="1 of 2 layers are to go, 0 can") as error:
-        DropLayers(data=rows(), keep=0.5, spare=("Add/h0", "Add/h1"))(model)
+        Layers(data=rows(), keep=0.5, spare=("Add/h0", "Add/h1"))(model)
     with pytest.raises(UsageError, match="calibration data"):
-        DropLayers()(model)
+        Layers()(model)
     with pytest.raises(DataInvalid, match="NaN or infinity"):
-        DropLayers(data=Samples([{"a": np.full((5, WIDTH), np.nan, np.float32)}]))(stack([0.3] * 4))
-    assert told(DropLayers(data=Samples(), keep=0.5)(model)) == [("", "skipped", UNSEEN)]
+        Layers(data=Samples([{"a": np.full((5, WIDTH), np.nan, np.float32)}]))(stack([0.3] * 4))
+    assert told(Layers(data=Samples(), keep=0.5)(model)) == [("", "skipped", UNSEEN)]
     assert bytes_of(model) == before
 
 
 def test_a_model_without_residual_blocks_is_an_error_or_left_alone():
     model = build("out = MatMul(a, w)", "float[b, s, 16] a", "float[b, s, 16] out", w=normal(WIDTH, WIDTH))
     with pytest.raises(UsageError, match="the model has no residual layers"):
-        DropLayers(data=rows())(model)
-    outcome = DropLayers(data=rows(), missing="skip")(model)
+        Layers(data=rows())(model)
+    outcome = Layers(data=rows(), missing="skip")(model)
     assert (outcome.modified, told(outcome)) == (False, [("", "skipped", "no residual layers")])
 
 
@@ -296,8 +296,8 @@ def test_caches_that_are_outputs_keep_layers_in():
     body = attend + "o = MatMul(c, w) h = Add(a, o) out = Relu(h)"
     model = build(body, "float[b, s, 16] a", told_outputs, w=normal(WIDTH, WIDTH))
     with pytest.raises(UsageError, match="no layer can be removed, 'Add/h': its cache is an output of the model"):
-        DropLayers(data=rows())(model)
-    outcome = DropLayers(data=rows(), missing="skip")(model)
+        Layers(data=rows())(model)
+    outcome = Layers(data=rows(), missing="skip")(model)
     assert told(outcome) == [("Add/h", "skipped", "its cache is an output of the model")]
 
 
@@ -305,7 +305,7 @@ def test_quantized_models_are_left_alone():
     body = "q = QuantizeLinear(a, one, zero) x = DequantizeLinear(q, one, zero) out = MatMul(x, w)"
     told_constants = {"one": np.float32(1), "zero": np.int8(0), "w": normal(WIDTH, WIDTH)}
     model = build(body, "float[b, s, 16] a", "float[b, s, 16] out", **told_constants)
-    assert told(DropLayers(data=rows())(model)) == [("", "skipped", "already quantized")]
+    assert told(Layers(data=rows())(model)) == [("", "skipped", "already quantized")]
 
 
 def test_recipes_set_its_options():
@@ -350,7 +350,7 @@ def test_minilm_without_two_layers_is_the_model_that_is_built_without_them(minil
     data = Samples({name: row if name == names[0] else np.full(9, name == names[1], np.int64) for name in names}
                    for row in tokens)  # fmt: skip
     spare = tuple(f"encoder.layer.{i}.output/Add" for i in (0, 1, 3, 5))
-    outcome = DropLayers(data=data, keep=4 / 6, spare=spare, repair=False)(model)
+    outcome = Layers(data=data, keep=4 / 6, spare=spare, repair=False)(model)
     assert sorted(gone(outcome)) == ["encoder.layer.2.output/Add", "encoder.layer.4.output/Add"]
     assert all("1,774,464 parameters fewer" in d.detail for d in outcome.decisions if d.action == "pruned")
     size = [sum(v.const_value.size for v in m.graph.initializers.values()) for m in (model, Cleanup()(reference).model)]

@@ -89,7 +89,7 @@ class Gram:
     def settle(self) -> None:
         """Multiply what is waiting: many rows together, because a product of few costs as much."""
         if self._waiting:
-            rows = np.concatenate(self._waiting)
+            rows = np.concatenate(self._waiting).astype(np.float64)  # else their noise is solved for
             self._waiting.clear()
             self.hessian += rows.T @ rows
             self.magnitude += np.abs(rows).sum(axis=0, dtype=np.float64)
