@@ -25,7 +25,8 @@ from qexport.calibration.gradients.saliency import weight_saliency
 from qexport.calibration.halves import Halves, measure_halves
 from qexport.calibration.kernels import Kernel
 from qexport.calibration.least import check_least
-from qexport.calibration.reading.data import Dataset
+from qexport.calibration.orders import reorder_neurons
+from qexport.calibration.reading.data import Dataset, Sample
 from qexport.calibration.sparse_layers import Choice
 from qexport.calibration.statistics.gram import BUDGET, Gram, Tap, groups
 from qexport.errors import UsageError
@@ -86,6 +87,8 @@ class Sparsify(Pass):
     ridge: float | None = None
     """Share of the Hessian's mean diagonal that is added to it, so that noise is not fitted; unset, what is best for
     one half of the samples when fitted to the other."""
+    permute: bool = False
+    """With n:m: whether neurons between two products change places first, so that groups mix large and small ones."""
     min_dim: int | None = None
     """Layers stay dense with so few inputs or outputs, or fewer; unset, 256 for n:m and 0 for a share."""
     keep: tuple[str, ...] = ()
@@ -101,6 +104,9 @@ class Sparsify(Pass):
             hint = "leave it out, or give a share of zeros"
             what = f"numbers compete in their group of {group}, not per {self.per}"
             raise UsageError(what, where="sparsify.per", hint=hint)
+        if self.permute and not group:
+            hint = "leave it out, or set pattern = '2:4'"
+            raise UsageError("a share of zeros has no groups to order", where="sparsify.permute", hint=hint)
         if self.per == "model" and self.criterion not in _COMPARABLE:
             what = f"scores of {self.criterion} cannot be compared between layers"
             hint = 'set criterion = "magnitude" or "gradient", or per = "layer"'
@@ -129,6 +135,7 @@ class Sparsify(Pass):
             raise UsageError("sparsify needs calibration data", hint="give real samples with --calib")
         choice = Choice(self.wanted, self.scope, self.min_dim, self.keep, together=self.per == "model")
         taps, refused = choice.layers(model, find_target(self.target))
+        moved = reorder_neurons(model, taps, self.wanted, self._samples) if self.permute else []
         chosen = choice.masks(self._scores([site for sites in taps.values() for site in sites], model))
         spared = {site for site, mask in chosen.items() if mask.all()}
         refused += [decision(site.node, "skipped", SPARED) for site in spared]
@@ -147,14 +154,17 @@ class Sparsify(Pass):
             site.node.meta[SPARSITY_KEY] = loss
         _forget(model, changed)
         done = [_decided(site, self.wanted, loss) for site, (_, loss) in found.items()]
-        return Outcome(model, bool(changed), (*done, *refused))
+        return Outcome(model, bool(changed or moved), (*moved, *done, *refused))
+
+    def _samples(self) -> Iterator[Sample]:
+        """The samples, from the first one on."""
+        return islice(self.data or (), self.samples)
 
     def _scores(self, sites: Sequence[Site], model: ir.Model) -> dict[Site, Scores]:
         """Scores that are known before any layer is pruned."""
         if self.criterion == "gradient" and sites:
-            assert self.data is not None
             names = [site.node.inputs[1].name or "" for site in sites if site.node.inputs[1] is not None]
-            owed = weight_saliency(model, names, islice(self.data, self.samples))
+            owed = weight_saliency(model, names, self._samples())
             return {site: Kernel(site).laid(owed[name]) for site, name in zip(sites, names, strict=True)}
         return {site: magnitude(Kernel(site).matrix()) for site in sites} if self.per == "model" else {}
 
@@ -168,7 +178,7 @@ class Sparsify(Pass):
         rounds = [[tap] for tap in taps] if self.sequential else groups(taps, BUDGET // 2)
         advance = every(len(rounds), self.advance)
         for group in rounds:
-            yield from measure_halves(model, group, islice(self.data, self.samples), advance).items()
+            yield from measure_halves(model, group, self._samples(), advance).items()
 
     def _pruned(self, kernel: Kernel, halves: Halves, mask: Mask | None) -> tuple[Matrix, LayerLoss]:
         """The weight as it will be, and what that costs."""
