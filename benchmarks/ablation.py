@@ -162,13 +162,13 @@ def opened(model: ir.Model, target: str) -> Session:
     return open_model(model, SessionOptions(literal=find_target(target).engine is not None))
 
 
-def minilm() -> Subject:
-    """The sentence encoder, judged by both splits."""
+def minilm(wanted: Sequence[str] = ("dev", "test")) -> Subject:
+    """The sentence encoder, judged by the splits that are wanted."""
     from scipy.stats import spearmanr
 
     source, data = load_source(measure.minilm_folder()), measure.SAMPLES / "data"
     splits = {}
-    for split in ("dev", "test"):
+    for split in wanted:
         gold = [float(text) for text in sentences.read_column(data / f"stsb-{split}.csv", "score")]
         texts = [sentences.read_column(data / f"stsb-{split}.csv", f"sentence{side}") for side in (1, 2)]
         tokens = sentences.tokenize(texts[0] + texts[1])

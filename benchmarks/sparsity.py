@@ -1,7 +1,7 @@
 """Zeros and cuts: layer error of 2:4 by criterion, and quality, size and speed against what is cut out.
 
 ``python benchmarks/sparsity.py [errors|curves] [NAME ...]`` measures one table or both, or the rows whose names hold
-one of ``NAME``. Every row is a process of its own, so that no row is warmed up by the one before.
+one of ``NAME``.
 """
 
 from __future__ import annotations
@@ -67,20 +67,19 @@ def main(arguments: Sequence[str]) -> None:
             "sparsity_errors", [measure.run_child("sparsity.py", "--one", "errors", n) for n in names], ERRORS_NOTE
         )
     if "curves" in parts:
-        jobs = [job for job in _jobs() if not chosen or job[0] in chosen]
-        rows = [measure.run_child("sparsity.py", "--one", "curves", *job) for job in jobs]
+        kinds = [kind for kind in CUTS if not chosen or kind in chosen]
+        rows = [row for kind in kinds for row in measure.run_child("sparsity.py", "--one", "curves", kind)["rows"]]
         measure.report("sparsity_curves", rows, CURVES_NOTE)
         _draw(rows)
 
 
-def _jobs() -> list[tuple[str, str, str]]:
-    """Kind, share and repair of every row, the uncut model of each kind first."""
-    found: list[tuple[str, str, str]] = []
-    for kind, (_, shares) in CUTS.items():
-        found.append((kind, "1", "no"))
-        for share in shares:
-            found += [(kind, str(share), repair) for repair in ("yes", "no") if repair == "yes" or share in PLAIN[kind]]
-    return found
+def _jobs(kind: str) -> list[tuple[float, bool]]:
+    """Share and repair of every row of a kind, the uncut model first."""
+    shares = CUTS[kind][1]
+    return [
+        (1.0, False),
+        *((share, done) for share in shares for done in (True, False) if done or share in PLAIN[kind]),
+    ]
 
 
 def errors(name: str) -> measure.Row:
@@ -90,7 +89,7 @@ def errors(name: str) -> measure.Row:
     from qexport.calibration.sparsify import SPARSITY_KEY, Sparsify
     from qexport.passes.pipeline import run
 
-    subject = ablation.minilm()
+    subject = ablation.minilm(["test"])
     asked = dict(SPARSE.get(name, {}))
     samples: Any = ablation.bound(subject, subject.recipe)["data"]
     if asked.pop("padded", False):
@@ -125,8 +124,20 @@ def _cleanup() -> list[tuple[str, Any]]:
     return [(name, find_pass(name, "benchmark")()) for name in CLEANED]
 
 
-def curves(kind: str, share: str, repair: str) -> measure.Row:
-    """One row of the table of cuts, in this process."""
+def curves(kind: str) -> measure.Row:
+    """All rows of a kind of cut, in this process."""
+    import ablation
+
+    from qexport.passes.pipeline import run
+
+    name, _ = CUTS[kind]
+    subject = ablation.minilm(["test"]) if name == "minilm" else ablation.resnet()
+    plain, _ = run(subject.source.model, _cleanup())
+    return {"rows": [_cut(kind, subject, plain, share, repair=repair) for share, repair in _jobs(kind)]}
+
+
+def _cut(kind: str, subject: Any, plain: ir.Model, share: float, *, repair: bool) -> measure.Row:
+    """One row of the table of cuts."""
     import ablation
 
     from qexport.exporter.proof.latency import measure as paired
@@ -134,27 +145,23 @@ def curves(kind: str, share: str, repair: str) -> measure.Row:
     from qexport.passes.pipeline import parameters, run
     from qexport.passes.target import find_target
 
-    name, _ = CUTS[kind]
-    subject = ablation.minilm() if name == "minilm" else ablation.resnet()
-    data = ablation.bound(subject, subject.recipe)["data"]
-    plain, _ = run(subject.source.model, _cleanup())
-    options = {"data": data, "keep": float(share), "repair": repair == "yes"}
-    steps = [] if share == "1" else [(kind, find_pass(kind, "benchmark")(**options)), *_cleanup()[1:2]]
+    options = {"data": ablation.bound(subject, subject.recipe)["data"], "keep": share, "repair": repair}
+    steps = [] if share == 1 else [(kind, find_pass(kind, "benchmark")(**options)), *_cleanup()[1:2]]
     start = time.perf_counter()
     model, records = run(plain, steps)
     seconds = time.perf_counter() - start
     found = subject.score(model, "ort-cpu")
     units = [d.units for record in records for d in record.decisions if d.units is not None]
-    latency = paired(plain, model, _feeds(name), find_target("ort-cpu"))
-    task = "test: Spearman x100" if name == "minilm" else "top-1, %"
+    latency = paired(plain, model, _feeds(CUTS[kind][0]), find_target("ort-cpu"))
     before, after = parameters(plain), parameters(model)
+    print(f"{kind} {share} {repair}: {seconds:.0f} s", file=sys.stderr, flush=True)
     return {
         "model": subject.name,
         "cut": kind,
-        "share": share,
-        "repair": repair,
+        "share": f"{share:g}",
+        "repair": "yes" if repair else "no",
         "stay": "{} of {}".format(*map(sum, zip(*units, strict=True))) if units else "all",
-        "task": f"{found[task]:.2f}",
+        "task": f"{found['test: Spearman x100' if subject.name == 'MiniLM' else 'top-1, %']:.2f}",
         "mean cosine": f"{found['test: mean cosine']:.4f}",
         "worst cosine": f"{found['test: worst cosine']:.3f}",
         "parameters": f"{after / 1e6:.3f} M ({after / before:.0%})",
