@@ -100,7 +100,7 @@ class Prune(Pass):
         for space, keep in chosen:
             reason = "all of it stays" if keep.all() else _cut(space).refusal(keep)
             if reason is not None:
-                decisions.append(Decision(space.name, self.kind, "skipped", reason))
+                decisions.append(self._whole(space, reason))
         losing = [(space, keep) for space, keep in chosen if not keep.all() and _cut(space).refusal(keep) is None]
         advance = every(max(len(losing), 1), self.advance)
         for space, keep in losing:
@@ -114,7 +114,7 @@ class Prune(Pass):
         found = find_spaces(model, self.kind)
         self._check_spared(found)
         reasons = {space: self._refusal(space) for space in found}
-        refused = [Decision(space.name, self.kind, "skipped", why) for space, why in reasons.items() if why]
+        refused = [self._whole(space, why) for space, why in reasons.items() if why]
         able = [space for space, why in reasons.items() if not why]
         if not able and not {SPARED, DONE} & set(reasons.values()):
             what, space = f"the model has no {self.kind}", next(iter(_telling(reasons)), None)
@@ -146,6 +146,11 @@ class Prune(Pass):
             return f"no more than {self.multiple} {self.kind}"
         return unmeasured(space.cut, self.criterion)
 
+    def _whole(self, space: Space, reason: str) -> Decision:
+        """Say why a space stays whole; its units count, where they are known."""
+        units = (space.count, space.count) if space.count and reason != DONE else None
+        return Decision(space.name, self.kind, "skipped", reason, units=units)
+
     def _evidence(self, model: ir.Model) -> Evidence:
         count = self.samples if self.criterion not in ("change", "gradient") else min(self.samples, LOOKED_AT)
         return Evidence(model, lambda: self._samples(count), lambda: None, RIDGE if self.ridge is None else self.ridge)
@@ -158,13 +163,13 @@ class Prune(Pass):
         cut = find_cut(space.value, space.ids, space.count)
         reason = cut if isinstance(cut, str) else cut.refusal(keep)
         if isinstance(cut, str) or reason is not None:
-            return Decision(space.name, self.kind, "skipped", f"what was cut before has changed it: {reason}")
+            return self._whole(space, f"what was cut before has changed it: {reason}")
         repairs = self._repairs(model, cut, keep, advance)
         gone = int(cut.parameters()[~keep].sum())
         cut.apply(keep)
         for done in repairs:
             done.write()
-        detail = f"{gone:,} parameters fewer{_told(repairs)}; {_listed(np.flatnonzero(~keep))} went"
+        detail = f"{gone:,} parameters fewer{_told(repairs)}; without {_listed(np.flatnonzero(~keep))}"
         what = "what reads it is refitted" if self.repair else "those that stay take over"
         units = (int(keep.sum()), space.count)
         return Decision(space.name, self.kind, "pruned", what if repairs else UNREPAIRED, detail, units)
@@ -188,7 +193,7 @@ def _told(repairs: Sequence[Repair]) -> str:
     masked, left = (
         10 * math.log10(max(max(rows), 1e-12)) for rows in zip(*((r.masked, r.left) for r in repairs), strict=True)
     )
-    return f", error {masked:.0f} dB, {left:.0f} dB made up for"
+    return f", error {left:.0f} dB, {masked:.0f} dB if nothing made up for it"
 
 
 def _listed(numbers: NDArray[np.intp]) -> str:

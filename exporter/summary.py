@@ -50,7 +50,7 @@ def cut_line(result: Result) -> str:
             if decision.units is not None:
                 total = kept.setdefault(decision.op, [0, 0])
                 total[:] = (total[0] + decision.units[0], total[1] + decision.units[1])
-    if not kept:
+    if all(left == count for left, count in kept.values()):
         return ""
     units = ", ".join(f"{left:,} of {count:,} {kind}" for kind, (left, count) in kept.items())
     before, after = parameters_around(result)
@@ -60,7 +60,11 @@ def cut_line(result: Result) -> str:
 
 def parameters_around(result: Result) -> tuple[int, int]:
     """Parameters before the first and after the last step that cut units out."""
-    cuts = [place for place, step in enumerate(result.steps) if any(d.units is not None for d in step.decisions)]
+    cuts = [
+        place
+        for place, step in enumerate(result.steps)
+        if any(d.units is not None and d.units[0] < d.units[1] for d in step.decisions)
+    ]
     first, last = cuts[0], cuts[-1]
     before = result.steps[first - 1].parameters if first else result.source.parameters
     return before, result.steps[last].parameters

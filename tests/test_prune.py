@@ -138,7 +138,7 @@ def test_heads_that_the_projection_does_not_read_go_first(name, criterion):
     before = copy_of(model)
     (done,) = pruned(Heads(data=samples, keep=1 - 1 / count, criterion=criterion)(model))
     assert done.units == (count - 1, count)
-    assert done.detail.endswith("; 0 went")
+    assert done.detail.endswith("; without 0")
     assert error_of(before, model, samples) < 1e-6
 
 
@@ -152,7 +152,7 @@ def test_neurons_that_are_never_on_go_first(criterion):
     model.graph.initializers["c1"].const_value = ir.tensor(bias, name="c1")
     before = copy_of(model)
     (done,) = pruned(Neurons(data=samples, keep=0.66, multiple=1, criterion=criterion, repair=False)(model))
-    assert done.detail.endswith("; 1, 4 went")
+    assert done.detail.endswith("; without 1, 4")
     assert error_of(before, model, samples) < 1e-9
 
 
@@ -294,3 +294,18 @@ def test_layers_are_fitted_to_what_they_read_behind_those_that_are_cut_already()
     keep = [column.tolist() in new.T.tolist() for column in old.T]
     wanted = np.linalg.lstsq(rows[:, keep], rows @ array(model.graph.initializers["w4"]), rcond=None)[0]
     assert array(work.graph.initializers["w4"]) == pytest.approx(wanted, rel=1e-2, abs=1e-2)
+
+
+def test_layers_that_lose_nothing_count_among_all_units():
+    body = "y = MatMul(a, w1) x = Relu(y) o = MatMul(x, w2) h = Add(o, a) z = MatMul(h, w3) t = Tanh(z) "
+    shapes = {"w1": "8x12", "w2": "12x8", "w3": "8x12", "w4": "12x4"}
+    for options, reason in (({"per": "layer", "spare": ("MatMul/z",)}, SPARED), ({"per": "model"}, "all of it stays")):
+        model = build(body + "out = MatMul(t, w4)", **shapes)
+        weight = array(model.graph.initializers["w2"]).copy()
+        weight[:6] = 0  # the neurons that a budget for the whole model takes
+        model.graph.initializers["w2"].const_value = ir.tensor(weight, name="w2")
+        keep = 0.5 if options["per"] == "layer" else 0.75
+        outcome = Neurons(data=data(model, 6), keep=keep, multiple=1, criterion="activation", **options)(model)
+        told = {d.node: (d.units, d.reason) for d in outcome.decisions if d.units is not None}
+        assert told["MatMul/y"][0] == (6, 12)
+        assert told["MatMul/z"] == ((12, 12), reason)

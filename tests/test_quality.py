@@ -130,6 +130,17 @@ def test_layers_are_compared_under_their_names_with_all_earlier_noise():
     assert [layer.sqnr for layer in layers] == pytest.approx([40, 40], abs=0.01)  # 1 % of everything
 
 
+def test_layers_that_have_lost_units_are_not_compared():
+    text = "g (float[n, 4] x) => (float[n, 4] y) { h = MatMul(x, w)  y = MatMul(h, v) }"
+    w, v = RNG.standard_normal((2, 4, 4))
+    v[3] = 0
+    plain, result = model_from(text, w=w, v=v), model_from(text, w=w[:, :3], v=v[:3] * 1.01)
+    for model in (plain, result):
+        model.graph[0].name, model.graph[1].name = "first", "second"
+    (layer,) = layer_quality(plain, result, ["first", "second"], pictures(), TARGET)
+    assert (layer.node, layer.sqnr) == ("second", pytest.approx(40, abs=0.01))
+
+
 def test_layers_of_a_file_for_an_engine_are_compared_with_their_quantizers_taken_literally():
     text = """g (float[n, 64] x) => (float[n, 64] y) {
         q = QuantizeLinear(x, s, z)  a = DequantizeLinear(q, s, z)

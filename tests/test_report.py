@@ -251,8 +251,10 @@ def test_a_result_survives_json() -> None:
 
 
 def with_cuts() -> Result:
-    first = DecisionInfo(node="a|b", op="heads", action="pruned", reason="refitted", detail="1, 2 went", units=(9, 12))
-    second = DecisionInfo(node="c", op="heads", action="pruned", reason="refitted", units=(12, 12))
+    first = DecisionInfo(
+        node="a|b", op="heads", action="pruned", reason="refitted", detail="without 1, 2", units=(9, 12)
+    )
+    second = DecisionInfo(node="c", op="heads", action="skipped", reason="all of it stays", units=(12, 12))
     third = DecisionInfo(node="d", op="neurons", action="pruned", reason="refitted", units=(1072, 1536))
     steps = (
         StepInfo(name="cleanup", modified=True, seconds=0.1, nodes=200, parameters=20_000_000),
@@ -269,9 +271,13 @@ def test_the_summary_and_the_report_tell_what_was_cut_out() -> None:
     assert fact(result, "cut").endswith(line)
     report = report_markdown(result)
     assert f"## Cut: {line}" in report.replace("\\", "")
-    assert "| heads | `a\\|b` | 9 of 12 | refitted | 1, 2 went |" in report
+    assert "| heads | `a\\|b` | 9 of 12 | refitted | without 1, 2 |" in report
 
 
 def test_a_model_that_lost_nothing_has_no_word_of_cuts() -> None:
     assert not any(line.startswith("cut") for line in summary_lines(make_result()))
     assert "## Cut" not in report_markdown(make_result())
+    whole = DecisionInfo(node="d", op="neurons", action="skipped", reason="no more than 16 neurons", units=(16, 16))
+    result = make_result(steps=(StepInfo(name="neurons", modified=False, seconds=1, nodes=2, decisions=(whole,)),))
+    assert not any(line.startswith("cut") for line in summary_lines(result))
+    assert "## Cut" not in report_markdown(result)

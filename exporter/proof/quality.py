@@ -158,8 +158,9 @@ def layer_quality(
 ) -> tuple[LayerQuality, ...]:
     """SQNR of the first output of each named node against the float model, noise of all earlier layers included.
 
-    ``reference`` is the model before its numbers were changed; values that both models hold under the same name are
-    compared on a few samples, unpadded, with the result run as in ``compare``.
+    ``reference`` is the model before its numbers were changed; values that both models hold under the same name and in
+    the same size are compared on a few samples, unpadded, with the result run as in ``compare``. Those that have lost
+    units cannot be.
     """
     names = set(nodes)
     outputs = {node.outputs[0].name or "": node.name or "" for node in reference.graph if node.name in names}
@@ -172,11 +173,12 @@ def layer_quality(
     left, right = open_model(reference, taps=tensors), open_model(result, _as_built(target), tensors)
     for feeds in take(samples, LAYER_SAMPLES, rows):
         truth, found = left.run(feeds, tensors), right.run(feeds, tensors)
-        for name in tensors:
+        sums = {name: sums[name] for name in sums if truth[name].shape == found[name].shape}
+        for name in sums:
             a, b = truth[name].astype(np.float64), found[name].astype(np.float64)
             sums[name][0] += float(np.square(a).sum())
             sums[name][1] += float(np.square(a - b).sum())
-    return tuple(LayerQuality(node=outputs[name], tensor=name, sqnr=decibel(*sums[name])) for name in tensors)
+    return tuple(LayerQuality(node=outputs[name], tensor=name, sqnr=decibel(*sums[name])) for name in sums)
 
 
 def take(samples: Iterable[Sample], count: int, rows: int | None = None) -> Iterator[Feeds]:
