@@ -324,3 +324,21 @@ def test_sigterm_ends_a_build_without_leaving_anything(tmp_path, model, calib):
     assert done.returncode == 143
     assert "terminated; nothing was published" in done.stderr
     assert set(tmp_path.iterdir()) == before
+
+
+def test_compact_cuts_quantizes_and_tells_of_both(tmp_path, calib):
+    rng = np.random.default_rng(0)
+    text = "g (float[n, 32] x) => (float[n, 32] y) { h = MatMul(x, w)  r = Relu(h)  y = MatMul(r, v) }"
+    shapes = {"w": (32, 128), "v": (128, 32)}
+    model = save(tmp_path, text, **{name: rng.standard_normal(shape) for name, shape in shapes.items()})
+    before = model.read_bytes()
+    result = build(model, calib, recipe="compact", set=("neurons.keep=0.75", "quantize.min_sqnr=0", "triage.enabled=false"))
+    assert model.read_bytes() == before
+    (cut,) = (line for line in summary_lines(result) if line.startswith("cut"))
+    assert cut.endswith("96 of 128 neurons stay; 8,192 -> 6,144 parameters (25.0% fewer)")
+    assert result.quantized == 2
+    assert len(result.quality.layers) == 1  # the other one makes fewer numbers than in the float model
+    assert {d.reason for s in result.steps for d in s.decisions if s.name in ("heads", "channels")} == {
+        "the model has no heads",
+        "the model has no channels",
+    }
