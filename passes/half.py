@@ -17,7 +17,7 @@ float16 ends at 65504 and keeps 11 bits of every number. bfloat16 ends where flo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -79,6 +79,7 @@ class Half(Pass):
         masks = tuple(decision for decision in soften(model) if decision.action == "softened")
         reasons = self._reasons(model)
         chosen = {node for node, reason in reasons.items() if reason is None}
+        chosen |= {node for node in model.graph if node.op_type == "QuantizeLinear" and _reads(node, chosen)}
         kept = tuple(
             Decision(node.name or "", node.op_type, "kept", reason) for node, reason in reasons.items() if reason
         )
@@ -120,6 +121,12 @@ def _unobserved(reasons: Mapping[ir.Node, str | None], dtype: str) -> tuple[Deci
     if dtype != "float16" or not reasons or any(extreme_of(v) is not None for node in reasons for v in values_of(node)):
         return ()
     return (Decision("", "graph", "noted", "ranges were not observed, the guard knows constants only"),)
+
+
+def _reads(quantizer: ir.Node, chosen: Collection[ir.Node]) -> bool:
+    """Whether a quantizer of floats reads what a chosen node makes: a Cast between both would part them in engines."""
+    source = quantizer.inputs[0]
+    return source is not None and source.dtype == ir.DataType.FLOAT and source.producer() in chosen
 
 
 def _computes_float(node: ir.Node) -> bool:

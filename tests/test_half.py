@@ -295,3 +295,15 @@ def test_the_pooling_of_bert_survives_a_sentence_of_padding(tmp_path):
     np.testing.assert_array_equal(after[1], 0)
     np.testing.assert_allclose(after[0], before[0], atol=5e-3)
     assert sum(node.outputs[0].dtype == F16 for node in model.graph if node.op_type == "MatMul") == 8
+
+
+def test_a_quantizer_reads_halves_straight_from_what_makes_them():
+    model = mlp()
+    for value in (model.graph.inputs[0], model.graph[1].outputs[0]):
+        value.meta[RANGE_KEY] = Range(-4.0, 4.0)
+    Quantize(min_sqnr=0)(model)
+    Half()(model)
+    of_input, of_hidden = (node for node in model.graph if node.op_type == "QuantizeLinear")
+    assert of_input.inputs[0] is model.graph.inputs[0]  # float32 as the caller gives it
+    assert [value.dtype for value in of_hidden.inputs[:2]] == [ir.DataType.FLOAT16] * 2
+    assert of_hidden.inputs[0].producer().op_type != "Cast"
