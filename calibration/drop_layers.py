@@ -26,6 +26,7 @@ from qexport.passes.match import maker
 from qexport.passes.pruning.blocks import Block, find_blocks, find_layers, remove
 from qexport.passes.writing.quantized import quantized_nodes
 
+LOOKED_AT = 64  # samples, at most
 COUNT_KEY = "qexport.layers"  # on the graph: how many units it had, by kind
 FEW = "no more are left than are to stay"
 LEAST, MORE = "it does least", "others do less"
@@ -44,8 +45,8 @@ class Layers(Pass):
 
     data: Dataset | None = field(default=None, metadata={"bound": True})
     advance: Callable[[], None] = field(default=lambda: None, metadata={"bound": True})
-    samples: int = 64
-    """How many samples to look at; they are taken from all over the data."""
+    samples: int = 512
+    """How many samples to look at; of more than 64 as many, from all over them, for models run whole many times."""
     keep: float = 0.75
     """Share of the layers that stay, in whole ones and one at least."""
     unit: Unit = "layer"
@@ -209,9 +210,13 @@ class _Search:
 
 
 def _spread(data: Dataset, count: int) -> list[Sample]:
-    """So many samples, evenly from all over the data: files tend to begin with one kind."""
-    step = max(1, len(data) // count)
-    return list(islice(data, 0, step * count, step))
+    """``LOOKED_AT`` samples evenly from all over the first ``count``: files tend to begin with one kind.
+
+    What comes after ``count`` is held out: builds are judged on it.
+    """
+    count = min(count, len(data))
+    step = max(1, count // LOOKED_AT)
+    return list(islice(data, 0, min(count, step * LOOKED_AT), step))
 
 
 def _named(model: ir.Model, unit: Unit, name: str) -> Block:

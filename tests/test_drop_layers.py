@@ -167,11 +167,12 @@ def test_spared_layers_stay():
     assert ("Add/h1", "kept", SPARED) in told(outcome)
 
 
-def test_samples_come_from_all_over_the_data():
+def test_samples_come_from_all_over_those_that_are_not_held_out():
     zeros = Samples([{"a": np.zeros((5, WIDTH), np.float32)}] * 12)
     model = stack([0.3, 0.1])
-    whole = influences(model, find_blocks(model), rows(24)[::6])
-    outcome = Layers(data=Samples([*rows(24)]), keep=0.5, samples=4, repair=False)(model)
+    used, held_out = rows(130), [{"a": np.full((5, WIDTH), np.nan, np.float32)}] * 300
+    whole = influences(model, find_blocks(model), used[:128:2])
+    outcome = Layers(data=Samples([*used, *held_out]), keep=0.5, samples=130, repair=False)(model)
     assert outcome.decisions[0].detail.startswith(f"influence {whole['Add/h1']:.4f}")
     assert Layers(data=zeros, keep=0.5)(stack([0.3, 0.1])).modified  # zeros are like zeros
 
