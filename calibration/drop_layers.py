@@ -10,12 +10,12 @@ import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
 from qexport.calibration.affine import Affine, Removed, fit, fold
+from qexport.calibration.excerpt import spread
 from qexport.calibration.few_bits import UNSEEN, every
 from qexport.calibration.influence import change, influences
 from qexport.calibration.least import check_least
@@ -26,7 +26,6 @@ from qexport.passes.match import maker
 from qexport.passes.pruning.blocks import Block, find_blocks, find_layers, remove
 from qexport.passes.writing.quantized import quantized_nodes
 
-LOOKED_AT = 64  # samples, at most
 COUNT_KEY = "qexport.layers"  # on the graph: how many units it had, by kind
 FEW = "no more are left than are to stay"
 LEAST, MORE = "it does least", "others do less"
@@ -48,7 +47,7 @@ class Layers(Pass):
     samples: int = 512
     """How many samples to look at; of more than 64 as many, from all over them, for models run whole many times."""
     keep: float = 0.75
-    """Share of the layers that stay, in whole ones and one at least."""
+    """Share of the layers that stay, in whole ones."""
     unit: Unit = "layer"
     """What is removed: whole layers, or attentions and feed-forward blocks by themselves."""
     criterion: Literal["influence", "change"] = "influence"
@@ -87,11 +86,15 @@ class Layers(Pass):
             return self._nothing(model, refused)
         self._check_spare(found)
         whole = {**model.graph.meta.get(COUNT_KEY, {})}
-        count = len(found) - max(1, round(self.keep * whole.setdefault(self.unit, len(found))))
+        stay = round(self.keep * whole.setdefault(self.unit, len(found)))
+        if stay < 1:
+            what = f"to keep {self.keep:g} of {whole[self.unit]} {self.unit}s would leave nothing of the model"
+            raise UsageError(what, where="layers.keep", hint="keep more")
+        count = len(found) - stay
         if count <= 0:
             return Outcome(model, False, (Decision("", "graph", "skipped", FEW), *refused))
         self._check_budget((count, len(found), len(free)), refused)
-        search = _Search(self, model.clone(), model, _spread(self.data, self.samples))
+        search = _Search(self, model.clone(), model, spread(self.data, self.samples))
         steps = list(search.run([block.name for block in free], count))
         if not steps:
             return Outcome(model, False, (Decision("", "graph", "skipped", UNSEEN), *refused))
@@ -207,16 +210,6 @@ class _Search:
         block = _named(copy, self.asked.unit, name)
         remove(block)
         return copy, block.entry.producer()
-
-
-def _spread(data: Dataset, count: int) -> list[Sample]:
-    """``LOOKED_AT`` samples evenly from all over the first ``count``: files tend to begin with one kind.
-
-    What comes after ``count`` is held out: builds are judged on it.
-    """
-    count = min(count, len(data))
-    step = max(1, count // LOOKED_AT)
-    return list(islice(data, 0, min(count, step * LOOKED_AT), step))
 
 
 def _named(model: ir.Model, unit: Unit, name: str) -> Block:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from qexport.calibration.cutting.budget import Budget
 from qexport.calibration.cutting.readers import Repair, hessians, merged, readers_of, repair, taps_of
 from qexport.calibration.cutting.scores import CRITERIA, Evidence, unmeasured
+from qexport.calibration.excerpt import spread
 from qexport.calibration.few_bits import every
 from qexport.calibration.halves import measure_halves
 from qexport.calibration.least import check_least
@@ -35,7 +36,6 @@ from qexport.passes.writing.quantized import quantized_nodes
 
 CUT_KEY = "qexport.cut"
 """With the kind behind it, left on all values whose units were looked at: what was cut is not cut again."""
-LOOKED_AT = 64  # samples for criteria that run the model once for each unit
 LISTED = 12  # units that a report names
 UNREPAIRED = "what reads it is not refitted"
 SPARED, DONE = "spared by name", "cut already"
@@ -92,7 +92,8 @@ class Prune(Pass):
             return Outcome(model, False, (Decision("", "graph", "skipped", "already quantized"),))
         if self.data is None and (self.repair or self.criterion != "magnitude"):
             raise UsageError(f"{self.kind} needs calibration data", hint="give real samples with --calib")
-        spaces, decisions = self._spaces(model)
+        found = find_spaces(model, self.kind)
+        spaces, decisions = self._spaces(found)
         if not spaces:
             return Outcome(model, False, tuple(decisions))
         scores = CRITERIA[self.criterion](spaces, self._evidence(model))
@@ -107,11 +108,12 @@ class Prune(Pass):
             decisions.append(self._remove(model, space, keep, advance))
         for value in (value for space in spaces for value in _cut(space).values):
             value.meta[_key(self.kind)] = True
+        place = {space.name: at for at, space in enumerate(found)}
+        decisions.sort(key=lambda decision: place.get(decision.node, -1))
         return Outcome(model, any(d.action == "pruned" for d in decisions), tuple(decisions))
 
-    def _spaces(self, model: ir.Model) -> tuple[list[Space], list[Decision]]:
+    def _spaces(self, found: Sequence[Space]) -> tuple[list[Space], list[Decision]]:
         """The spaces to cut, and why others stay whole."""
-        found = find_spaces(model, self.kind)
         self._check_spared(found)
         reasons = {space: self._refusal(space) for space in found}
         refused = [self._whole(space, why) for space, why in reasons.items() if why]
@@ -152,11 +154,14 @@ class Prune(Pass):
         return Decision(space.name, self.kind, "skipped", reason, units=units)
 
     def _evidence(self, model: ir.Model) -> Evidence:
-        count = self.samples if self.criterion not in ("change", "gradient") else min(self.samples, LOOKED_AT)
-        return Evidence(model, lambda: self._samples(count), lambda: None, RIDGE if self.ridge is None else self.ridge)
+        ridge = RIDGE if self.ridge is None else self.ridge
+        if self.data is None or self.criterion not in ("change", "gradient"):
+            return Evidence(model, self._samples, lambda: None, ridge)
+        few = spread(self.data, self.samples)
+        return Evidence(model, lambda: iter(few), lambda: None, ridge)
 
-    def _samples(self, count: int) -> Iterator[Sample]:
-        return islice(iter(self.data or ()), count)
+    def _samples(self) -> Iterator[Sample]:
+        return islice(iter(self.data or ()), self.samples)
 
     def _remove(self, model: ir.Model, space: Space, keep: Keep, advance: Callable[[], None]) -> Decision:
         """Cut one space, its readers fitted to what they made on the model as it is by now."""
@@ -179,7 +184,7 @@ class Prune(Pass):
         merges = self.criterion == "likeness"
         if not readers or not (self.repair or merges):
             return []
-        grams = measure_halves(model, taps_of(readers), self._samples(self.samples), advance)
+        grams = measure_halves(model, taps_of(readers), self._samples(), advance)
         if self.repair:
             found = [repair(reader, grams[reader.tap], keep, self.ridge) for reader in readers]
             return [done for done in found if done is not None]

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib
 import json
+import math
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -131,6 +132,8 @@ def check_option(cls: type[Pass], name: str, value: object, where: str) -> objec
     if name not in fields:
         raise UsageError(f"unknown option {name!r}", where=where, hint=suggest(name, fields))
     hint = typing.get_type_hints(cls)[name]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{name} = {value!r}: expected a finite number", where=where)
     try:
         # JSON, because strict JSON lets an array become a tuple and a name become an enumeration's member.
         return TypeAdapter(hint).validate_json(json.dumps(value, default=str), strict=True)

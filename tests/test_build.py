@@ -332,7 +332,8 @@ def test_compact_cuts_quantizes_and_tells_of_both(tmp_path, calib):
     shapes = {"w": (32, 128), "v": (128, 32)}
     model = save(tmp_path, text, **{name: rng.standard_normal(shape) for name, shape in shapes.items()})
     before = model.read_bytes()
-    result = build(model, calib, recipe="compact", set=("neurons.keep=0.75", "quantize.min_sqnr=0", "triage.enabled=false"))
+    chosen = ("neurons.keep=0.75", "quantize.min_sqnr=0", "triage.enabled=false")
+    result = build(model, calib, recipe="compact", set=chosen)
     assert model.read_bytes() == before
     (cut,) = (line for line in summary_lines(result) if line.startswith("cut"))
     assert cut.endswith("96 of 128 neurons stay; 8,192 -> 6,144 parameters (25.0% fewer)")

@@ -140,8 +140,14 @@ def test_as_many_stay_as_the_share_rounds_to_and_outputs_keep_their_shapes(keep,
     model = stack(np.linspace(0.05, 0.4, count), post=post)
     before = [(value.name, dims(value)) for value in model.graph.outputs]
     asked = Layers(data=rows(4), keep=keep, repair=repair)
+    if round(keep * count) < 1:
+        stored = bytes_of(model)
+        with pytest.raises(UsageError, match="would leave nothing of the model"):
+            asked(model)
+        assert bytes_of(model) == stored
+        return
     outcome = asked(model)
-    assert len(left(model)) == max(1, round(keep * count))
+    assert len(left(model)) == round(keep * count)
     assert outcome.modified == (len(left(model)) < count)
     assert [(value.name, dims(value)) for value in model.graph.outputs] == before
     assert run(model)[0].shape == (2, 5, WIDTH)
