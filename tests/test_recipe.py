@@ -394,6 +394,6 @@ def test_the_table_imports_a_pass_only_when_it_is_asked_for() -> None:
 
 def test_a_number_that_is_none_is_told_with_its_option() -> None:
     for number in ("nan", "inf", "-inf"):
-        with pytest.raises(UsageError, match="keep = .*: expected a finite number") as error:
+        with pytest.raises(UsageError, match="expected a finite number") as error:
             override(load_recipe("prune-heads"), [f"heads.keep={number}", "export.target=ort-cpu"])
         assert f"--set heads.keep={number}" in str(error.value.where)
