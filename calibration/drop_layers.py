@@ -14,10 +14,10 @@ from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
-from qexport.calibration.affine import Affine, Removed, fit, fold
-from qexport.calibration.excerpt import spread
+from qexport.calibration.cutting.affine import Affine, Removed, fit, fold
+from qexport.calibration.cutting.excerpt import spread
+from qexport.calibration.cutting.influence import change, influences
 from qexport.calibration.few_bits import UNSEEN, every
-from qexport.calibration.influence import change, influences
 from qexport.calibration.least import check_least
 from qexport.calibration.reading.data import Dataset, Sample
 from qexport.errors import UsageError

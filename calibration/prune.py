@@ -20,13 +20,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.calibration.cutting.budget import Budget
+from qexport.calibration.cutting.excerpt import spread
 from qexport.calibration.cutting.readers import Repair, hessians, merged, readers_of, repair, taps_of
 from qexport.calibration.cutting.scores import CRITERIA, Evidence, unmeasured
-from qexport.calibration.excerpt import spread
 from qexport.calibration.few_bits import every
-from qexport.calibration.halves import measure_halves
 from qexport.calibration.least import check_least
 from qexport.calibration.reading.data import Dataset, Sample
+from qexport.calibration.statistics.halves import measure_halves
 from qexport.errors import UsageError
 from qexport.passes.base import Decision, Outcome, Pass
 from qexport.passes.numbers.refit import RIDGE

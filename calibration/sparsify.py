@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 
 from qexport.calibration.few_bits import UNSEEN, every
 from qexport.calibration.gradients.saliency import weight_saliency
-from qexport.calibration.halves import Halves, measure_halves
-from qexport.calibration.kernels import Kernel
 from qexport.calibration.least import check_least
-from qexport.calibration.orders import reorder_neurons
 from qexport.calibration.reading.data import Dataset, Sample
-from qexport.calibration.sparse_layers import Choice
 from qexport.calibration.statistics.gram import BUDGET, Gram, Tap, groups
+from qexport.calibration.statistics.halves import Halves, measure_halves
+from qexport.calibration.zeros.choice import Choice
+from qexport.calibration.zeros.kernels import Kernel
+from qexport.calibration.zeros.orders import reorder_neurons
 from qexport.errors import UsageError
 from qexport.passes.base import Decision, Outcome, Pass
 from qexport.passes.folding.activation import ACTIVATION_KEY

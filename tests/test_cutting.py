@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.calibration.cutting.readers import readers_of, repair, taps_of
-from qexport.calibration.halves import measure_halves
+from qexport.calibration.statistics.halves import measure_halves
 from qexport.passes.match import array
 from qexport.passes.pruning.cut import find_cut
 from qexport.passes.pruning.spaces import Space

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from qexport.calibration.affine import NO_GAIN, NO_NORM, SHARED, SHARES, Affine, Trial, fold, solve
+from qexport.calibration.cutting.affine import NO_GAIN, NO_NORM, SHARED, SHARES, Affine, Trial, fold, solve
+from qexport.calibration.cutting.influence import change, influences
 from qexport.calibration.drop_layers import FEW, REPAIRED, SPARED, Layers
 from qexport.calibration.few_bits import UNSEEN
-from qexport.calibration.influence import change, influences
 from qexport.errors import DataInvalid, UsageError
 from qexport.exporter.load import load_model
 from qexport.exporter.recipe import Recipe, instantiate, override

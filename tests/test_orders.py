@@ -5,9 +5,9 @@ import onnx_ir as ir
 import pytest
 from helpers import Samples, model_from, session
 
-from qexport.calibration.orders import REORDERED, reorder_neurons
 from qexport.calibration.sparsify import SPARSITY_KEY, Sparsify
 from qexport.calibration.statistics.gram import by_tap
+from qexport.calibration.zeros.orders import REORDERED, reorder_neurons
 from qexport.errors import UsageError
 from qexport.exporter.sparsity import zeros_of
 from qexport.passes.numbers.masks import Pattern

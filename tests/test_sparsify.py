@@ -6,11 +6,11 @@ import pytest
 from helpers import Samples, model_from, session
 
 from qexport.calibration.calibrate import Calibrate
-from qexport.calibration.halves import measure_halves
-from qexport.calibration.kernels import Kernel
-from qexport.calibration.sparse_layers import DENSE, DONE, SHARED
 from qexport.calibration.sparsify import SPARED, SPARSITY_KEY, Sparsify
 from qexport.calibration.statistics.gram import by_tap, measure
+from qexport.calibration.statistics.halves import measure_halves
+from qexport.calibration.zeros.choice import DENSE, DONE, SHARED
+from qexport.calibration.zeros.kernels import Kernel
 from qexport.errors import DataInvalid, UsageError
 from qexport.exporter.recipe import Recipe, instantiate, override
 from qexport.passes.numbers.masks import Pattern, keep_mask, wanda

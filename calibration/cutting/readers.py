@@ -9,9 +9,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.calibration.halves import Halves
-from qexport.calibration.kernels import Kernel, Matrix
 from qexport.calibration.statistics.gram import Gram, Tap, tap_of
+from qexport.calibration.statistics.halves import Halves
+from qexport.calibration.zeros.kernels import Kernel, Matrix
 from qexport.passes.folding.axes import FREE
 from qexport.passes.numbers.gptq import Square
 from qexport.passes.numbers.refit import RIDGE, best_ridge, centred, refit_rows, refit_rows_and_bias

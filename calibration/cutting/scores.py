@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from qexport.calibration.cutting.gates import gate_gradients, output_change
 from qexport.calibration.cutting.readers import Reader, hessians, readers_of, sums_of, taps_of
 from qexport.calibration.few_bits import every
-from qexport.calibration.halves import measure_halves
 from qexport.calibration.reading.data import Sample
 from qexport.calibration.statistics.gram import BUDGET
+from qexport.calibration.statistics.halves import measure_halves
 from qexport.passes.folding.axes import FREE
 from qexport.passes.match import array
 from qexport.passes.numbers.gptq import Square

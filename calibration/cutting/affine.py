@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.calibration.influence import change, demand_numbers, positions, side_by_side
+from qexport.calibration.cutting.influence import change, demand_numbers, positions, side_by_side
 from qexport.calibration.reading.data import Sample
 from qexport.passes.folding.activation import ACTIVATION_KEY
 from qexport.passes.match import add_constant, array, maker, producer, sweep

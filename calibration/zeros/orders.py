@@ -13,9 +13,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.calibration.kernels import Kernel
 from qexport.calibration.reading.data import Sample
 from qexport.calibration.statistics.gram import Gram, Tap, groups, measure
+from qexport.calibration.zeros.kernels import Kernel
 from qexport.passes.base import Decision
 from qexport.passes.numbers.masks import Pattern, Scores, magnitude, wanda
 from qexport.passes.numbers.permute import group_order

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qexport.calibration.kernels import Kernel
 from qexport.calibration.statistics.gram import Tap, by_tap
+from qexport.calibration.zeros.kernels import Kernel
 from qexport.errors import UsageError
 from qexport.passes.base import Decision
 from qexport.passes.match import check_names
