@@ -197,7 +197,7 @@ def _draw(rows: Sequence[measure.Row]) -> None:
     from matplotlib.figure import Figure
 
     for model in dict.fromkeys(row["model"] for row in rows):
-        figure = Figure(figsize=(11, 3.6), dpi=110, layout="tight")
+        figure = Figure(figsize=(11, 4), dpi=110, layout="constrained")
         axes = figure.subplots(1, 3)
         for kind in dict.fromkeys(row["cut"] for row in rows if row["model"] == model):
             of_kind = [row for row in rows if row["cut"] == kind]
@@ -213,7 +213,7 @@ def _draw(rows: Sequence[measure.Row]) -> None:
             axis.set(title=title, xlabel="parameters left, %")
             axis.invert_xaxis()
             axis.grid(linewidth=0.3)
-        axes[0].legend(fontsize=7)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
         figure.suptitle(f"{model}: what is cut out, no training", fontsize=10)
         figure.savefig(measure.RESULTS / f"sparsity-{str(model).lower()}.svg", metadata={"Date": None})
 
