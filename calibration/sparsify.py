@@ -134,7 +134,8 @@ class Sparsify(Pass):
         if self.data is None and not blind:
             raise UsageError("sparsify needs calibration data", hint="give real samples with --calib")
         choice = Choice(self.wanted, self.scope, self.min_dim, self.keep, together=self.per == "model")
-        taps, refused = choice.layers(model, find_target(self.target))
+        target = find_target(self.target)
+        taps, refused = choice.layers(model, target)
         moved = reorder_neurons(model, taps, self.wanted, self._samples) if self.permute else []
         chosen = choice.masks(self._scores([site for sites in taps.values() for site in sites], model))
         spared = {site for site, mask in chosen.items() if mask.all()}
@@ -154,6 +155,8 @@ class Sparsify(Pass):
             site.node.meta[SPARSITY_KEY] = loss
         _forget(model, changed)
         done = [_decided(site, self.wanted, loss) for site, (_, loss) in found.items()]
+        if self.wanted.group and changed and not target.sparse_kernels:
+            refused.append(Decision("", "graph", "noted", f"{target.name} has no sparse kernels: zeros save no time"))
         return Outcome(model, bool(changed or moved), (*moved, *done, *refused))
 
     def _samples(self) -> Iterator[Sample]:

@@ -170,3 +170,14 @@ def test_a_share_of_zeros_by_gradients_is_kept_to_the_number(per):
     for name, inputs in (("w", 64), ("v", 48)):
         zero = weight(model, name) == 0
         assert zero.sum() == (zero.size // inputs * round(0.3 * inputs) if per == "output" else round(0.3 * zero.size))
+
+
+@pytest.mark.parametrize(
+    ("target", "pattern", "told"), [("ort-cpu", "2:4", 1), ("ort-cpu", 0.5, 0), ("tensorrt", "2:4", 0)]
+)
+def test_a_target_without_sparse_kernels_is_told_of(target, pattern, told):
+    model = model_from("g (float[b, 64] x) => (float[b, 48] y) { y = MatMul(x, w) }", w=normal(64, 48))
+    step = Sparsify(pattern=pattern, criterion="magnitude", repair=False, target=target, min_dim=0)
+    notes = [d.reason for d in step(model).decisions if d.action == "noted"]
+    assert notes == [f"{target} has no sparse kernels: zeros save no time"] * told
+    assert not [d for d in step(model).decisions if d.action == "noted"]
