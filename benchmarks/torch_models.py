@@ -60,6 +60,8 @@ class Classifier:
 
     Attributes:
         convolutions: By the name of the node.
+        linear: Weight and bias of the last layer.
+        added: Channels of zeros before and behind those that enter a wider stage.
     """
 
     def __init__(self, asked: Mapping[str, Any]) -> None:
@@ -75,7 +77,8 @@ class Classifier:
             if node.op_type == "Conv":
                 strides = next(list(a.ints) for a in node.attribute if a.name == "strides")
                 self.convolutions[node.name] = convolution(held[node.input[1]], held[node.input[2]], strides)
-        self._linear = held["linear.weight"], held["linear.bias"]
+        self.linear = held["linear.weight"], held["linear.bias"]
+        self.added = {2: (8, 8), 3: (16, 16)}
 
     def __call__(self, image: Tensor) -> Tensor:
         """Logits; a shortcut to a wider stage takes every other pixel and adds channels of zeros on both sides."""
@@ -84,10 +87,10 @@ class Classifier:
             for block in (0, 1, 2):
                 first, second = (self.convolutions[inside(stage, block, place)] for place in (1, 2))
                 made = second(functional.relu(first(x)))
-                more = made.shape[1] - x.shape[1]
-                short = functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, more // 2, more // 2)) if more else x
+                wider = block == 0 and stage in self.added
+                short = functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, *self.added[stage])) if wider else x
                 x = functional.relu(made + short)
-        return functional.linear(x.mean((2, 3)), *self._linear)
+        return functional.linear(x.mean((2, 3)), *self.linear)
 
     def run(self) -> None:
         """Run all calibration samples."""

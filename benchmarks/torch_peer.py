@@ -141,6 +141,8 @@ def neurons(encoder: Encoder, found: Stored, ridge: float | None) -> Facts:
 
 def channels(classifier: Classifier, found: Stored, ridge: float | None) -> Facts:
     """Cut the channels between the two convolutions of a block, block by block."""
+    if ridge is None:
+        return everywhere(classifier, found)
     units = []
     for stage, block in np.ndindex(3, 3):
         names = [inside(stage + 1, block, place) for place in (1, 2)]
@@ -149,6 +151,34 @@ def channels(classifier: Classifier, found: Stored, ridge: float | None) -> Fact
             raise SystemExit(f"{names[1]}: channels of a residual sum went, which is not written here")
         if len(found[names[0]]) < first.out_channels:
             units.append(pair_cut((names[0], first, second), found[names[0]], classifier.run, ridge))
+    return {"units": units}
+
+
+def everywhere(classifier: Classifier, found: Stored) -> Facts:
+    """Cut the channels of the residual sums as well, from the first convolution to the last layer, without repair."""
+    units = []
+    stem = classifier.convolutions["/conv1/Conv"]
+    stay = kept(stem.weight, found["/conv1/Conv"], "/conv1/Conv")
+    narrowed(stem, stay)
+    for stage, block in np.ndindex(3, 3):
+        before = stay
+        for place in (1, 2):
+            name = inside(stage + 1, block, place)
+            layer = classifier.convolutions[name]
+            count = layer.out_channels
+            taken_out(layer, stay, None)
+            stay = kept(layer.weight, found[name], name)
+            narrowed(layer, stay)
+            if place == 1 and len(stay) < count:
+                units.append([len(stay), count])
+        if block == 0 and stage:
+            side = classifier.added[stage + 1][0]
+            if [unit - side for unit in stay if side <= unit < count - side] != before:
+                raise SystemExit(f"{name}: other channels than those of the stage before it")
+            classifier.added[stage + 1] = sum(unit < side for unit in stay), sum(unit >= count - side for unit in stay)
+            units += [[len(stay), count]] * (stage == 2 and len(stay) < count)
+    weight, bias = classifier.linear
+    classifier.linear = weight[:, stay], bias
     return {"units": units}
 
 

@@ -48,6 +48,7 @@ FEW = 32  # of them for removing layers, which runs whole models
 TESTED = 32
 BEHIND = {"minilm": sentences.HIDDEN, "resnet20": "logits"}  # the output that is compared
 TITLES = {"minilm": "MiniLM", "resnet20": "ResNet-20"}
+SUMS = ("/layer3/layer3.0/conv2/Conv",)
 SLOW = tuple(f"encoder.layer.{i}.output.dense/MatMul" for i in range(1, 6))  # to fit; the first is enough to see
 FIXED: dict[str, dict[str, Any]] = {
     "heads": {"criterion": "activation", "ridge": RIDGE},
@@ -73,11 +74,13 @@ class Cut:
         title: What the table calls it.
         model: ``minilm`` or ``resnet20``.
         steps: Options of the steps, by their names.
+        repairs: Whether torch repairs it too.
     """
 
     title: str
     model: str
     steps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    repairs: bool = True
 
 
 CUTS = {
@@ -90,11 +93,14 @@ CUTS = {
     "layers-4": Cut("layers 4/6", "minilm", {"layers": {"keep": 4 / 6}}),
     "sparse": Cut("2:4", "minilm", {"sparsify": {}}),
     "resnet20": Cut("nothing", "resnet20"),
-    "channels-80": Cut("channels 0.8", "resnet20", {"channels": {"keep": 0.8}}),
+    "channels-80": Cut("channels 0.8, none of residual sums", "resnet20", {"channels": {"keep": 0.8, "spare": SUMS}}),
+    "sums-80": Cut("channels 0.8", "resnet20", {"channels": {"keep": 0.8}}, repairs=False),
 }
 REPAIRED = "-repaired"
 ROWS = {
-    name + end: (cut, end == REPAIRED) for name, cut in CUTS.items() for end in (("", REPAIRED) if cut.steps else ("",))
+    name + end: (cut, end == REPAIRED)
+    for name, cut in CUTS.items()
+    for end in (("", REPAIRED) if cut.steps and cut.repairs else ("",))
 }
 
 
