@@ -99,14 +99,14 @@ class Prune(Pass):
         scores = CRITERIA[self.criterion](spaces, self._evidence(model))
         chosen = list(zip(spaces, self.budget.choose(model, spaces, scores), strict=True))
         for space, keep in chosen:
-            reason = "all of it stays" if keep.all() else _cut(space).refusal(keep)
+            reason = "all of it stays" if keep.all() else space.found.refusal(keep)
             if reason is not None:
                 decisions.append(self._whole(space, reason))
-        losing = [(space, keep) for space, keep in chosen if not keep.all() and _cut(space).refusal(keep) is None]
+        losing = [(space, keep) for space, keep in chosen if not keep.all() and space.found.refusal(keep) is None]
         advance = every(max(len(losing), 1), self.advance)
         for space, keep in losing:
             decisions.append(self._remove(model, space, keep, advance))
-        for value in (value for space in spaces for value in _cut(space).values):
+        for value in (value for space in spaces for value in space.found.values):
             value.meta[_key(self.kind)] = True
         place = {space.name: at for at, space in enumerate(found)}
         decisions.sort(key=lambda decision: place.get(decision.node, -1))
@@ -214,8 +214,3 @@ def _telling(reasons: Mapping[Space, str | None]) -> list[Space]:
 
 def _key(kind: str) -> str:
     return f"{CUT_KEY}/{kind}"
-
-
-def _cut(space: Space) -> Cut:
-    assert isinstance(space.cut, Cut)
-    return space.cut

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from qexport.errors import UsageError
 from qexport.passes.folding.axes import FREE, Ids
 from qexport.passes.match import constant, dims
-from qexport.passes.pruning.cut import Cut, Keep
+from qexport.passes.pruning.cut import Keep
 from qexport.passes.pruning.spaces import Space
 
 Scores = NDArray[np.float64]  # [units], what is lost without each
@@ -124,7 +124,7 @@ class Work:
         self._counts = [space.count for space in spaces]
         self._cuts: Cuts = {}
         for place, space in enumerate(spaces):
-            for slot in _cut(space).slots:
+            for slot in space.found.slots:
                 self._cuts.setdefault((slot.node, slot.index), []).append((place, slot.ids))
         nodes = (node for node in model.graph if node.op_type in WEIGHTED and node.domain == "")
         self._base = {(node, index): _work(node, index) for node in nodes for index in _weights(node)}
@@ -166,8 +166,3 @@ def _work(node: ir.Node, index: int) -> float:
     else:
         places = made[1:-1] if index == 1 else (*made[1:-2], *made[-1:])
     return float(kernel.size) * float(np.prod([size for size in places if isinstance(size, int)]))
-
-
-def _cut(space: Space) -> Cut:
-    assert isinstance(space.cut, Cut)
-    return space.cut

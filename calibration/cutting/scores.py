@@ -44,7 +44,7 @@ class Evidence:
 
 def by_magnitude(spaces: Sequence[Space], evidence: Evidence) -> list[Scores]:
     """Squared norm of a unit's weights, as a share of each weight's (Li et al. 2016, "Pruning Filters", with L2)."""
-    return [_norms(_cut(space)) for space in spaces]
+    return [_norms(space.found) for space in spaces]
 
 
 def _norms(cut: Cut) -> Scores:
@@ -140,7 +140,7 @@ def _measured(
     rounds: list[list[tuple[Space, list[Reader]]]] = [[]]
     held = 0
     for space in spaces:
-        readers = readers_of(_cut(space))
+        readers = readers_of(space.found)
         size = sum(16 * tap.size * tap.size for tap in taps_of(readers))
         if rounds[-1] and held + size > BUDGET:
             rounds.append([])
@@ -153,8 +153,3 @@ def _measured(
         grams = measure_halves(evidence.model, taps, evidence.samples(), advance)
         for space, readers in group:
             yield space, readers, hessians(readers, grams)
-
-
-def _cut(space: Space) -> Cut:
-    assert isinstance(space.cut, Cut)
-    return space.cut

@@ -39,6 +39,13 @@ class Space:
     cut: Cut | str
 
     @property
+    def found(self) -> Cut:
+        """The cut; ``ValueError`` where there is a reason in its place."""
+        if isinstance(self.cut, Cut):
+            return self.cut
+        raise ValueError(f"{self.kind} of {self.name!r} cannot be removed: {self.cut}")
+
+    @property
     def count(self) -> int:
         """Number of units; 0 where they cannot be removed."""
         return self.cut.count if isinstance(self.cut, Cut) else 0
