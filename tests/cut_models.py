@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from channel_models import build, give_shapes
-from helpers import session
+from helpers import feeds_of, session
 
 from qexport.passes.match import add_constant, array, sweep
 from qexport.passes.pruning.cut import Cut
@@ -257,13 +257,7 @@ def bytes_of(model):
 
 def outputs_of(model, seed=1):
     """What a model answers to random inputs; sizes that are not known are 2 (batch) and 3."""
-    rng, feeds = np.random.default_rng(seed), {}
-    for value in model.graph.inputs:
-        shape = [size if isinstance(size, int) else (2 if axis == 0 else 3) for axis, size in enumerate(value.shape)]
-        dtype = value.dtype.numpy()
-        numbers = rng.standard_normal(shape) if dtype.kind == "f" else rng.integers(0, 2, shape)
-        feeds[value.name] = numbers.astype(dtype)
-    return session(model).run(None, feeds)
+    return session(model).run(None, feeds_of(model, seed))
 
 
 def silence(cut, keep):

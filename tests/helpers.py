@@ -87,3 +87,14 @@ def zip_bytes(name: str, content: bytes) -> bytes:
 def write(path: Path, content: bytes | str) -> Path:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
+
+
+def feeds_of(model, seed=1):
+    """Random inputs of a model; sizes that are not known are 2 (batch) and 3."""
+    rng, feeds = np.random.default_rng(seed), {}
+    for value in model.graph.inputs:
+        shape = [size if isinstance(size, int) else (2 if axis == 0 else 3) for axis, size in enumerate(value.shape)]
+        dtype = value.dtype.numpy()
+        numbers = rng.standard_normal(shape) if dtype.kind == "f" else rng.integers(0, 2, shape)
+        feeds[value.name] = numbers.astype(dtype)
+    return feeds

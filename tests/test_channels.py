@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from channel_models import build, give_shapes, value_named
+from helpers import feeds_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,17 +13,6 @@ from qexport.passes.match import array
 
 SIZES = {"k": 8, "n": 6, "h": 4, "d": 2}
 RNG = np.random.default_rng(0)
-
-
-def feeds_of(model, seed=1):
-    """Random inputs; sizes that are not known are 2 (batch) and 3."""
-    rng, feeds = np.random.default_rng(seed), {}
-    for value in model.graph.inputs:
-        shape = [size if isinstance(size, int) else (2 if axis == 0 else 3) for axis, size in enumerate(value.shape)]
-        dtype = value.dtype.numpy()
-        numbers = rng.standard_normal(shape) if dtype.kind == "f" else rng.integers(0, 2, shape)
-        feeds[value.name] = numbers.astype(dtype)
-    return feeds
 
 
 def prove(model, name="x", axis=-1, scale=None, tolerance=1e-5):
