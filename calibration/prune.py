@@ -156,9 +156,9 @@ class Prune(Pass):
     def _evidence(self, model: ir.Model) -> Evidence:
         ridge = RIDGE if self.ridge is None else self.ridge
         if self.data is None or self.criterion not in ("change", "gradient"):
-            return Evidence(model, self._samples, lambda: None, ridge)
+            return Evidence(model, self._samples, ridge)
         few = spread(self.data, self.samples)
-        return Evidence(model, lambda: iter(few), lambda: None, ridge)
+        return Evidence(model, lambda: iter(few), ridge)
 
     def _samples(self) -> Iterator[Sample]:
         return islice(iter(self.data or ()), self.samples)

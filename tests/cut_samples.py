@@ -21,7 +21,7 @@ def made(name, seed=0):
 
 
 def evidence(model, samples, ridge=1e-9):
-    return Evidence(model, lambda: iter(samples), lambda: None, ridge)
+    return Evidence(model, lambda: iter(samples), ridge)
 
 
 def data(model, count=8, seed=0, length=5):

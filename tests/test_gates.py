@@ -66,8 +66,7 @@ def test_gates_of_a_model_in_half_precision_are_cast_for_it():
 def test_the_change_of_outputs_is_that_of_the_silenced_model(name):
     model, samples = made(name), data(made(name), 3)
     (space,) = cuts(model, MODELS[name][0])
-    ticks = []
-    (found,) = output_change(model, [space], samples, lambda: ticks.append(1))
+    (found,) = output_change(model, [space], samples)
     wanted = np.zeros(space.count)
     for unit in range(space.count):
         silent = made(name)
@@ -76,7 +75,6 @@ def test_the_change_of_outputs_is_that_of_the_silenced_model(name):
             truth, other = run(model, sample)[0], run(silent, sample)[0]
             wanted[unit] += np.square(truth - other).sum() / np.square(truth).sum() / 3
     assert found == pytest.approx(wanted, rel=1e-3, abs=1e-9)
-    assert len(ticks) == 3
 
 
 @pytest.mark.parametrize("name", ["mlp_of_gemms", "mha_with_biases", "grouped_queries", "residual_group", "depthwise"])

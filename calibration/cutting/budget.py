@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -70,9 +71,10 @@ class Budget:
     ) -> list[Keep]:
         """The first of a row of ever smaller choices that is within the budget."""
         low, high = 0, count - 1
-        if share(tried(high)) > self.keep + 1e-9:
+        least = share(tried(high))
+        if least > self.keep + 1e-9:
             what = f"to keep {self.keep:g} of the {self.of} would leave nothing of a layer"
-            raise UsageError(what, where=self.where, hint="keep more")
+            raise UsageError(what, where=self.where, hint=f"keep more: {math.ceil(100 * least) / 100:g} at least")
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if share(tried(middle)) <= self.keep + 1e-9 else (middle + 1, high)

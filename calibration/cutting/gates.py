@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,13 +18,13 @@ from qexport.calibration.running.execute import open_model
 from qexport.calibration.statistics.collect import numbered, workers
 from qexport.errors import DataInvalid, UsageError
 from qexport.passes.folding.axes import FREE, Ids
+from qexport.passes.folding.flood import FLOATS
 from qexport.passes.match import Names, add_constant
 from qexport.passes.pruning.cut import Cut
 from qexport.passes.pruning.spaces import Space
 from qexport.runtime.session import SessionOptions
 
 GATE = "qexport.gate"
-FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE}
 Feeds = Mapping[str, NDArray[Any]]
 Make = Callable[[int, ir.Value, Ids], Sequence[ir.Node]]
 
@@ -88,9 +88,7 @@ def _places(space: Space) -> list[tuple[ir.Node, int, Ids]]:
     return found or [(node, index, space.ids) for node, index in space.value.uses()]
 
 
-def output_change(
-    model: ir.Model, spaces: Sequence[Space], samples: Iterable[Sample], advance: Callable[[], None] = lambda: None
-) -> list[NDArray[np.float64]]:
+def output_change(model: ir.Model, spaces: Sequence[Space], samples: Iterable[Sample]) -> list[NDArray[np.float64]]:
     """How much the outputs change without each unit: the mean over samples of ``|y - y'|^2 / |y|^2``, ``[units]``.
 
     Every unit is taken out of the whole model by itself (Michel et al. 2019, "Are Sixteen Heads Really Better than
@@ -111,7 +109,7 @@ def output_change(
     jobs = [(place, unit) for place, space in enumerate(spaces) for unit in range(space.count)]
     count = 0
     with ThreadPoolExecutor(workers()) as pool:
-        for index, _, sample in numbered(samples, advance):
+        for index, _, sample in numbered(samples):
             feeds = {name: np.stack([array] * batch) for name, array in sample.items()}
             truth = session.run(feeds | open_gates, outputs)
             _check(truth, index)
@@ -144,9 +142,7 @@ def _change(truth: Feeds, found: Feeds) -> float:
     return mean if np.isfinite(mean) else np.inf
 
 
-def gate_gradients(
-    model: ir.Model, spaces: Sequence[Space], samples: Iterable[Sample], advance: Callable[[], None] = lambda: None
-) -> list[NDArray[np.float64]]:
+def gate_gradients(model: ir.Model, spaces: Sequence[Space], samples: Iterable[Sample]) -> list[NDArray[np.float64]]:
     """Squared gradient of the outputs with respect to the gate of each unit, the mean over samples, ``[units]``.
 
     That is the change of :func:`output_change` to first order, up to the size of the outputs, for one run of the model
@@ -160,7 +156,7 @@ def gate_gradients(
     work, taps = _interposed(model, spaces, lambda _, value, __: [ir.node("Identity", [value])])
     names = [str(value.name) for row in taps for value, _ in row]
     found, count = [np.zeros(space.count) for space in spaces], 0
-    for products in gradients(work, names, ticking(samples, advance), times_value=True):
+    for products in gradients(work, names, samples, times_value=True):
         for space, row, total in zip(spaces, taps, found, strict=True):
             total += np.square(sum(_by_unit(products[str(value.name)], ids, space.count) for value, ids in row))
         count += 1
@@ -171,10 +167,3 @@ def _by_unit(numbers: NDArray[Any], ids: Ids, count: int) -> NDArray[np.float64]
     wide = np.broadcast_to(ids, numbers.shape)
     held = wide != FREE
     return np.asarray(np.bincount(wide[held], numbers[held], count), np.float64)
-
-
-def ticking(samples: Iterable[Sample], advance: Callable[[], None]) -> Iterator[Sample]:
-    """The samples, with a call of ``advance`` for each."""
-    for sample in samples:
-        yield sample
-        advance()

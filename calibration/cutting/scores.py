@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from qexport.calibration.cutting.gates import gate_gradients, output_change
 from qexport.calibration.cutting.readers import Reader, hessians, readers_of, sums_of, taps_of
-from qexport.calibration.few_bits import every
 from qexport.calibration.reading.data import Sample
 from qexport.calibration.statistics.gram import BUDGET
 from qexport.calibration.statistics.halves import measure_halves
@@ -32,13 +31,11 @@ class Evidence:
     Attributes:
         model: The model as it is before any cut.
         samples: Makes a fresh run over the samples.
-        advance: Called for each sample, once for all runs together.
         ridge: For what makes up for a loss.
     """
 
     model: ir.Model
     samples: Callable[[], Iterator[Sample]]
-    advance: Callable[[], None]
     ridge: float
 
 
@@ -99,12 +96,12 @@ def by_likeness(spaces: Sequence[Space], evidence: Evidence) -> list[Scores]:
 
 def by_change(spaces: Sequence[Space], evidence: Evidence) -> list[Scores]:
     """Change of the model's outputs without the unit."""
-    return output_change(evidence.model, spaces, evidence.samples(), evidence.advance)
+    return output_change(evidence.model, spaces, evidence.samples())
 
 
 def by_gradient(spaces: Sequence[Space], evidence: Evidence) -> list[Scores]:
     """``|dy / dgate|`` at an open gate: the change to first order."""
-    return gate_gradients(evidence.model, spaces, evidence.samples(), evidence.advance)
+    return gate_gradients(evidence.model, spaces, evidence.samples())
 
 
 CRITERIA: dict[str, Callable[[Sequence[Space], Evidence], list[Scores]]] = {
@@ -147,9 +144,8 @@ def _measured(
             held = 0
         rounds[-1].append((space, readers))
         held += size
-    advance = every(len(rounds), evidence.advance)
     for group in rounds:
         taps = taps_of([reader for _, readers in group for reader in readers])
-        grams = measure_halves(evidence.model, taps, evidence.samples(), advance)
+        grams = measure_halves(evidence.model, taps, evidence.samples())
         for space, readers in group:
             yield space, readers, hessians(readers, grams)
