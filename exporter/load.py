@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.admit import Limits
 from qexport.exporter.families.builder import COPY
-from qexport.exporter.families.folder import CONFIG, WEIGHTS, Folder, check_blob, demand_inside
+from qexport.exporter.families.folder import CONFIG, INDEX, WEIGHTS, Folder, check_blob, demand_inside
+from qexport.exporter.families.form import SCORING, Form
 from qexport.exporter.onnx_file import read_onnx
 from qexport.exporter.result import SourceInfo
 from qexport.safe_io import digest_bytes, digest_file
@@ -76,7 +77,7 @@ def load_source(path: str | Path, limits: Limits | None = None) -> Source:
     place = Path(path)
     if not place.exists():
         raise UsageError("no such file or folder", where=str(place), hint="give an .onnx file or a Hugging Face folder")
-    if (place / ONNX_FILE).is_file() and not (place / WEIGHTS).exists():
+    if (place / ONNX_FILE).is_file() and not any((place / name).exists() for name in (WEIGHTS, INDEX)):
         place /= ONNX_FILE
     folder = place if place.is_dir() else place.parent
     model, files = _load_folder(place) if place.is_dir() else _load_file(place, limits)
@@ -107,14 +108,14 @@ def _load_folder(path: Path) -> tuple[ir.Model, list[Path]]:
     config = folder.json(CONFIG)
     build = _family(config, where)
     try:
-        return build(config, folder), folder.used
+        return build(config, folder, SCORING), folder.used
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "(all)"
         raise ModelInvalid(f"field {field!r}: {first['msg'].lower()}", where=str(where)) from error
 
 
-def _family(config: Any, where: Path) -> Callable[[dict[str, object], Folder], ir.Model]:
+def _family(config: Any, where: Path) -> Callable[[dict[str, object], Folder, Form], ir.Model]:
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in FAMILIES:
         raise ModelInvalid(
@@ -123,7 +124,7 @@ def _family(config: Any, where: Path) -> Callable[[dict[str, object], Folder], i
             hint=f"known: {', '.join(FAMILIES)}; export other models to .onnx with their own tools",
         )
     module, _, name = FAMILIES[kind].partition(":")
-    found: Callable[[dict[str, object], Folder], ir.Model] = getattr(importlib.import_module(module), name)
+    found: Callable[[dict[str, object], Folder, Form], ir.Model] = getattr(importlib.import_module(module), name)
     return found
 
 

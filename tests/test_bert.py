@@ -301,13 +301,9 @@ def test_a_file_without_tensors_is_named(tmp_path):
         load_model(write(tmp_path / "bert", tensors={}))
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("model.safetensors.index.json", "split over several files.*max_shard_size"), ("pytorch_model.bin", "a pickle")],
-)
-def test_weights_in_another_layout_are_named_with_the_way_out(folder, name, message):
-    (folder / "model.safetensors").rename(folder / name)
-    with pytest.raises(UsageError, match=message):
+def test_a_pickle_of_weights_is_unsafe(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UnsafeInput, match="a pickle.*save_pretrained"):
         load_model(folder)
 
 

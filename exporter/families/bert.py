@@ -15,8 +15,9 @@ import numpy as np
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from qexport.exporter.families.builder import MAX_POSITIONS, GraphBuilder, Weights, open_weights
+from qexport.exporter.families.builder import GraphBuilder
 from qexport.exporter.families.folder import Folder
+from qexport.exporter.families.form import SCORING, Form
 from qexport.exporter.families.pooling import read_pooling
 
 OPSET = 20  # the first with Gelu, and what TensorRT 10.3 reads
@@ -50,32 +51,29 @@ class BertConfig(BaseModel):
         return self
 
 
-def build(config: dict[str, object], folder: Folder) -> ir.Model:
+def build(config: dict[str, object], folder: Folder, form: Form = SCORING) -> ir.Model:
     """Build the graph; peak memory is the weights once, as float32."""
     shape = BertConfig.model_validate(config)
     pool = POOLINGS[read_pooling(folder, POOLINGS)]
-    weights = open_weights(folder.weights(), ANCHOR)
-    g = GraphBuilder("bert", OPSET)
+    g = GraphBuilder("bert", OPSET, folder.weights(ANCHOR), form)
     ids, mask, types = (
         g.input(name, ir.DataType.INT64, ("batch", "sequence"))
         for name in ("input_ids", "attention_mask", "token_type_ids")
     )
-    hidden = _embed(g, shape, weights, ids, types)
+    hidden = _embed(g, shape, ids, types)
     bias = _mask_bias(g, mask)
     for layer in range(shape.num_hidden_layers):
-        hidden = _layer(g, shape, weights, f"encoder.layer.{layer}", (hidden, bias))
+        hidden = _layer(g, shape, f"encoder.layer.{layer}", (hidden, bias))
     sentence = _normalize(g, pool(g, hidden, mask))
     g.output(hidden, "last_hidden_state", ir.DataType.FLOAT, ("batch", "sequence", shape.hidden_size))
     g.output(sentence, "sentence_embedding", ir.DataType.FLOAT, ("batch", shape.hidden_size))
-    model = ir.Model(g.graph, ir_version=10, producer_name="qexport")
-    model.metadata_props[MAX_POSITIONS] = str(shape.max_position_embeddings)
-    return model
+    return g.finish(shape.max_position_embeddings)
 
 
-def _embed(g: GraphBuilder, shape: BertConfig, weights: Weights, ids: ir.Value, types: ir.Value) -> ir.Value:
+def _embed(g: GraphBuilder, shape: BertConfig, ids: ir.Value, types: ir.Value) -> ir.Value:
     def table(part: str, rows: int) -> ir.Value:
         name = f"embeddings.{part}.weight"
-        return g.weight(name, weights(name, (rows, shape.hidden_size)))
+        return g.parameter(name, (rows, shape.hidden_size))
 
     scope = "embeddings"
     length = g.op(scope, "Shape", ids, start=1, end=2)
@@ -85,7 +83,7 @@ def _embed(g: GraphBuilder, shape: BertConfig, weights: Weights, ids: ir.Value, 
     kinds = table("token_type_embeddings", shape.type_vocab_size)
     kinds = g.op(f"{scope}.token_type_embeddings", "Gather", kinds, types)
     total = g.op(scope, "Add", g.op(scope, "Add", words, kinds), positions)
-    return g.layer_norm(f"{scope}.LayerNorm", total, weights, shape.hidden_size, shape.layer_norm_eps)
+    return g.layer_norm(f"{scope}.LayerNorm", total, shape.hidden_size, shape.layer_norm_eps)
 
 
 def _mask_bias(g: GraphBuilder, mask: ir.Value) -> ir.Value:
@@ -97,25 +95,21 @@ def _mask_bias(g: GraphBuilder, mask: ir.Value) -> ir.Value:
     return g.op(scope, "Mul", wide, g.constant("masked", MASKED))
 
 
-def _layer(
-    g: GraphBuilder, shape: BertConfig, weights: Weights, scope: str, inputs: tuple[ir.Value, ir.Value]
-) -> ir.Value:
+def _layer(g: GraphBuilder, shape: BertConfig, scope: str, inputs: tuple[ir.Value, ir.Value]) -> ir.Value:
     hidden, bias = inputs
     width, inner_width = shape.hidden_size, shape.intermediate_size
-    attended = _attention(g, shape, weights, f"{scope}.attention", (hidden, bias))
+    attended = _attention(g, shape, f"{scope}.attention", (hidden, bias))
     summed = g.op(f"{scope}.attention.output", "Add", attended, hidden)
-    hidden = g.layer_norm(f"{scope}.attention.output.LayerNorm", summed, weights, width, shape.layer_norm_eps)
-    inner = g.linear(f"{scope}.intermediate.dense", hidden, weights, (inner_width, width))
+    hidden = g.layer_norm(f"{scope}.attention.output.LayerNorm", summed, width, shape.layer_norm_eps)
+    inner = g.linear(f"{scope}.intermediate.dense", hidden, (inner_width, width))
     approximate = "none" if shape.hidden_act == "gelu" else "tanh"
     inner = g.op(f"{scope}.intermediate", "Gelu", inner, approximate=approximate)
-    outer = g.linear(f"{scope}.output.dense", inner, weights, (width, inner_width))
+    outer = g.linear(f"{scope}.output.dense", inner, (width, inner_width))
     summed = g.op(f"{scope}.output", "Add", outer, hidden)
-    return g.layer_norm(f"{scope}.output.LayerNorm", summed, weights, width, shape.layer_norm_eps)
+    return g.layer_norm(f"{scope}.output.LayerNorm", summed, width, shape.layer_norm_eps)
 
 
-def _attention(
-    g: GraphBuilder, shape: BertConfig, weights: Weights, scope: str, inputs: tuple[ir.Value, ir.Value]
-) -> ir.Value:
+def _attention(g: GraphBuilder, shape: BertConfig, scope: str, inputs: tuple[ir.Value, ir.Value]) -> ir.Value:
     hidden, bias = inputs
     heads, square = shape.num_attention_heads, (shape.hidden_size, shape.hidden_size)
     split = g.constant("split_heads", [0, 0, heads, shape.hidden_size // heads])
@@ -123,7 +117,7 @@ def _attention(
     self_scope = f"{scope}.self"
 
     def project(part: str, order: list[int]) -> ir.Value:
-        wide = g.op(f"{self_scope}.{part}", "Reshape", g.linear(f"{self_scope}.{part}", hidden, weights, square), split)
+        wide = g.op(f"{self_scope}.{part}", "Reshape", g.linear(f"{self_scope}.{part}", hidden, square), split)
         return g.op(f"{self_scope}.{part}", "Transpose", wide, perm=order)
 
     query, key, value = project("query", [0, 2, 1, 3]), project("key", [0, 2, 3, 1]), project("value", [0, 2, 1, 3])
@@ -135,7 +129,7 @@ def _attention(
     )
     chances = g.op(self_scope, "Softmax", g.op(self_scope, "Add", scores, bias), axis=-1)
     context = g.op(self_scope, "Transpose", g.op(f"{self_scope}.context", "MatMul", chances, value), perm=[0, 2, 1, 3])
-    return g.linear(f"{scope}.output.dense", g.op(self_scope, "Reshape", context, merge), weights, square)
+    return g.linear(f"{scope}.output.dense", g.op(self_scope, "Reshape", context, merge), square)
 
 
 def _mean(g: GraphBuilder, hidden: ir.Value, mask: ir.Value) -> ir.Value:

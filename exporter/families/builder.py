@@ -1,84 +1,34 @@
-"""A small graph builder for model families: named nodes, weights streamed from safetensors."""
+"""A small graph builder for model families: named nodes, weights streamed from a checkpoint, one float type."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.errors import ModelInvalid
+from qexport.exporter.families.form import SCORING, Form
+from qexport.exporter.families.weights import Array, Stored, Weights, as_float32
 
 MAX_POSITIONS = "qexport.max_positions"  # metadata of a model: the longest sequence it has positions for
 COPY = "qexport.copy_of"  # meta of an initializer: the weight that it repeats
-Weights = Callable[[str, tuple[int, ...]], NDArray[Any]]  # (tensor name, expected shape) -> array, read when asked for
+Change = Callable[[Array], Array]  # what happens to a stored tensor on its way into the graph
 
 
-_FLOATS = ("F32", "F16", "BF16", "F64")  # numpy knows bfloat16 since onnx_ir has loaded ml_dtypes
-_OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-
-
-def open_weights(path: Path, anchor: str) -> Weights:
-    """Return a reader of single tensors of one file, as float32.
-
-    Names are as ``anchor`` has them: what stands before it in the file (``bert.`` in a checkpoint with a head) is left
-    away everywhere, and LayerNorm's old ``gamma`` and ``beta`` are ``weight`` and ``bias``.
-
-    Raises:
-        ModelInvalid: Not safetensors, or several models; when read: missing, of another shape, or no float type.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        file = safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise ModelInvalid(f"not a safetensors file: {error}", where=str(path)) from error
-    stored: list[str] = sorted(file.keys())  # type: ignore[no-untyped-call]  # safetensors has no types
-    prefix = _prefix(stored, anchor, str(path))
-    names = {_modern(name.removeprefix(prefix)): name for name in stored if name.startswith(prefix)}
-
-    def read(name: str, shape: tuple[int, ...]) -> NDArray[Any]:
-        if name not in names:
-            such = f", such as {stored[0]!r}" if stored else ""
-            hint = f"the file holds {len(stored)} tensors{such}"
-            raise ModelInvalid(f"weight {name!r} is missing", where=str(path), hint=hint)
-        view = file.get_slice(names[name])  # type: ignore[no-untyped-call]  # as above
-        found, kind = tuple(view.get_shape()), view.get_dtype()
-        if found != shape:
-            raise ModelInvalid(f"weight {name!r} is {list(found)}, config.json asks for {list(shape)}", where=str(path))
-        if kind not in _FLOATS:
-            hint = f"save the model as float; {', '.join(_FLOATS)} are read"
-            raise ModelInvalid(f"weight {name!r} is of type {kind}", where=str(path), hint=hint)
-        tensor = np.asarray(file.get_tensor(names[name]))  # type: ignore[no-untyped-call]  # as above
-        with np.errstate(over="ignore"):  # infinities are admission's to judge
-            return tensor.astype(np.float32, copy=False)
-
-    return read
-
-
-def _prefix(stored: list[str], anchor: str, where: str) -> str:
-    found = [name.removesuffix(anchor) for name in stored if name == anchor or name.endswith(f".{anchor}")]
-    if "" in found or not found:
-        return ""
-    if len(found) > 1:
-        shown = ", ".join(map(repr, found))
-        raise ModelInvalid(f"several models in one file: {shown}", where=where, hint="save the one to export alone")
-    return found[0]
-
-
-def _modern(name: str) -> str:
-    old = next((old for old in _OLD_NAMES if name.endswith(old)), None)
-    return name if old is None else name.removesuffix(old) + _OLD_NAMES[old]
+def transposed(array: Array) -> Array:
+    """``[out, in]`` as torch stores it to ``[in, out]`` as MatMul reads it."""
+    return np.ascontiguousarray(array.T)
 
 
 class GraphBuilder:
     """Appends nodes to one graph; ``op`` names each node after the module it comes from."""
 
-    def __init__(self, name: str, opset: int) -> None:
+    def __init__(self, name: str, opset: int, weights: Weights, form: Form = SCORING) -> None:
         self.graph = ir.Graph([], [], nodes=[], opset_imports={"": opset}, name=name)
+        self.weights, self.form, self.dtype = weights, form, form.dtype
         self._used: set[str] = set()
 
     def input(self, name: str, dtype: ir.DataType, shape: tuple[int | str, ...]) -> ir.Value:
@@ -88,16 +38,47 @@ class GraphBuilder:
         return value
 
     def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: tuple[int | str, ...]) -> None:
-        """Make ``value`` a graph output called ``name``."""
+        """Make ``value`` a graph output called ``name``; a float32 output of a graph in half precision is cast."""
+        if dtype == ir.DataType.FLOAT != self.dtype:
+            value = self.op(name, "Cast", value, to=dtype)
         value.name = name
         value.dtype = dtype
         value.shape = ir.Shape(shape)
         self.graph.outputs.append(value)
 
+    def finish(self, positions: int | None = None) -> ir.Model:
+        """The model, with the longest sequence that it has positions for."""
+        version = 11 if self.graph.opset_imports[""] > 22 else 10
+        model = ir.Model(self.graph, ir_version=version, producer_name="qexport")
+        if positions is not None:
+            model.metadata_props[MAX_POSITIONS] = str(positions)
+        return model
+
     def weight(self, name: str, array: NDArray[Any]) -> ir.Value:
-        """Add an initializer."""
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+        """Add an initializer; float32 becomes the type of the graph."""
+        if array.dtype == np.float32:
+            array = array.astype(self.dtype.numpy(), copy=False)
+        return self._register(name, ir.tensor(array, name=name))
+
+    def parameter(
+        self, name: str, shape: tuple[int, ...], change: Change | None = None, *, stored: str | None = None
+    ) -> ir.Value:
+        """Add the tensor ``stored`` (``name`` if not given) of the checkpoint, expected in ``shape``, and changed.
+
+        What ``change`` makes may have another order of axes or another size, but follows from the shape alone.
+        """
+        if name in self.graph.initializers:
+            return self.graph.initializers[name]
+        found = self.weights.check(stored or name, shape)
+        read = partial(_read, found, change, self.dtype, name)
+        if not self.form.lazy:
+            return self._register(name, read())
+        changed = shape if change is None else change(np.broadcast_to(np.float32(0), shape)).shape
+        return self._register(name, ir.LazyTensor(read, self.dtype, ir.Shape(changed), name=name))
+
+    def _register(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        shape = ir.Shape(tensor.shape.numpy())
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
         self.graph.register_initializer(value)
         return value
 
@@ -119,25 +100,31 @@ class GraphBuilder:
         self.graph.append(node)
         return node.outputs[0]
 
-    def linear(
-        self, scope: str, x: ir.Value, weights: Weights, shape: tuple[int, int], *, bias: bool = True
-    ) -> ir.Value:
+    def linear(self, scope: str, x: ir.Value, shape: tuple[int, int], *, bias: bool = True) -> ir.Value:
         """``x W^T + b`` with the torch layout ``[out, in]`` of ``scope.weight`` stored as ``[in, out]``."""
-        kernel = np.ascontiguousarray(weights(f"{scope}.weight", shape).T)
-        product = self.op(scope, "MatMul", x, self.weight(f"{scope}.weight", kernel))
-        if not bias:
-            return product
-        return self.op(scope, "Add", product, self.weight(f"{scope}.bias", weights(f"{scope}.bias", shape[:1])))
+        product = self.op(scope, "MatMul", x, self.parameter(f"{scope}.weight", shape, transposed))
+        return self.op(scope, "Add", product, self.parameter(f"{scope}.bias", shape[:1])) if bias else product
 
-    def layer_norm(self, scope: str, x: ir.Value, weights: Weights, width: int, epsilon: float) -> ir.Value:
+    def layer_norm(self, scope: str, x: ir.Value, width: int, epsilon: float) -> ir.Value:
         """LayerNormalization over the last axis, of size ``width``."""
-        names = [f"{scope}.weight", f"{scope}.bias"]
-        gamma, beta = (self.weight(name, weights(name, (width,))) for name in names)
+        gamma, beta = (self.parameter(f"{scope}.{part}", (width,)) for part in ("weight", "bias"))
         return self.op(scope, "LayerNormalization", x, gamma, beta, axis=-1, epsilon=epsilon)
 
-    def rms_norm(self, scope: str, x: ir.Value, weights: Weights, width: int, epsilon: float) -> ir.Value:
-        """``x / sqrt(mean(x x) + epsilon) * weight`` over the last axis, of size ``width``, in small operators."""
-        gamma = self.weight(f"{scope}.weight", weights(f"{scope}.weight", (width,)))
+    def rms_norm(self, scope: str, x: ir.Value, width: int, epsilon: float) -> ir.Value:
+        """``x / sqrt(mean(x x) + epsilon) * weight`` over the last axis, of size ``width`` (Zhang & Sennrich 2019).
+
+        One operator from opset 23 on, which sums in float32; small ones before.
+        """
+        gamma = self.parameter(f"{scope}.weight", (width,))
+        if self.graph.opset_imports[""] > 22:
+            return self.op(scope, "RMSNormalization", x, gamma, axis=-1, epsilon=epsilon)
         mean = self.op(scope, "ReduceMean", self.op(scope, "Mul", x, x), self.constant("axis_last", [-1]), keepdims=1)
         root = self.op(scope, "Sqrt", self.op(scope, "Add", mean, self.constant(f"epsilon_{epsilon:g}", epsilon)))
         return self.op(scope, "Mul", self.op(scope, "Div", x, root), gamma)
+
+
+def _read(found: Stored, change: Change | None, dtype: ir.DataType, name: str) -> ir.Tensor[Any]:
+    array = as_float32(found.read())
+    with np.errstate(over="ignore"):  # infinities are admission's to judge
+        array = (array if change is None else change(array)).astype(dtype.numpy(), copy=False)
+    return ir.Tensor(array, dtype=dtype, name=name)

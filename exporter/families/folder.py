@@ -9,22 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from qexport.errors import IntegrityError, ModelInvalid, UnsafeInput, UsageError
+from qexport.exporter.families.weights import Weights, read_headers
 from qexport.safe_io import read_bytes
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-MISSING = {
-    "model.safetensors.index.json": (
-        "the weights are split over several files",
-        "save them as one: model.save_pretrained(folder, max_shard_size='100GB')",
-    ),
-    "pytorch_model.bin": (
-        "the weights are a pickle, which is not read",
-        "save them as safetensors: model.save_pretrained(folder)",
-    ),
-}
-"""What a folder without ``model.safetensors`` may hold instead, and what to do about it."""
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
-_MOST_JSON = 1 << 20
+_MOST_JSON = 8 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -67,13 +58,42 @@ class Folder:
         except (ValueError, RecursionError) as error:
             raise ModelInvalid(f"not JSON: {error}", where=str(file)) from error
 
-    def weights(self) -> Path:
-        """The safetensors file; ``UsageError`` says what is there instead."""
-        other = next((name for name in MISSING if self.has(name)), None)
-        if other is not None and not self.has(WEIGHTS):
-            what, hint = MISSING[other]
-            raise UsageError(f"{what} ({other})", where=str(self.path), hint=hint)
-        return self.file(WEIGHTS)
+    def weights(self, anchor: str) -> Weights:
+        """A reader of the tensors in ``model.safetensors``, or in the files that its index lists.
+
+        Raises:
+            UsageError: No weights at all.
+            UnsafeInput: They are a pickle, or lie outside of the folder.
+            ModelInvalid: A file is missing or broken, or does not hold what the index says.
+        """
+        if self.has(WEIGHTS):
+            return Weights(read_headers([self.file(WEIGHTS)]), anchor, str(self.path / WEIGHTS))
+        if self.has(INDEX):
+            return Weights(read_headers(self._shards()), anchor, str(self.path / INDEX))
+        pickle = next((name for name in PICKLES if self.has(name)), None)
+        if pickle is not None:
+            hint = "save them as safetensors: model.save_pretrained(folder)"
+            raise UnsafeInput(
+                f"the weights are a pickle, which is not read ({pickle})", where=str(self.path), hint=hint
+            )
+        return Weights(read_headers([self.file(WEIGHTS)]), anchor, str(self.path / WEIGHTS))
+
+    def _shards(self) -> list[Path]:
+        """The files that the index names, in order."""
+        index, where = self.json(INDEX), str(self.path / INDEX)
+        placed = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
+            raise ModelInvalid("there is no weight_map from tensors to files", where=where, hint="save the model again")
+        names = sorted(set(placed.values()))
+        for name in names:
+            demand_inside(self.path / name, self.path)
+        lost = [name for name in names if not self.has(name)]
+        if lost:
+            hint = "download the folder again; every file that the index names is needed"
+            raise ModelInvalid(
+                f"{len(lost)} of {len(names)} weight files are missing: {', '.join(lost[:4])}", where=where, hint=hint
+            )
+        return [self.file(name) for name in names]
 
 
 def demand_inside(file: Path, folder: Path) -> None:
