@@ -1,0 +1,33 @@
+"""What a checkpoint computes, in numpy: the second opinion that every export is held against.
+
+One module per family, written from the definition of the model and apart from the code that builds its graph; weights
+are read one at a time.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from numpy.typing import NDArray
+
+from qexport.exporter.families.folder import Folder
+from qexport.exporter.families.form import Form
+
+Feeds: TypeAlias = Mapping[str, NDArray[Any]]
+Reference: TypeAlias = Callable[[Feeds], dict[str, NDArray[Any]]]
+"""Inputs of the plain graph by name to its outputs by name, float32."""
+
+REFERENCES = {
+    "bert": "qexport.exporter.references.bert:open_reference",
+    "llama": "qexport.exporter.references.decoder:open_reference",
+}
+"""``model_type`` to the function ``(config, folder, form) -> Reference``."""
+
+
+def find_reference(config: dict[str, Any], folder: Folder, form: Form) -> Reference:
+    """The reference of a folder whose family is known."""
+    module, _, name = REFERENCES[config["model_type"]].partition(":")
+    found: Reference = getattr(importlib.import_module(module), name)(config, folder, form)
+    return found
