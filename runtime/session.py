@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from qexport.errors import BuildFailed, DataInvalid, EnvironmentMismatch
@@ -63,8 +64,77 @@ class SessionOptions:
     profile: str | None = None
 
 
+_TYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(double)": np.dtype(np.float64),
+    "tensor(int64)": np.dtype(np.int64),
+    "tensor(int32)": np.dtype(np.int32),
+    "tensor(int8)": np.dtype(np.int8),
+    "tensor(uint8)": np.dtype(np.uint8),
+    "tensor(bool)": np.dtype(np.bool_),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """An input or an output as onnxruntime tells it.
+
+    Attributes:
+        name: Its name.
+        kind: Its type in onnxruntime's words, such as ``tensor(float)``.
+        shape: Sizes; a string or ``None`` where one is free.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int | str | None, ...]
+
+    @property
+    def dtype(self) -> np.dtype[Any] | None:
+        """Type of its elements, if it is a tensor of one that numpy knows."""
+        return _TYPES.get(self.kind)
+
+
+class Binding:
+    """Arrays that a session reads and writes where they lie; each stays bound until another one takes its place."""
+
+    def __init__(self, session: Any) -> None:
+        """Bind nothing yet."""
+        self._wrap = load_onnxruntime().OrtValue.ortvalue_from_numpy
+        self._session, self._binding = session, session.io_binding()
+
+    def read(self, name: str, array: NDArray[Any]) -> None:
+        """Let an input read ``array``."""
+        self._binding.bind_ortvalue_input(name, self._wrap(np.ascontiguousarray(array)))
+
+    def write(self, name: str, array: NDArray[Any]) -> None:
+        """Let an output write into ``array``, which may be one that an input reads if its operator can do that."""
+        assert array.flags.c_contiguous, "what is written must lie in one piece"
+        self._binding.bind_ortvalue_output(name, self._wrap(array))
+
+    def run(self) -> None:
+        """Run once.
+
+        Raises:
+            BuildFailed: An array has a shape or type that the model has not, or an operator failed.
+        """
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise BuildFailed(f"onnxruntime failed on bound arrays: {error}") from error
+
+
 class Session:
-    """A loaded model; ``run`` may be called from several threads."""
+    """A loaded model; ``run`` may be called from several threads.
+
+    Attributes:
+        inputs: Names of the inputs.
+        outputs: Names of the outputs.
+        ports: The inputs with types and shapes.
+        results: The outputs likewise.
+        metadata: What the file says of itself.
+    """
 
     def __init__(
         self,
@@ -98,8 +168,15 @@ class Session:
             )
         except Exception as error:
             raise BuildFailed(f"onnxruntime cannot load the model: {error}") from error
-        self.inputs = tuple(value.name for value in self._session.get_inputs())
-        self.outputs = tuple(value.name for value in self._session.get_outputs())
+        self.ports, self.results = (
+            _ports(found) for found in (self._session.get_inputs(), self._session.get_outputs())
+        )
+        self.inputs, self.outputs = (tuple(port.name for port in ports) for ports in (self.ports, self.results))
+        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+
+    def bind(self) -> Binding:
+        """Return a new set of bound arrays, empty yet; several of them share the session."""
+        return Binding(self._session)
 
     def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """Run once; returns the named outputs, all of them by default."""
@@ -116,3 +193,7 @@ class Session:
     def end_profile(self) -> Path:
         """Stop noting times; returns the file that holds them."""
         return Path(self._session.end_profiling())
+
+
+def _ports(found: Sequence[Any]) -> tuple[Port, ...]:
+    return tuple(Port(port.name, port.type, tuple(port.shape)) for port in found)
