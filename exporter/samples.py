@@ -28,12 +28,12 @@ from qexport.calibration.reading.tasks import Perplexity
 from qexport.calibration.reading.windows import SUFFIX as WINDOWED
 from qexport.calibration.reading.windows import WindowSource
 from qexport.errors import ModelInvalid, UsageError
-from qexport.exporter.families.builder import MAX_POSITIONS
 from qexport.exporter.load import Source
 from qexport.exporter.proof.layout import Feeds, fill
 from qexport.exporter.proof.quality import Judge, take
 from qexport.exporter.recipe import Recipe, derived_options, needs
 from qexport.exporter.steps import find_pass
+from qexport.passes.portable import MAX_POSITIONS, parse_positions
 
 PROOF_SAMPLES = 4
 PROOF_WINDOW = 64  # samples among which different lengths are looked for
@@ -140,13 +140,14 @@ def longest(model: ir.Model, recipe: Recipe) -> int:
         ModelInvalid: The model's metadata holds something else than a number of positions.
     """
     told = model.metadata_props.get(MAX_POSITIONS, str(recipe.data.max_length))
-    if not (told.isascii() and told.isdigit() and 0 < len(told) < 10 and int(told) > 0):
+    positions = parse_positions(told)
+    if positions is None:
         raise ModelInvalid(
             f"{MAX_POSITIONS} is {told!r}, expected a number above 0",
             where="metadata of the model",
             hint="remove the entry, or export the model again",
         )
-    return min(recipe.data.max_length, int(told))
+    return min(recipe.data.max_length, positions)
 
 
 def calibration_passes(recipe: Recipe) -> list[int]:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from qexport.exporter.families.form import SCORING, Form
 from qexport.exporter.families.weights import Array, Stored, Weights, as_float32
+from qexport.passes.portable import MAX_POSITIONS
 
-MAX_POSITIONS = "qexport.max_positions"  # metadata of a model: the longest sequence it has positions for
 COPY = "qexport.copy_of"  # meta of an initializer: the weight that it repeats
 Change = Callable[[Array], Array]  # what happens to a stored tensor on its way into the graph
 
