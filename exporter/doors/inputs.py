@@ -91,6 +91,23 @@ def parse_inputs(texts: Iterable[str]) -> tuple[AskedInput, ...]:
     return asked
 
 
+def describe(feeds: Mapping[str, NDArray[Any]]) -> tuple[AskedInput, ...]:
+    """Describe data: the first axis is the dimension ``batch`` where all have the same size there, the rest is fixed.
+
+    Raises:
+        UsageError: A type that models do not read, or an axis of size 0.
+    """
+    rows = {array.shape[0] for array in feeds.values() if array.ndim}
+    found = []
+    for name, array in feeds.items():
+        if array.dtype.name not in DTYPES or not array.size:
+            what = f"no example: {array.dtype.name}{list(array.shape)}"
+            raise UsageError(what, where=f"input {name!r}", hint=f"give numbers of type {', '.join(DTYPES)}")
+        shape: tuple[Dim, ...] = array.shape
+        found.append(AskedInput(name, array.dtype, ("batch", *shape[1:]) if shape and len(rows) == 1 else shape))
+    return tuple(found)
+
+
 def _dim(word: str, where: str) -> Dim:
     if word.isascii() and word.isdigit() and int(word) > 0:
         return int(word)
