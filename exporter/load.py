@@ -22,6 +22,7 @@ from qexport.safe_io import digest_bytes, digest_file
 
 FAMILIES = {
     "bert": "qexport.exporter.families.bert:build",
+    "gpt2": "qexport.exporter.families.gpt2:build",
     "llama": "qexport.exporter.families.llama:build",
 }
 """``model_type`` of config.json to the function ``(config, folder) -> Model`` that builds the graph."""

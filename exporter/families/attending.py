@@ -122,7 +122,7 @@ class Scoring:
         g, (query, key, value) = self.g, heads
         keys = g.op(scope, "Transpose", self._shared(scope, key), perm=[0, 1, 3, 2])
         scores = g.op(f"{scope}.scores", "MatMul", query, keys)
-        scores = g.op(scope, "Mul", scores, g.constant("attention_scale", scale))
+        scores = g.op(scope, "Mul", scores, g.constant(f"attention_scale_{scale:g}", scale))
         chances = g.op(scope, "Softmax", g.op(scope, "Add", scores, mask), axis=-1)
         return _merge(g, scope, g.op(f"{scope}.context", "MatMul", chances, self._shared(scope, value)), self.geometry)
 

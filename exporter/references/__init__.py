@@ -21,6 +21,7 @@ Reference: TypeAlias = Callable[[Feeds], dict[str, NDArray[Any]]]
 
 REFERENCES = {
     "bert": "qexport.exporter.references.bert:open_reference",
+    "gpt2": "qexport.exporter.references.gpt2:open_reference",
     "llama": "qexport.exporter.references.decoder:open_reference",
 }
 """``model_type`` to the function ``(config, folder, form) -> Reference``."""
