@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import mmap
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 THRESHOLD = 1_500_000_000
 """Bytes of weights from which they go into a file of their own; protobuf ends at 2 GB."""
+
+MAPS = "qexport.maps"
+"""Meta of a model: the mapped files that its weights lie in."""
 
 _INLINE = 1024  # smaller tensors stay in the model, where shape inference can see them
 _PAGE = 4096
@@ -67,9 +71,17 @@ def read_onnx(path: str | os.PathLike[str], limits: Limits | None = None) -> tup
                 value.const_value = mapped.own(value.const_value)
         for holder in (*body, *((body,) if isinstance(body, ir.Function) else ())):
             _own_attributes(holder, mapped)
+    model.meta[MAPS] = mapped.areas
     _sort(model, os.fspath(path))
     _name_nodes(model)
     return model, mapped.files
+
+
+def release_pages(model: ir.Model) -> None:
+    """Let the system have back the memory behind mapped weights; what is looked at again is read again."""
+    if hasattr(mmap, "MADV_DONTNEED"):
+        for area in model.meta.get(MAPS, ()):
+            area.madvise(mmap.MADV_DONTNEED)
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -116,6 +128,11 @@ class _Mapped:
     def files(self) -> tuple[str, ...]:
         """Locations, as the model spells them."""
         return tuple(self._maps)
+
+    @property
+    def areas(self) -> tuple[mmap.mmap, ...]:
+        """The files themselves."""
+        return tuple(self._maps.values())
 
     def own(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
         """A tensor of the same name, type, shape and numbers."""
@@ -232,7 +249,7 @@ def _moved_out(weights: list[ir.Value], stage: Stage, name: str) -> Iterator[Non
                     continue
                 file.write(bytes(-file.tell() % _PAGE))
                 start = file.tell()
-                file.write(tensor.tobytes())
+                file.write(_contents(tensor))
                 value.const_value = ir.ExternalTensor(
                     name,
                     start,
@@ -245,3 +262,10 @@ def _moved_out(weights: list[ir.Value], stage: Stage, name: str) -> Iterator[Non
     finally:
         for value, tensor in kept:
             value.const_value = tensor
+
+
+def _contents(tensor: ir.TensorProtocol) -> bytes | memoryview:
+    """The bytes that ONNX stores, without a copy where they are in memory like that."""
+    if tensor.dtype.bitwidth < 8 or sys.byteorder != "little":
+        return tensor.tobytes()
+    return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data

@@ -52,6 +52,7 @@ class SessionOptions:
         disabled: Its optimizers that stay off.
         literal: Whether Q/DQ nodes run as they are written, instead of being merged into integer kernels; weights
             are dequantized once, at load.
+        lean: Whether to do without packed copies of weights and without memory kept for the next run.
         profile: Where the times of all operators go, a path without its ending; ``runtime.profile`` reads them.
     """
 
@@ -61,6 +62,7 @@ class SessionOptions:
     optimize: bool = True
     disabled: tuple[str, ...] = SLOW_FUSIONS
     literal: bool = False
+    lean: bool = False
     profile: str | None = None
 
 
@@ -74,6 +76,9 @@ _TYPES: dict[str, np.dtype[Any]] = {
     "tensor(uint8)": np.dtype(np.uint8),
     "tensor(bool)": np.dtype(np.bool_),
 }
+
+
+_BFLOAT16 = ("bfloat16", 16)  # what numpy and ONNX call it
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,12 +168,15 @@ class Session:
         if chosen.literal:
             settings.add_session_config_entry("session.disable_quant_qdq", "1")
             disabled += QUANTIZER_FUSIONS
+        if chosen.lean:
+            settings.enable_cpu_mem_arena = settings.enable_mem_pattern = False
+            settings.add_session_config_entry("session.disable_prepacking", "1")
         if chosen.profile is not None:
             settings.enable_profiling, settings.profile_file_prefix = True, chosen.profile
         if not chosen.optimize:
             settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         # onnxruntime reads these arrays for as long as the session lives
-        self._weights = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in (weights or {}).items()}
+        self._weights = {name: _shared(ort, array) for name, array in (weights or {}).items()}
         if self._weights:
             settings.add_external_initializers(list(self._weights), list(self._weights.values()))
         source = model if isinstance(model, bytes) else str(model)
@@ -203,6 +211,13 @@ class Session:
     def end_profile(self) -> Path:
         """Stop noting times; returns the file that holds them."""
         return Path(self._session.end_profiling())
+
+
+def _shared(ort: ModuleType, array: NDArray[Any]) -> Any:
+    """An array as onnxruntime's own, not copied."""
+    if array.dtype.name == _BFLOAT16[0]:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16[1])
+    return ort.OrtValue.ortvalue_from_numpy(array)
 
 
 def _ports(found: Sequence[Any]) -> tuple[Port, ...]:

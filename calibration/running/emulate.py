@@ -7,6 +7,8 @@ every result in 16 bits; so does this.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import onnx_ir as ir
 
@@ -64,8 +66,13 @@ def _looked_up(value: ir.Value) -> bool:
 def _widen_constant(value: ir.Value) -> None:
     tensor = value.const_value
     if tensor is not None and tensor.dtype in SHORT:
-        value.const_value = ir.tensor(tensor.numpy().astype(np.float32), name=value.name)
+        wide = partial(_widened, tensor)
+        value.const_value = ir.LazyTensor(wide, _F32, ir.Shape(tensor.shape.numpy()), name=value.name)
         value.type = ir.TensorType(_F32)
+
+
+def _widened(tensor: ir.TensorProtocol) -> ir.Tensor[np.float32]:
+    return ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
 
 
 def _widen_attributes(node: ir.Node) -> None:
