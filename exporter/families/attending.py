@@ -124,7 +124,8 @@ class Scoring:
         scores = g.op(f"{scope}.scores", "MatMul", query, keys)
         scores = g.op(scope, "Mul", scores, g.constant(f"attention_scale_{scale:g}", scale))
         chances = g.op(scope, "Softmax", g.op(scope, "Add", scores, mask), axis=-1)
-        return _merge(g, scope, g.op(f"{scope}.context", "MatMul", chances, self._shared(scope, value)), self.geometry)
+        context = g.op(f"{scope}.context", "MatMul", chances, self._shared(scope, value))
+        return merge_heads(g, scope, context, self.geometry)
 
     def _shared(self, scope: str, x: ir.Value) -> ir.Value:
         """Every key or value head once for each of its queries, so that there are as many as query heads."""
@@ -146,7 +147,7 @@ class Cached:
 
     def __init__(self, g: GraphBuilder, geometry: Geometry) -> None:
         self.g, self.geometry = g, geometry
-        self.ids, self._positions = (
+        self.ids, self.positions = (
             g.input(name, ir.DataType.INT64, ("batch", "sequence")) for name in ("input_ids", "position_ids")
         )
         self._places = g.input("write_indices", ir.DataType.INT64, ("batch",))
@@ -156,12 +157,12 @@ class Cached:
 
     def lookup(self, scope: str, table: ir.Value) -> ir.Value:
         """The rows at ``position_ids``."""
-        return self.g.op(scope, "Gather", table, self._positions)
+        return self.g.op(scope, "Gather", table, self.positions)
 
     def rotate(self, scope: str, x: ir.Value, angles: NDArray[np.float32]) -> ir.Value:
         """RotaryEmbedding at ``position_ids``."""
         tables = (self._table("cos", np.cos(angles)), self._table("sin", np.sin(angles)))
-        return self.g.op(scope, "RotaryEmbedding", x, *tables, self._positions)
+        return self.g.op(scope, "RotaryEmbedding", x, *tables, self.positions)
 
     def _table(self, name: str, rows: NDArray[np.float32]) -> ir.Value:
         name = f"model.rotary_emb.{name}"
@@ -172,17 +173,19 @@ class Cached:
         if window in self._masks:
             return self._masks[window]
         g, scope = self.g, "mask" if window is None else f"mask_{window}"
-        zero, one = (g.weight(f"{scope}/{name}", np.array(n, np.int64)) for name, n in (("first", 0), ("next", 1)))
-        keys = g.op(scope, "Range", zero, g.op(scope, "Squeeze", self._columns()), one)
-        queries = g.op(scope, "Unsqueeze", self._positions, g.constant("axes_1_3", [1, 3]))
+        keys = self.columns(scope)
+        queries = g.op(scope, "Unsqueeze", self.positions, g.constant("axes_1_3", [1, 3]))
         self._masks[window] = _allowed(g, scope, (keys, queries), window)
         return self._masks[window]
 
-    def _columns(self) -> ir.Value:
-        """How many columns the caches have."""
+    def columns(self, scope: str) -> ir.Value:
+        """Positions of the columns of the caches, int64 [max_seq]."""
+        g = self.g
         if self._past is None:
             self._past = self._cache("key", 0)
-        return self.g.op("mask", "Shape", self._past, start=2, end=3)
+        count = g.op(scope, "Squeeze", g.op(scope, "Shape", self._past, start=2, end=3))
+        zero, one = (g.weight(f"{scope}/{name}", np.array(n, np.int64)) for name, n in (("first", 0), ("next", 1)))
+        return g.op(scope, "Range", zero, count, one)
 
     def _cache(self, part: str, layer: int) -> ir.Value:
         if layer == 0 and part == "key" and self._past is not None:
@@ -196,7 +199,7 @@ class Cached:
         layer = len(self._present) // 2
         keys, values = (self._written(scope, part, layer, x) for part, x in zip(("key", "value"), new, strict=True))
         context = self.g.op(scope, "Attention", query, keys, values, mask, scale=scale)
-        return _merge(self.g, scope, context, self.geometry)
+        return merge_heads(self.g, scope, context, self.geometry)
 
     def _written(self, scope: str, part: str, layer: int, x: ir.Value) -> ir.Value:
         cache = self._cache(part, layer)
@@ -235,6 +238,7 @@ def split_heads(g: GraphBuilder, scope: str, x: ir.Value, heads: int, dim: int) 
     return g.op(scope, "Transpose", split, perm=[0, 2, 1, 3])
 
 
-def _merge(g: GraphBuilder, scope: str, context: ir.Value, shape: Geometry) -> ir.Value:
+def merge_heads(g: GraphBuilder, scope: str, context: ir.Value, shape: Geometry) -> ir.Value:
+    """The way back from ``split_heads``."""
     context = g.op(scope, "Transpose", context, perm=[0, 2, 1, 3])
     return g.op(scope, "Reshape", context, g.constant("merge_heads", [0, 0, shape.heads * shape.dim]))
