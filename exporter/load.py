@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import onnx_ir as ir
 from pydantic import ValidationError
 
-from qexport.errors import ModelInvalid, UsageError
+from qexport.errors import ModelInvalid, UnsafeInput, UsageError
 from qexport.exporter.admit import Limits
 from qexport.exporter.families.builder import COPY
 from qexport.exporter.families.folder import CONFIG, INDEX, WEIGHTS, Folder, check_blob, demand_inside
@@ -22,8 +24,12 @@ from qexport.safe_io import digest_bytes, digest_file
 
 FAMILIES = {
     "bert": "qexport.exporter.families.bert:build",
+    "bitnet": "qexport.exporter.families.bitnet:build",
     "gpt2": "qexport.exporter.families.gpt2:build",
     "llama": "qexport.exporter.families.llama:build",
+    "mistral": "qexport.exporter.families.mistral:build",
+    "qwen2": "qexport.exporter.families.qwen2:build",
+    "qwen3": "qexport.exporter.families.qwen3:build",
 }
 """``model_type`` of config.json to the function ``(config, folder) -> Model`` that builds the graph."""
 
@@ -32,11 +38,20 @@ COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
     "chat_template.jinja",
+    "preprocessor_config.json",
     "generation_config.json",
+    CONFIG,
 )
 """Files that travel with the model to the artefact, where the source has them."""
+
+Builder: TypeAlias = Callable[[dict[str, Any], Folder, Form], ir.Model]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +62,7 @@ class Source:
         path: What the person named.
         model: The graph as it came.
         info: Path, digest, sizes.
-        companions: Tokenizer files beside it.
+        companions: Files beside it, of tokenizer and preparation.
     """
 
     path: Path
@@ -105,28 +120,65 @@ def _load_file(path: Path, limits: Limits | None) -> tuple[ir.Model, list[Path]]
 
 
 def _load_folder(path: Path) -> tuple[ir.Model, list[Path]]:
+    config, folder, build = open_folder(path)
+    return build(config, folder, SCORING), folder.used
+
+
+def open_folder(path: Path) -> tuple[dict[str, Any], Folder, Builder]:
+    """Read the settings of a Hugging Face folder and find what builds its graph; the weights are still to be read.
+
+    Raises:
+        ModelInvalid: An unknown family, a head that it does not build, or weights that are no plain floats.
+        UnsafeInput: The folder comes with code of its own.
+        UsageError: There is no config.json.
+    """
     folder, where = Folder(path), path / CONFIG
     config = folder.json(CONFIG)
-    build = _family(config, where)
+    if not isinstance(config, dict):
+        raise ModelInvalid("not a dictionary of settings", where=str(where))
+    _demand_no_code(path, config)
+    if config.get("quantization_config"):
+        hint = "start from the checkpoint that the weights were quantized from; recipes quantize it anew"
+        raise ModelInvalid("the weights are quantized (quantization_config)", where=str(where), hint=hint)
+    return config, folder, _family(config, where)
+
+
+def _demand_no_code(path: Path, config: dict[str, Any]) -> None:
+    """Raise ``UnsafeInput`` where transformers would run Python files of the folder or of the hub."""
+    names = [name for name in ("tokenizer_config.json",) if (path / name).exists()]
+    for name, settings in [(CONFIG, config), *((name, Folder(path).json(name)) for name in names)]:
+        if isinstance(settings, dict) and settings.get("auto_map"):
+            hint = "if the family needs none of it, take auto_map out of the file; or hand over a torch module"
+            what = f"{name} asks to run code that came with the model (auto_map), which never happens"
+            raise UnsafeInput(what, where=str(path / name), hint=hint)
+
+
+def _family(config: dict[str, Any], where: Path) -> Builder:
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        near = difflib.get_close_matches(str(kind), FAMILIES, n=1)
+        raise ModelInvalid(
+            f"unknown model_type {kind!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
+            where=str(where),
+            hint=f"known: {', '.join(FAMILIES)}; export other models to .onnx with their own tools",
+        )
+    name, _, function = FAMILIES[kind].partition(":")
+    module = importlib.import_module(name)
+    built, asked = getattr(module, "ARCHITECTURES", None), config.get("architectures")
+    if built and isinstance(asked, list) and asked and asked[0] not in built:
+        what = f"architectures: {asked[0]!r} is not built from model_type {kind!r}"
+        raise ModelInvalid(what, where=str(where), hint=f"built: {', '.join(built)}")
+    return partial(_build, getattr(module, function), where)
+
+
+def _build(build: Builder, where: Path, config: dict[str, Any], folder: Folder, form: Form) -> ir.Model:
+    """Build, and say of settings that are refused where they stand."""
     try:
-        return build(config, folder, SCORING), folder.used
+        return build(config, folder, form)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "(all)"
         raise ModelInvalid(f"field {field!r}: {first['msg'].lower()}", where=str(where)) from error
-
-
-def _family(config: Any, where: Path) -> Callable[[dict[str, object], Folder, Form], ir.Model]:
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in FAMILIES:
-        raise ModelInvalid(
-            f"unknown model_type {kind!r}",
-            where=str(where),
-            hint=f"known: {', '.join(FAMILIES)}; export other models to .onnx with their own tools",
-        )
-    module, _, name = FAMILIES[kind].partition(":")
-    found: Callable[[dict[str, object], Folder, Form], ir.Model] = getattr(importlib.import_module(module), name)
-    return found
 
 
 def _parameters(model: ir.Model) -> int:

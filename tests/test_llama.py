@@ -280,7 +280,7 @@ def test_names_and_metadata_are_those_of_the_checkpoint(tmp_path):
 
 BAD = {
     "rope_scaling.type": (
-        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"rope_type": "spiral", "factor": 4.0}},
         r"rope_parameters.rope_type.*default",
     ),
     "partial": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

@@ -45,8 +45,12 @@ class Attending(Protocol):
     def lookup(self, scope: str, table: ir.Value) -> ir.Value:
         """Rows of ``table`` [positions, width], one for each token; broadcasts to [batch, sequence, width]."""
 
-    def rotate(self, scope: str, x: ir.Value, angles: NDArray[np.float32]) -> ir.Value:
-        """Turn the pairs of ``x`` [batch, heads, sequence, head size] by ``angles`` [positions, head size / 2]."""
+    def rotate(self, scope: str, x: ir.Value, angles: NDArray[np.float32], factor: float = 1.0) -> ir.Value:
+        """Turn pairs of ``x`` [batch, heads, sequence, head size] by ``angles`` [positions, pairs], times ``factor``.
+
+        Number ``i`` of a head pairs with ``i + pairs``; what stands behind the pairs stays as it is. All layers share
+        the angles and the factor.
+        """
 
     def mask(self, window: int | None = None) -> ir.Value:
         """0 where a query may look, ``MASKED`` elsewhere; at most ``window`` positions back, itself counted."""
@@ -86,18 +90,24 @@ class Scoring:
             scope, "Slice", table, self.g.constant("zero", [0]), self._length, self.g.constant("axis_0", [0])
         )
 
-    def rotate(self, scope: str, x: ir.Value, angles: NDArray[np.float32]) -> ir.Value:
+    def rotate(self, scope: str, x: ir.Value, angles: NDArray[np.float32], factor: float = 1.0) -> ir.Value:
         """``x cos + (-second half, first half) sin``."""
         g, half = self.g, angles.shape[1]
         if self._turns is None:
-            self._turns = self._rows("cos", np.cos(angles)), self._rows("sin", np.sin(angles))
-        cos, sin = self._turns
+            cos, sin = (table * np.float32(factor) for table in (np.cos(angles), np.sin(angles)))
+            self._turns = self._rows("cos", cos), self._rows("sin", sin)
+        turns = self._turns
         start, middle, end, last = (
             g.constant(*pair) for pair in (("zero", [0]), ("half_head", [half]), ("head", [2 * half]), ("last", [-1]))
         )
+        rest = []
+        if 2 * half < self.geometry.dim:
+            rest = [g.op(scope, "Slice", x, end, g.constant("whole_head", [self.geometry.dim]), last)]
+            x = g.op(scope, "Slice", x, start, end, last)
         first, second = g.op(scope, "Slice", x, start, middle, last), g.op(scope, "Slice", x, middle, end, last)
         turned = g.op(scope, "Concat", g.op(scope, "Neg", second), first, axis=-1)
-        return g.op(scope, "Add", g.op(scope, "Mul", x, cos), g.op(scope, "Mul", turned, sin))
+        turned = g.op(scope, "Add", g.op(scope, "Mul", x, turns[0]), g.op(scope, "Mul", turned, turns[1]))
+        return g.op(scope, "Concat", turned, *rest, axis=-1) if rest else turned
 
     def _rows(self, name: str, table: NDArray[np.float32]) -> ir.Value:
         scope = "model.rotary_emb"
@@ -159,10 +169,15 @@ class Cached:
         """The rows at ``position_ids``."""
         return self.g.op(scope, "Gather", table, self.positions)
 
-    def rotate(self, scope: str, x: ir.Value, angles: NDArray[np.float32]) -> ir.Value:
+    def rotate(self, scope: str, x: ir.Value, angles: NDArray[np.float32], factor: float = 1.0) -> ir.Value:
         """RotaryEmbedding at ``position_ids``."""
-        tables = (self._table("cos", np.cos(angles)), self._table("sin", np.sin(angles)))
-        return self.g.op(scope, "RotaryEmbedding", x, *tables, self.positions)
+        tables = (
+            self._table("cos", np.cos(angles) * np.float32(factor)),
+            self._table("sin", np.sin(angles) * np.float32(factor)),
+        )
+        part = 2 * angles.shape[1]
+        sizes = {"rotary_embedding_dim": part} if part < self.geometry.dim else {}
+        return self.g.op(scope, "RotaryEmbedding", x, *tables, self.positions, **sizes)
 
     def _table(self, name: str, rows: NDArray[np.float32]) -> ir.Value:
         name = f"model.rotary_emb.{name}"

@@ -15,11 +15,13 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from qexport.errors import ModelInvalid
 from qexport.exporter.families.attending import Attending, Geometry, attending, opset_for, split_heads
 from qexport.exporter.families.builder import COPY, GraphBuilder, transposed
 from qexport.exporter.families.folder import Folder
 from qexport.exporter.families.form import Form
-from qexport.exporter.families.rotary import Rope, rotary_angles, spell_out_rope
+from qexport.exporter.families.rotary import Rope, attention_factor, rotary_angles, spell_out_rope
+from qexport.exporter.families.weights import Weights
 
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MOST_POSITIONS, MOST_DIM = 1 << 18, 1 << 9  # bounds of the rotary tables, which no weight bears out
@@ -37,6 +39,10 @@ class DecoderConfig(BaseModel):
     """Whether queries and keys are normalized, each head by itself, before they are rotated."""
     sub_norms: ClassVar[bool] = False
     """Whether there is a norm before the last product of attention and of the MLP as well."""
+    partial_rotary: ClassVar[bool] = False
+    """Whether ``partial_rotary_factor`` means something; transformers reads over it in the other families."""
+    absent: ClassVar[dict[str, Any]] = {}
+    """What fields that are left out mean, where that is not what ``DecoderConfig`` says; null is not left out."""
 
     model_type: str
     hidden_size: int = Field(gt=0)
@@ -61,7 +67,7 @@ class DecoderConfig(BaseModel):
         if not isinstance(given, dict):
             return given
         heads, width = given.get("num_attention_heads"), given.get("hidden_size")
-        known = {key: value for key, value in given.items() if value is not None}
+        known = {key: value for key, value in {**cls.absent, **given}.items() if value is not None}
         known.setdefault("num_key_value_heads", heads)
         if "head_dim" not in known and isinstance(heads, int) and isinstance(width, int) and heads > 0:
             if width % heads:
@@ -74,6 +80,13 @@ class DecoderConfig(BaseModel):
     def _heads_share_keys(self) -> DecoderConfig:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"{self.num_key_value_heads} key heads do not divide {self.num_attention_heads} heads")
+        return self
+
+    @model_validator(mode="after")
+    def _turns_pairs(self) -> DecoderConfig:
+        turned = 2 * self.rope_parameters.pairs(self.head_dim)
+        if turned < self.head_dim and not self.partial_rotary:
+            raise ValueError(f"partial_rotary_factor turns {turned} of {self.head_dim}, {self.model_type} turns all")
         return self
 
     @property
@@ -94,7 +107,9 @@ class DecoderConfig(BaseModel):
 
 def build_decoder(shape: DecoderConfig, folder: Folder, form: Form) -> ir.Model:
     """Build the graph; peak memory is the weights once, or the largest of them where the form is lazy."""
-    g = GraphBuilder(shape.model_type, opset_for(cached=form.cached), folder.weights(TABLE), form)
+    weights = folder.weights(TABLE)
+    _demand_head(shape, weights)
+    g = GraphBuilder(shape.model_type, opset_for(cached=form.cached), weights, form)
     see = attending(g, Geometry(shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim))
     table = g.parameter(TABLE, (shape.vocab_size, shape.hidden_size))
     hidden = g.op("model.embed_tokens", "Gather", table, see.ids)
@@ -104,6 +119,15 @@ def build_decoder(shape: DecoderConfig, folder: Folder, form: Form) -> ir.Model:
     hidden = g.rms_norm("model.norm", hidden, shape.hidden_size, shape.rms_norm_eps)
     see.finish(g.op("lm_head", "MatMul", hidden, _head(g, shape)), shape.vocab_size)
     return g.finish(shape.max_position_embeddings)
+
+
+def _demand_head(shape: DecoderConfig, weights: Weights) -> None:
+    """Raise ``ModelInvalid`` for a checkpoint of the layers alone, as ``AutoModel`` saves it."""
+    bare = TABLE not in weights and TABLE.removeprefix("model.") in weights
+    if bare or (HEAD not in weights and TABLE in weights and not shape.tie_word_embeddings):
+        lost = "its names lack 'model.'" if bare else f"{HEAD!r} is missing, and tie_word_embeddings is false"
+        hint = "save the model with its head: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(other)"
+        raise ModelInvalid(f"a base model without the head that makes logits: {lost}", where=weights.where, hint=hint)
 
 
 def _head(g: GraphBuilder, shape: DecoderConfig) -> ir.Value:
@@ -138,6 +162,7 @@ class _Layer:
     def __init__(self, g: GraphBuilder, shape: DecoderConfig, see: Attending) -> None:
         self.g, self.shape, self.see = g, shape, see
         self.angles = rotary_angles(shape.rope_parameters, shape.head_dim, shape.max_position_embeddings)
+        self.factor = attention_factor(shape.rope_parameters)
 
     def __call__(self, index: int, hidden: ir.Value) -> ir.Value:
         """[batch, sequence, hidden] to the same."""
@@ -181,4 +206,4 @@ class _Layer:
     def _turned(self, scope: str, part: str, x: ir.Value) -> ir.Value:
         if self.shape.query_key_norms:
             x = self._norm(scope, f"{part}_norm", x, self.shape.head_dim)
-        return self.see.rotate(scope, x, self.angles)
+        return self.see.rotate(scope, x, self.angles, self.factor)

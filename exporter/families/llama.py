@@ -10,6 +10,8 @@ from qexport.exporter.families.decoder import DecoderConfig, build_decoder
 from qexport.exporter.families.folder import Folder
 from qexport.exporter.families.form import SCORING, Form
 
+ARCHITECTURES = ("LlamaForCausalLM", "LlamaModel")
+
 
 class LlamaConfig(DecoderConfig):
     """Biases everywhere or nowhere, by ``attention_bias`` and ``mlp_bias``."""

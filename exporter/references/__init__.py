@@ -21,8 +21,12 @@ Reference: TypeAlias = Callable[[Feeds], dict[str, NDArray[Any]]]
 
 REFERENCES = {
     "bert": "qexport.exporter.references.bert:open_reference",
+    "bitnet": "qexport.exporter.references.decoder:open_reference",
     "gpt2": "qexport.exporter.references.gpt2:open_reference",
     "llama": "qexport.exporter.references.decoder:open_reference",
+    "mistral": "qexport.exporter.references.decoder:open_reference",
+    "qwen2": "qexport.exporter.references.decoder:open_reference",
+    "qwen3": "qexport.exporter.references.decoder:open_reference",
 }
 """``model_type`` to the function ``(config, folder, form) -> Reference``."""
 
