@@ -25,11 +25,15 @@ from qexport.safe_io import digest_bytes, digest_file
 FAMILIES = {
     "bert": "qexport.exporter.families.bert:build",
     "bitnet": "qexport.exporter.families.bitnet:build",
+    "camembert": "qexport.exporter.families.roberta:build",
+    "distilbert": "qexport.exporter.families.distilbert:build",
     "gpt2": "qexport.exporter.families.gpt2:build",
     "llama": "qexport.exporter.families.llama:build",
     "mistral": "qexport.exporter.families.mistral:build",
     "qwen2": "qexport.exporter.families.qwen2:build",
     "qwen3": "qexport.exporter.families.qwen3:build",
+    "roberta": "qexport.exporter.families.roberta:build",
+    "xlm-roberta": "qexport.exporter.families.roberta:build",
 }
 """``model_type`` of config.json to the function ``(config, folder) -> Model`` that builds the graph."""
 

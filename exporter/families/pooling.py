@@ -1,16 +1,26 @@
-"""How a sentence-transformers folder makes one vector of a sentence: ``modules.json`` and ``1_Pooling/config.json``."""
+"""How a sentence-transformers folder goes on behind its encoder: ``modules.json`` and the folders that it lists.
+
+``Transformer, Pooling, Dense ..., Normalize`` makes one vector of a sentence (Reimers & Gurevych 2019); without the
+Pooling, as PyLate saves it, one of every token.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from qexport.errors import ModelInvalid
-from qexport.exporter.families.folder import CONFIG, Folder
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qexport.errors import ModelInvalid, UnsafeInput
+from qexport.exporter.families.folder import CONFIG, PICKLES, WEIGHTS, Folder
 
 MODULES, POOLING = "modules.json", "1_Pooling"
-KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")
+KNOWN_MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
+"""In the order that they may come in."""
+ACTIVATIONS = {"Identity": None, "Tanh": "Tanh", "ReLU": "Relu", "Sigmoid": "Sigmoid"}
+"""Classes of torch that a Dense module may end with, as operators."""
 
 _FLAGS = {
     "pooling_mode_cls_token": "cls",
@@ -22,17 +32,83 @@ _FLAGS = {
 }
 
 
-def read_pooling(folder: Folder, supported: Collection[str]) -> str:
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """A linear layer on top.
+
+    Attributes:
+        place: Its folder.
+        inputs: Width of what it reads.
+        outputs: Width of what it makes.
+        bias: Whether it has one.
+        activation: Operator at its end, if any.
+    """
+
+    place: str
+    inputs: int
+    outputs: int
+    bias: bool
+    activation: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Modules:
+    """What comes behind the encoder.
+
+    Attributes:
+        pooling: Folder of the settings of the pooling; ``None`` where there are none.
+        dense: Linear layers, one after the other, behind the pooling if there is one.
+        pools: Whether they make one vector of a sentence.
+    """
+
+    pooling: str | None = None
+    dense: tuple[Dense, ...] = ()
+    pools: bool = True
+
+
+def read_modules(folder: Folder) -> Modules:
+    """What the folder says, which may be nothing.
+
+    Raises:
+        ModelInvalid: No list of modules, or one that is not known or at another place than it is here.
+        UnsafeInput: The settings lie outside of the folder.
+    """
+    if not folder.has(MODULES):
+        return Modules(POOLING if folder.has(f"{POOLING}/{CONFIG}") else None)
+    where, listed = str(folder.path / MODULES), folder.json(MODULES)
+    found = [_module(module, where) for module in (listed if isinstance(listed, list) else [None])]
+    names = [name for name, _ in found]
+    if names != sorted(names, key=KNOWN_MODULES.index) or names.count("Pooling") > 1:
+        hint = f"supported: {', '.join(KNOWN_MODULES)}, in this order"
+        raise ModelInvalid(f"modules in the order {', '.join(names)}", where=where, hint=hint)
+    dense = tuple(_dense(folder, place) for name, place in found if name == "Dense")
+    places = dict(found)
+    return Modules(places.get("Pooling"), dense, "Pooling" in names or not dense)
+
+
+def _module(module: Any, where: str) -> tuple[str, str]:
+    """Name and folder of one module."""
+    fields = [module.get(key) if isinstance(module, dict) else None for key in ("type", "path")]
+    kind, path = fields
+    if not isinstance(kind, str) or not isinstance(path, str):
+        raise ModelInvalid("not a list of modules with a type and a path", where=where)
+    name = kind.rpartition(".")[2]
+    if name not in KNOWN_MODULES:
+        hint = f"supported: {', '.join(KNOWN_MODULES)}"
+        raise ModelInvalid(f"module {kind!r} is not supported", where=where, hint=hint)
+    return name, path
+
+
+def read_pooling(folder: Folder, modules: Modules, supported: Collection[str]) -> str:
     """Name of the pooling, one of ``supported``; ``mean`` where the folder does not say.
 
     Raises:
-        ModelInvalid: Another pooling, several at once, or a module that is not known, such as a dense layer on top.
+        ModelInvalid: Another pooling, or several at once.
         UnsafeInput: The settings lie outside of the folder.
     """
-    place = _place(folder)
-    if place is None:
+    if modules.pooling is None:
         return "mean"
-    name = str(PurePosixPath(place) / CONFIG)
+    name = str(PurePosixPath(modules.pooling) / CONFIG)
     modes = _modes(folder.json(name))
     if len(modes) != 1 or modes[0] not in supported:
         raise ModelInvalid(
@@ -43,32 +119,6 @@ def read_pooling(folder: Folder, supported: Collection[str]) -> str:
     return modes[0]
 
 
-def _place(folder: Folder) -> str | None:
-    """Name of the folder that holds the settings of the pooling."""
-    if not folder.has(MODULES):
-        return POOLING if folder.has(f"{POOLING}/{CONFIG}") else None
-    where, place = str(folder.path / MODULES), None
-    listed = folder.json(MODULES)
-    for module in listed if isinstance(listed, list) else [None]:
-        kind, path = _fields(module)
-        if kind is None or path is None:
-            raise ModelInvalid("not a list of modules with a type and a path", where=where)
-        name = kind.rpartition(".")[2]
-        if name not in KNOWN_MODULES:
-            raise ModelInvalid(
-                f"module {kind!r} is not supported", where=where, hint=f"supported: {', '.join(KNOWN_MODULES)}"
-            )
-        if name == "Pooling":
-            place = path
-    return place
-
-
-def _fields(module: Any) -> tuple[str | None, str | None]:
-    fields = [module.get(key) if isinstance(module, dict) else None for key in ("type", "path")]
-    kind, path = (field if isinstance(field, str) else None for field in fields)
-    return kind, path
-
-
 def _modes(config: Any) -> list[str]:
     """Names of the poolings that are switched on, in either spelling of the settings."""
     if not isinstance(config, dict):
@@ -77,3 +127,39 @@ def _modes(config: Any) -> list[str]:
     if named is None:
         named = [mode for flag, mode in _FLAGS.items() if config.get(flag)] or "mean"
     return [str(mode) for mode in named] if isinstance(named, list) else [str(named)]
+
+
+class _DenseConfig(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    in_features: int = Field(gt=0)
+    out_features: int = Field(gt=0)
+    bias: bool = True
+    activation_function: str = "torch.nn.modules.activation.Tanh"
+    use_residual: bool = False
+
+
+def _dense(folder: Folder, place: str) -> Dense:
+    """Read the settings of one Dense module; its weights are looked for, not read."""
+    name = str(PurePosixPath(place) / CONFIG)
+    where = str(folder.path / name)
+    try:
+        config = _DenseConfig.model_validate(folder.json(name))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "(all)"
+        raise ModelInvalid(f"field {field!r}: {first['msg'].lower()}", where=where) from error
+    activation = config.activation_function.removeprefix("torch.nn.modules.").rpartition(".")[2]
+    if activation not in ACTIVATIONS or config.use_residual:
+        what = "use_residual" if config.use_residual else f"activation_function {config.activation_function!r}"
+        hint = f"supported: {', '.join(ACTIVATIONS)}, without use_residual"
+        raise ModelInvalid(f"{what} of a Dense module is not supported", where=where, hint=hint)
+    _refuse_pickles(folder, place)
+    return Dense(place, config.in_features, config.out_features, config.bias, ACTIVATIONS[activation])
+
+
+def _refuse_pickles(folder: Folder, place: str) -> None:
+    pickle = next((name for name in PICKLES if folder.has(f"{place}/{name}")), None)
+    if pickle is not None and not folder.has(f"{place}/{WEIGHTS}"):
+        what = f"the weights of a Dense module are a pickle, which is not read ({pickle})"
+        raise UnsafeInput(what, where=str(folder.path / place), hint="save them as safetensors")

@@ -52,6 +52,10 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self._stored
 
+    def add(self, scope: str, stored: Mapping[str, Stored]) -> None:
+        """Take in what a module saved in a file of its own, as ``scope.name``."""
+        self._stored |= {f"{scope}.{name}": tensor for name, tensor in stored.items()}
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor; ``ModelInvalid`` when it is missing."""
         return self._find(name).shape

@@ -20,13 +20,17 @@ Reference: TypeAlias = Callable[[Feeds], dict[str, NDArray[Any]]]
 """Inputs of the plain graph by name to its outputs by name, float32."""
 
 REFERENCES = {
-    "bert": "qexport.exporter.references.bert:open_reference",
+    "bert": "qexport.exporter.references.encoder:open_reference",
     "bitnet": "qexport.exporter.references.decoder:open_reference",
+    "camembert": "qexport.exporter.references.encoder:open_reference",
+    "distilbert": "qexport.exporter.references.encoder:open_reference",
     "gpt2": "qexport.exporter.references.gpt2:open_reference",
     "llama": "qexport.exporter.references.decoder:open_reference",
     "mistral": "qexport.exporter.references.decoder:open_reference",
     "qwen2": "qexport.exporter.references.decoder:open_reference",
     "qwen3": "qexport.exporter.references.decoder:open_reference",
+    "roberta": "qexport.exporter.references.encoder:open_reference",
+    "xlm-roberta": "qexport.exporter.references.encoder:open_reference",
 }
 """``model_type`` to the function ``(config, folder, form) -> Reference``."""
 

@@ -1,0 +1,284 @@
+"""What stands on top of an encoder, and which of it a checkpoint has.
+
+Outputs, all float32:
+
+- ``embedding``: ``last_hidden_state`` [batch, sequence, hidden] and ``sentence_embedding`` [batch, width]: the mean
+  over unmasked positions, or the first position where the folder's pooling says ``cls`` (Reimers & Gurevych 2019),
+  through the folder's Dense modules if it has any, always scaled to length one, whether or not the folder lists a
+  Normalize module.
+- ``classification``: ``logits`` [batch, labels] of the first position.
+- ``token-classification``: ``logits`` [batch, sequence, labels].
+- ``multi-vector``: ``token_embeddings`` [batch, sequence, width], one of length one for every token (Khattab & Zaharia
+  2020), zeros where the mask is 0.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+
+from qexport.errors import ModelInvalid, UsageError
+from qexport.exporter.families.builder import GraphBuilder
+from qexport.exporter.families.folder import CONFIG, WEIGHTS, Folder
+from qexport.exporter.families.pooling import MODULES, Dense, Modules, read_modules, read_pooling
+from qexport.exporter.families.weights import Weights, read_headers
+
+LABELS = "qexport.labels"  # metadata of a model: names of its labels, a list in JSON
+ARCHITECTURES = {
+    "ForSequenceClassification": "classification",
+    "ForTokenClassification": "token-classification",
+    "ColBERT": "multi-vector",
+}
+"""How names of architectures end that have a head; any other is exported without it, as an embedding."""
+TASKS = ("embedding", *ARCHITECTURES.values())
+PROJECTION = "linear"  # the one layer on top of ColBERT
+TOKEN_CLASSIFIER = "classifier"
+
+FLOAT = ir.DataType.FLOAT
+Write: TypeAlias = Callable[[GraphBuilder, ir.Value, ir.Value], None]
+"""Adds nodes and outputs behind hidden states [batch, sequence, hidden] and their mask [batch, sequence]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """How a family classifies the first position: a linear layer, an operator, another linear layer."""
+
+    dense: str
+    activation: str
+    last: str
+
+
+@dataclass(frozen=True, slots=True)
+class Trunk:
+    """What heads know of the encoder below them: its config.json, folder, weights, hidden size, and way to classify."""
+
+    config: Mapping[str, Any]
+    folder: Folder
+    weights: Weights
+    width: int
+    classifier: Classifier
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """How to write a head, and what the model's metadata tell of it."""
+
+    write: Write
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+
+def open_head(trunk: Trunk, task: str | None) -> Head:
+    """The head for a task; the one that the folder was saved with if none is named.
+
+    Raises:
+        UsageError: There is no such task.
+        ModelInvalid: The checkpoint has no weights for it.
+    """
+    if task is not None and task not in TASKS:
+        raise UsageError(f"unknown task {task!r}", hint=f"known: {', '.join(TASKS)}")
+    modules = read_modules(trunk.folder)
+    task = task or _default(trunk, modules)
+    wanting = _wanting(trunk, modules, task)
+    if wanting is not None:
+        there = ", ".join(other for other in TASKS if _wanting(trunk, modules, other) is None)
+        what = f"the checkpoint has no head for {task!r}: {wanting}"
+        raise ModelInvalid(what, where=trunk.weights.where, hint=f"tasks that it has weights for: {there}")
+    return HEADS[task](trunk, modules)
+
+
+def finish(g: GraphBuilder, head: Head, ends: tuple[ir.Value, ir.Value], positions: int) -> ir.Model:
+    """Put the head on top of ``ends``, the hidden states and the mask, and return the model."""
+    head.write(g, *ends)
+    model = g.finish(positions)
+    model.metadata_props.update(head.notes)
+    return model
+
+
+# ---------------------------------------------------------------- which
+
+
+def _default(trunk: Trunk, modules: Modules) -> str:
+    """What the name of the architecture says; where it has no weights for that, what the list of modules says."""
+    saved = _saved(trunk)
+    if saved is not None and (_wanting(trunk, modules, saved) is None or not trunk.folder.has(MODULES)):
+        return saved
+    return "embedding" if modules.pools else "multi-vector"
+
+
+def _saved(trunk: Trunk) -> str | None:
+    names = trunk.config.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else ""
+    return next((task for end, task in ARCHITECTURES.items() if name.endswith(end)), None)
+
+
+def _wanting(trunk: Trunk, modules: Modules, task: str) -> str | None:
+    """What the checkpoint lacks for a task, in words."""
+    layers = {
+        "classification": (trunk.classifier.dense, trunk.classifier.last),
+        "token-classification": (TOKEN_CLASSIFIER,),
+    }.get(task, ())
+    names = [f"{layer}.{part}" for layer in layers for part in ("weight", "bias")]
+    if task == "multi-vector" and modules.pools:
+        names = [f"{PROJECTION}.weight"]
+    missing = next((name for name in names if name not in trunk.weights), None)
+    if missing is not None:
+        return f"weight {missing!r} is missing"
+    saved = _saved(trunk)
+    if layers and saved != task and saved in ("classification", "token-classification"):
+        return f"{trunk.config['architectures'][0]} has one for {saved!r}"
+    return None
+
+
+# ---------------------------------------------------------------- labels
+
+
+def _classification(trunk: Trunk, _modules: Modules) -> Head:
+    names, width = trunk.classifier, trunk.width
+    count = _count(trunk, names.last)
+
+    def write(g: GraphBuilder, hidden: ir.Value, _mask: ir.Value) -> None:
+        first = g.op(names.dense, "Gather", hidden, _first_position(g), axis=1)
+        inner = g.op(names.dense, names.activation, g.linear(names.dense, first, (width, width)))
+        g.output(g.linear(names.last, inner, (count, width)), "logits", FLOAT, ("batch", count))
+
+    return Head(write, _labels(trunk, count))
+
+
+def _token_classification(trunk: Trunk, _modules: Modules) -> Head:
+    count = _count(trunk, TOKEN_CLASSIFIER)
+
+    def write(g: GraphBuilder, hidden: ir.Value, _mask: ir.Value) -> None:
+        logits = g.linear(TOKEN_CLASSIFIER, hidden, (count, trunk.width))
+        g.output(logits, "logits", FLOAT, ("batch", "sequence", count))
+
+    return Head(write, _labels(trunk, count))
+
+
+def _count(trunk: Trunk, layer: str) -> int:
+    """How many labels the last layer tells apart."""
+    return next(iter(trunk.weights.shape(f"{layer}.weight")), 0)
+
+
+def _labels(trunk: Trunk, count: int) -> dict[str, str]:
+    """Names of the labels in the order of their logits, if config.json has them.
+
+    Raises:
+        ModelInvalid: They are not those of 0, 1, ... up to the number of logits.
+    """
+    told = trunk.config.get("id2label")
+    if told is None:
+        return {}
+    numbered = {str(key): str(name) for key, name in told.items()} if isinstance(told, dict) else {}
+    if set(numbered) != {str(number) for number in range(count)}:
+        what = f"field 'id2label' names {len(numbered)} labels, the weights tell {count} apart"
+        raise ModelInvalid(what, where=str(trunk.folder.path / CONFIG), hint='name all of "0", "1", ...')
+    return {LABELS: json.dumps([numbered[str(number)] for number in range(count)], ensure_ascii=False)}
+
+
+# ---------------------------------------------------------------- vectors
+
+
+def _embedding(trunk: Trunk, modules: Modules) -> Head:
+    dense = modules.dense if modules.pools else ()
+    pool = POOLINGS[read_pooling(trunk.folder, modules, ("mean", "cls") if dense else POOLINGS)]
+    _add_weights(trunk, dense)
+
+    def write(g: GraphBuilder, hidden: ir.Value, mask: ir.Value) -> None:
+        hidden = _in_float32(g, hidden)
+        sentence = pool(g, hidden, mask)
+        for module in dense:
+            sentence = _apply(g, module, sentence)
+        sentence = _normalize(g, sentence)
+        width = dense[-1].outputs if dense else trunk.width
+        g.output(hidden, "last_hidden_state", FLOAT, ("batch", "sequence", trunk.width))
+        g.output(sentence, "sentence_embedding", FLOAT, ("batch", width))
+
+    return Head(write)
+
+
+def _multi_vector(trunk: Trunk, modules: Modules) -> Head:
+    dense = () if modules.pools else modules.dense
+    width = dense[-1].outputs if dense else _count(trunk, PROJECTION)
+    _add_weights(trunk, dense)
+
+    def write(g: GraphBuilder, hidden: ir.Value, mask: ir.Value) -> None:
+        if not dense:
+            hidden = g.linear(PROJECTION, hidden, (width, trunk.width), bias=False)
+        for module in dense:
+            hidden = _apply(g, module, hidden)
+        vectors = _normalize(g, _in_float32(g, hidden))
+        seen = g.op("pooling", "Unsqueeze", g.op("pooling", "Cast", mask, to=FLOAT), g.constant("axis_last", [-1]))
+        vectors = g.op("pooling", "Mul", vectors, seen)
+        g.output(vectors, "token_embeddings", FLOAT, ("batch", "sequence", width))
+
+    return Head(write)
+
+
+def _add_weights(trunk: Trunk, dense: tuple[Dense, ...]) -> None:
+    """Let the encoder's weights have those of the Dense modules, which are saved apart.
+
+    Raises:
+        ModelInvalid: A module does not read what the one before it makes.
+    """
+    width = trunk.width
+    for module in dense:
+        file = trunk.folder.file(f"{module.place}/{WEIGHTS}")
+        if module.inputs != width:
+            what = f"the module reads {module.inputs} features, {width} come to it"
+            raise ModelInvalid(what, where=str(file.parent / CONFIG))
+        trunk.weights.add(module.place, read_headers([file]))
+        width = module.outputs
+
+
+def _apply(g: GraphBuilder, module: Dense, x: ir.Value) -> ir.Value:
+    scope = f"{module.place}.linear"
+    x = g.linear(scope, x, (module.outputs, module.inputs), bias=module.bias)
+    return x if module.activation is None else g.op(scope, module.activation, x)
+
+
+def _in_float32(g: GraphBuilder, x: ir.Value) -> ir.Value:
+    """Leave half precision for good: sums over positions and lengths of vectors do not fit it."""
+    if g.dtype == FLOAT:
+        return x
+    g.dtype = FLOAT
+    return g.op("pooling", "Cast", x, to=FLOAT)
+
+
+def _mean(g: GraphBuilder, hidden: ir.Value, mask: ir.Value) -> ir.Value:
+    """Mean over unmasked positions; an empty mask gives zeros."""
+    scope, last, middle = "pooling", g.constant("axis_last", [-1]), g.constant("axis_1", [1])
+    weight = g.op(scope, "Unsqueeze", g.op(scope, "Cast", mask, to=FLOAT), last)
+    total = g.op(scope, "ReduceSum", g.op(scope, "Mul", hidden, weight), middle, keepdims=0)
+    count = g.op(scope, "Max", g.op(scope, "ReduceSum", weight, middle, keepdims=0), g.constant("tiny", 1e-9))
+    return g.op(scope, "Div", total, count)
+
+
+def _first(g: GraphBuilder, hidden: ir.Value, _mask: ir.Value) -> ir.Value:
+    """The first position, where the tokenizer puts [CLS]."""
+    return g.op("pooling", "Gather", hidden, _first_position(g), axis=1)
+
+
+def _first_position(g: GraphBuilder) -> ir.Value:
+    return g.weight("first_position", np.array(0, np.int64))
+
+
+def _normalize(g: GraphBuilder, vector: ir.Value) -> ir.Value:
+    """Length one; zeros stay zeros."""
+    scope, last = "pooling", g.constant("axis_last", [-1])
+    length = g.op(scope, "ReduceL2", vector, last, keepdims=1)
+    return g.op(scope, "Div", vector, g.op(scope, "Max", length, g.constant("tiny_length", 1e-12)))
+
+
+POOLINGS = {"mean": _mean, "cls": _first, "mean_sqrt_len_tokens": _mean}
+"""By the names of sentence-transformers; the last differs from the mean in length only, which becomes one."""
+HEADS: dict[str, Callable[[Trunk, Modules], Head]] = {
+    "embedding": _embedding,
+    "classification": _classification,
+    "token-classification": _token_classification,
+    "multi-vector": _multi_vector,
+}

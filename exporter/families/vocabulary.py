@@ -1,0 +1,30 @@
+"""Whether a tokenizer and a model know the same words."""
+
+from __future__ import annotations
+
+from qexport.calibration.reading.text import load_tokenizer
+from qexport.errors import DataInvalid
+from qexport.exporter.families.folder import Folder, demand_inside
+
+TOKENIZER = "tokenizer.json"
+
+
+def check_vocabulary(folder: Folder, vocab_size: int) -> None:
+    """Look whether every number that the folder's tokenizer gives is a row of the model's table of words.
+
+    A folder without ``tokenizer.json`` passes.
+
+    Raises:
+        DataInvalid: The largest number is too large, or the file is no tokenizer.
+        UnsafeInput: The file lies outside of the folder.
+    """
+    path = folder.path / TOKENIZER
+    demand_inside(path, folder.path)
+    if not path.is_file():
+        return
+    numbers = load_tokenizer(path, None).get_vocab(with_added_tokens=True)
+    word, largest = max(numbers.items(), key=lambda item: item[1], default=("", -1))
+    if largest >= vocab_size:
+        what = f"the tokenizer gives numbers up to {largest} ({word!r}), the model has words 0 to {vocab_size - 1}"
+        hint = "use the tokenizer that the model was trained with, or the model resized to the tokenizer"
+        raise DataInvalid(what, where=str(path), hint=hint)
