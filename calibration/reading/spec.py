@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from qexport.errors import ModelInvalid
+from qexport.passes.portable import PAST, POSITIONS, WRITE
 
 Sample: TypeAlias = dict[str, NDArray[Any]]  # one sample: input name to array, no batch axis, padding trimmed
 
@@ -110,13 +111,25 @@ class Source(Protocol):
 
 
 def input_specs(model: ir.Model) -> tuple[InputSpec, ...]:
-    """Return what ``model`` asks for, initializers left out.
+    """Return what ``model`` asks of a sample: its inputs without initializers, and without the cache of a decoder.
 
     Raises:
         ModelInvalid: An input has no shape, or is not a tensor of numbers.
     """
-    graph = model.graph
-    return tuple(_input_spec(value) for value in graph.inputs if value.name not in graph.initializers)
+    graph, cached = model.graph, keeps_cache(model)
+    asked = (value for value in graph.inputs if value.name not in graph.initializers)
+    return tuple(_input_spec(value) for value in asked if not (cached and is_state(value.name)))
+
+
+def keeps_cache(model: ir.Model) -> bool:
+    """Whether ``model`` is a decoder in the portable layout: it writes keys and values where ``write_indices`` say."""
+    names = {value.name for value in model.graph.inputs}
+    return {IDS, WRITE, POSITIONS} <= names and any((name or "").startswith(PAST) for name in names)
+
+
+def is_state(name: str | None) -> bool:
+    """Whether an input of such a decoder follows from the calls before, and not from a sample."""
+    return name in (WRITE, POSITIONS) or (name or "").startswith(PAST)
 
 
 def _input_spec(value: ir.Value) -> InputSpec:

@@ -71,7 +71,7 @@ def _widen_constant(value: ir.Value) -> None:
         value.type = ir.TensorType(_F32)
 
 
-def _widened(tensor: ir.TensorProtocol) -> ir.Tensor[np.float32]:
+def _widened(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     return ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from qexport.calibration.running.emulate import SHORT, emulate
 from qexport.calibration.running.literal import dequantize_weights
+from qexport.calibration.running.whole_rows import read_whole_rows
 from qexport.runtime.session import Session, SessionOptions
 
 SHARED_FROM = 4096  # bytes; smaller tensors travel inside the model, where constant folding sees them
@@ -24,10 +25,12 @@ def open_model(model: ir.Model, options: SessionOptions | None = None, taps: Seq
 
     The model is not changed. Weights are handed over by reference, so peak memory holds them once
     (plus what onnxruntime packs for itself). On a CPU, bfloat16 is emulated in float32, and so is float16 where
-    ``options`` ask for a literal run. Its threads do not spin, as other sessions run in turn with it.
+    ``options`` ask for a literal run. A decoder with a cache reads whole rows. Its threads do not spin, as other
+    sessions run in turn with it.
     """
     asked = replace(options or SessionOptions(), spin=False)
     work = model.clone()
+    read_whole_rows(work)
     if asked.literal:
         dequantize_weights(work, taps)
     if asked.providers[0] == "CPUExecutionProvider":
