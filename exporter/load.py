@@ -30,12 +30,17 @@ FAMILIES = {
     "gpt2": "qexport.exporter.families.gpt2:build",
     "llama": "qexport.exporter.families.llama:build",
     "mistral": "qexport.exporter.families.mistral:build",
+    "mt5": "qexport.exporter.families.t5:build",
     "qwen2": "qexport.exporter.families.qwen2:build",
     "qwen3": "qexport.exporter.families.qwen3:build",
     "roberta": "qexport.exporter.families.roberta:build",
+    "t5": "qexport.exporter.families.t5:build",
     "xlm-roberta": "qexport.exporter.families.roberta:build",
 }
 """``model_type`` of config.json to the function ``(config, folder) -> Model`` that builds the graph."""
+
+PARTS = {kind: {"encoder.onnx": "qexport.exporter.families.t5:build_encoder"} for kind in ("mt5", "t5")}
+"""``model_type`` to further files of the portable layout and the functions, as those of ``FAMILIES``, that build them."""
 
 ONNX_FILE = "model.onnx"  # as in an artefact of ours, or in a folder that another exporter wrote
 COMPANIONS = (

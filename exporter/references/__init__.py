@@ -27,9 +27,11 @@ REFERENCES = {
     "gpt2": "qexport.exporter.references.gpt2:open_reference",
     "llama": "qexport.exporter.references.decoder:open_reference",
     "mistral": "qexport.exporter.references.decoder:open_reference",
+    "mt5": "qexport.exporter.references.t5:open_reference",
     "qwen2": "qexport.exporter.references.decoder:open_reference",
     "qwen3": "qexport.exporter.references.decoder:open_reference",
     "roberta": "qexport.exporter.references.encoder:open_reference",
+    "t5": "qexport.exporter.references.t5:open_reference",
     "xlm-roberta": "qexport.exporter.references.encoder:open_reference",
 }
 """``model_type`` to the function ``(config, folder, form) -> Reference``."""
