@@ -17,7 +17,6 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from qexport.errors import ModelInvalid
-from qexport.passes import match
 from qexport.passes.base import Decision, Outcome, Pass
 from qexport.passes.caching.calls import IDS, MASK, POSITIONS, Calls
 from qexport.passes.caching.check import measure
@@ -99,24 +98,28 @@ def _rewrite(model: ir.Model) -> tuple[Decision, ...]:
     calls = Calls(graph, [cache.past for cache in caches], [cache.present for cache in caches])
     layers = [Layer(ends, *measure(ends, calls)) for ends in find_ends(caches)]
     logits = next(value for value in graph.outputs if value not in {cache.present for cache in caches})
-    forbidden = [value for value in graph.inputs if value.name not in (IDS, POSITIONS)]
-    forbidden += [cache.present for cache in caches]
-    hops = {layer.ends.context: (layer.ends.query,) for layer in layers}
+    forbidden = [cache.present for cache in caches]
+    forbidden += [value for value in graph.inputs if value.name not in (IDS, POSITIONS)]
+    hops = {layer.ends.context: layer.ends.query for layer in layers}
     live = live_nodes([logits, *(cache.new for cache in caches)], hops)
     stands = find_stands(live, forbidden, calls)
-    _check_gone(Writer(graph, layers, logits).write(stands))
+    Writer(graph, layers, logits).write(stands)
+    _check_gone(forbidden)
     return tuple(_decision(layer) for layer in layers)
 
 
 def _check_gone(left: Sequence[ir.Value]) -> None:
+    """Refuse what still reads a value that is not there any more."""
     for value in left:
         for node in value.consumers():
             name = str(value.name).removesuffix(APPENDED)
-            what = "has other uses than the mask and positions" if name == MASK else "has other uses than attention"
-            raise RefusalError(node, f"{name} {what}")
+            wanted = "the mask and positions" if name == MASK else "attention and positions"
+            raise RefusalError(node, f"{name} has other uses than {wanted}")
 
 
 def _decision(layer: Layer) -> Decision:
     sight = "all positions" if layer.window is None else f"a window of {layer.window} positions"
     node = layer.ends.product
-    return Decision(node.name or "", node.op_type, "fused", f"attention to a cache, {sight}", f"scale {layer.scale:.4g}")
+    return Decision(
+        node.name or "", node.op_type, "fused", f"attention to a cache, {sight}", f"scale {layer.scale:.4g}"
+    )

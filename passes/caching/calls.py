@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,21 +20,23 @@ class UnknownValue(Exception):
 
 
 class Call:
-    """One row of ``new`` tokens behind ``past`` earlier ones.
+    """``batch`` rows of ``new`` tokens behind ``past`` earlier ones.
 
     Args:
         graph: The graph; only its parts that are asked for are ever run.
-        past: Columns of the caches that are filled.
-        new: Tokens of the call.
+        sizes: Earlier tokens, new tokens, rows.
         caches: Inputs with the caches, and inner values with what a cache and the new columns make together.
     """
 
-    def __init__(self, graph: ir.Graph, past: int, new: int, caches: tuple[Sequence[ir.Value], Sequence[ir.Value]]):
-        self.past, self.new, self.total = past, new, past + new
+    def __init__(
+        self, graph: ir.Graph, sizes: tuple[int, int, int], caches: tuple[Sequence[ir.Value], Sequence[ir.Value]]
+    ) -> None:
+        self.past, self.new, self.batch = sizes
+        self.total = self.past + self.new
         self._opset = graph.opset_imports.get("", 1)
-        self._known = dict(_inputs(graph, past, new))
-        for values, length in zip(caches, (past, self.total), strict=True):
-            self._known |= {value: _zeros(value, length) for value in values}
+        self._known = dict(_inputs(graph, *sizes))
+        for values, length in zip(caches, (self.past, self.total), strict=True):
+            self._known |= {value: _zeros(value, self.batch, length) for value in values}
         self._sizes = _named_sizes(self._known)
 
     def work_out(self, wanted: Sequence[ir.Value], given: Arrays) -> list[NDArray[Any]]:
@@ -87,29 +88,37 @@ class Call:
 
 
 class Calls:
-    """Calls of one graph, each made once."""
+    """Calls of one graph, each made once; ``past`` and ``present`` as in ``Call``."""
 
     def __init__(self, graph: ir.Graph, past: Sequence[ir.Value], present: Sequence[ir.Value]) -> None:
-        self.at = cache(lambda sizes: Call(graph, *sizes, (past, present)))
+        self._graph, self._caches = graph, (past, present)
+        self._made: dict[tuple[int, int, int], Call] = {}
+
+    def at(self, past: int, new: int, batch: int = 1) -> Call:
+        """The call of these sizes."""
+        sizes = (past, new, batch)
+        if sizes not in self._made:
+            self._made[sizes] = Call(self._graph, sizes, self._caches)
+        return self._made[sizes]
 
 
 _BODIES = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
-def _inputs(graph: ir.Graph, past: int, new: int) -> Iterator[tuple[ir.Value, NDArray[Any]]]:
+def _inputs(graph: ir.Graph, past: int, new: int, batch: int) -> Iterator[tuple[ir.Value, NDArray[Any]]]:
     rows = {IDS: np.zeros(new), MASK: np.ones(past + new), POSITIONS: np.arange(past, past + new)}
     for value in graph.inputs:
         if value.name in rows and value.dtype is not None:
-            yield value, rows[value.name][None].astype(value.dtype.numpy())
+            yield value, np.tile(rows[value.name].astype(value.dtype.numpy()), (batch, 1))
 
 
-def _zeros(value: ir.Value, length: int) -> NDArray[Any]:
-    """Zeros in the shape of a cache [1, heads, length, size], that take no memory."""
+def _zeros(value: ir.Value, batch: int, length: int) -> NDArray[Any]:
+    """Zeros in the shape of a cache [batch, heads, length, size], that take no memory."""
     shape = match.dims(value)
     assert shape is not None
     assert value.dtype is not None
     sizes = [size if isinstance(size, int) else 1 for size in shape]
-    return np.broadcast_to(np.zeros((), value.dtype.numpy()), (1, sizes[1], length, sizes[3]))
+    return np.broadcast_to(np.zeros((), value.dtype.numpy()), (batch, sizes[1], length, sizes[3]))
 
 
 def _named_sizes(known: Arrays) -> dict[str, int | None]:
@@ -129,8 +138,8 @@ def _run(
     from onnx.reference import ReferenceEvaluator
 
     names = [str(value.name) for value in wanted]
-    ends = [[onnx.ValueInfoProto(name=name) for name in side] for side in (leaves, dict.fromkeys(names))]
-    graph = onnx.helper.make_graph([ir.serde.serialize_node(node) for node in nodes], "call", *ends)
+    starts, ends = ([onnx.ValueInfoProto(name=name) for name in side] for side in (leaves, dict.fromkeys(names)))
+    graph = onnx.helper.make_graph([ir.serde.serialize_node(node) for node in nodes], "call", starts, ends)
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
     try:
         with np.errstate(all="ignore"):

@@ -46,7 +46,7 @@ def _spelt(ends: Ends, softmax: ir.Node, calls: Calls) -> tuple[float, int | Non
     heads = _heads(ends, calls)
     window = _window(ends, masked, heads, calls)
     scale = 0.0
-    for call in map(calls.at, CALLS):
+    for call in (calls.at(*sizes) for sizes in CALLS):
         query, keys = _draw(ends.keys, heads, call.new), _draw(ends.keys, ends.keys.heads, call.total)
         (found,) = call.work_out([masked], {ends.query: query, ends.keys.present: keys})
         raw = (query @ _repeated(keys, heads).swapaxes(-1, -2))[0]
@@ -84,7 +84,7 @@ def _fused(ends: Ends, calls: Calls) -> tuple[float, int | None]:
     scale = node.attributes.get_float("scale", ends.keys.dim**-0.5)
     mask = node.inputs[3] if len(node.inputs) > 3 else None
     window = None if mask is None else _window(ends, mask, heads, calls)
-    for call in map(calls.at, CALLS):
+    for call in (calls.at(*sizes) for sizes in CALLS):
         query = _draw(ends.keys, heads, call.new)
         keys, values = (_draw(cache, cache.heads, call.total) for cache in (ends.keys, ends.values))
         given = {ends.query: query}
@@ -106,7 +106,7 @@ def _fused(ends: Ends, calls: Calls) -> tuple[float, int | None]:
 
 def _heads(ends: Ends, calls: Calls) -> int:
     """How many heads the keys have when they are multiplied."""
-    call = calls.at(CALLS[0])
+    call = calls.at(*CALLS[0])
     keys = _draw(ends.keys, ends.keys.heads, call.total)
     repeated = ends.scores.inputs[1]
     assert repeated is not None
@@ -119,13 +119,13 @@ def _heads(ends: Ends, calls: Calls) -> int:
 
 def _window(ends: Ends, masked: ir.Value, heads: int, calls: Calls) -> int | None:
     """How far back a token sees: tried behind more tokens than any integer says from which the mask is computed."""
-    call = calls.at(CALLS[0])
+    call = calls.at(*CALLS[0])
     given = _plain(ends, heads, call)
     most = FURTHEST // (heads * ends.keys.dim)
     far = max((abs(n) for n in call.integers(masked, given) if CALLS[-1][0] < abs(n) <= most), default=0)
     if not far:
         return None
-    call = calls.at((far + 2, 3))
+    call = calls.at(far + 2, 3)
     try:
         (found,) = call.work_out([masked], _plain(ends, heads, call))
     except UnknownValue:  # there are not so many positions
@@ -139,7 +139,10 @@ def _plain(ends: Ends, heads: int, call: Call) -> dict[ir.Value, Array]:
     """Zeros as query and keys."""
     dtype = _draw(ends.keys, 1, 1).dtype
     query, keys = np.zeros((1, heads, call.new, ends.keys.dim), dtype), np.zeros((), dtype)
-    return {ends.query: query, ends.keys.present: np.broadcast_to(keys, (1, ends.keys.heads, call.total, ends.keys.dim))}
+    return {
+        ends.query: query,
+        ends.keys.present: np.broadcast_to(keys, (1, ends.keys.heads, call.total, ends.keys.dim)),
+    }
 
 
 def _visible(call: Call, window: int | None) -> Array:

@@ -76,7 +76,9 @@ def find_caches(graph: ir.Graph) -> list[Cache]:
         raise RefusalError(None, f"no decoder with caches and {IDS}")
     rest = [value for value in graph.outputs if value not in {cache.present for cache in caches}]
     if len(rest) != 1:
-        raise RefusalError(next((value for value in rest if value.name != "logits"), None), "not just logits and caches")
+        raise RefusalError(
+            next((value for value in rest if value.name != "logits"), None), "not just logits and caches"
+        )
     return caches
 
 
@@ -86,10 +88,11 @@ def _cache(present: ir.Value) -> Cache | None:
         return None
     if node.op_type == "Attention":
         place = present.index() or 0
-        pair = (node.inputs[place + 3], node.inputs[place]) if place in (1, 2) and len(node.inputs) > 5 else ()
+        fits = place in (1, 2) and len(node.inputs) > 5
+        past, new = (node.inputs[place + 3], node.inputs[place]) if fits else (None, None)
     else:
-        pair = tuple(node.inputs) if node.attributes.get_int("axis", 0) in (2, -2) else ()
-    past, new = pair if len(pair) == 2 else (None, None)
+        fits = len(node.inputs) == 2 and node.attributes.get_int("axis", 0) in (2, -2)
+        past, new = node.inputs if fits else (None, None)
     sizes = match.dims(past)
     if past is None or new is None or not past.is_graph_input() or sizes is None or len(sizes) != 4:
         return None
@@ -188,10 +191,10 @@ def _query(scores: ir.Node) -> ir.Value:
 
 
 def _context(product: ir.Node) -> ir.Value:
-    value: ir.Value | None = product.outputs[0]
-    if value is not None and len(match.dims(value) or ()) == 3:
-        split = match.consumer(value, "Reshape")
-        value = None if split is None else split.outputs[0]
-    if value is None or len(match.dims(value) or ()) != 4:
+    value = product.outputs[0]
+    if len(match.dims(value) or ()) == 3:
+        split = [node.outputs[0] for node in value.consumers() if node.op_type == "Reshape"]
+        value = split[0] if len(split) == 1 else value
+    if len(match.dims(value) or ()) != 4:
         raise RefusalError(product, "its result is not of four axes")
     return value

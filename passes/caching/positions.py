@@ -6,7 +6,7 @@ integers that are equal to ``past, past + 1, ...`` in every call that is tried.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from qexport.passes import match
 from qexport.passes.caching.calls import Call, Calls, UnknownValue
-from qexport.passes.caching.check import CALLS
 
+CALLS = ((2, 3, 7), (0, 4, 1), (5, 1, 6))
+"""Past tokens, new tokens and rows of the calls that are tried."""
 _INTEGERS = (ir.DataType.INT64, ir.DataType.INT32)
 _HEAVY = ("MatMul", "Gemm", "Conv", "Attention", "Softmax")
-_RANK = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,16 +29,17 @@ class Stand:
 
     Attributes:
         value: The inner value.
-        axes: Where axes of size 1 have to be put into [batch, sequence] of the positions plus ``shift``; ``None``
-            where the value is the number of new tokens.
-        shift: See there.
-        rank: Number of axes.
+        axes: Where axes of size 1 are put into [batch, sequence]; with ``size``, the shape: () or (1,).
+        shift: What is added to the positions.
+        size: The axis of ``input_ids`` whose size the value is; ``None`` where it is something else.
+        number: What the value always is; ``None`` where it is something else.
     """
 
     value: ir.Value
-    axes: tuple[int, ...] | None
-    shift: int
-    rank: int
+    axes: tuple[int, ...]
+    shift: int = 0
+    size: int | None = None
+    number: int | None = None
 
 
 def find_stands(live: Sequence[ir.Node], forbidden: Sequence[ir.Value], calls: Calls) -> list[Stand]:
@@ -46,7 +47,7 @@ def find_stands(live: Sequence[ir.Node], forbidden: Sequence[ir.Value], calls: C
     stands = []
     for value in _tainted(live, forbidden):
         try:
-            found = [(call, call.work_out([value], {})[0]) for call in map(calls.at, CALLS)]
+            found = [(call, call.work_out([value], {})[0]) for call in (calls.at(*sizes) for sizes in CALLS)]
         except UnknownValue:
             continue
         stand = _positions(value, found) or _count(value, found)
@@ -71,29 +72,35 @@ def _tainted(live: Sequence[ir.Node], forbidden: Sequence[ir.Value]) -> Iterator
 
 
 def _positions(value: ir.Value, found: Sequence[tuple[Call, NDArray[Any]]]) -> Stand | None:
-    shape = found[0][1].shape
-    wide = [axis for axis, size in enumerate(shape) if size != 1]
-    if len(wide) != 1 or not 1 <= wide[0] < _RANK:
+    """[1 or batch, ..., sequence, ...], all other axes of size 1."""
+    last, shape = found[-1][1], found[0][1].shape
+    wide = [axis for axis, size in enumerate(shape) if axis and size != 1]
+    if len(wide) != 1 or last.size == 0:
         return None
-    first = found[0][1].ravel()
-    shift = int(first[0]) - found[0][0].past
+    shift = int(last.flat[0]) - found[-1][0].past
     for call, array in found:
-        expected = np.arange(call.past, call.total) + shift
-        sizes = tuple(call.new if axis == wide[0] else 1 for axis in range(len(shape)))
-        if array.shape != sizes or not np.array_equal(array.ravel(), expected):
+        sizes = [call.new if axis == wide[0] else 1 for axis in range(len(shape))]
+        expected = (np.arange(call.past, call.total) + shift).reshape(sizes)
+        rows = array.shape[:1] in ((1,), (call.batch,)) and array.shape[1:] == expected.shape[1:]
+        if not rows or (array != expected).any():
             return None
-    axes = tuple(axis for axis in range(1, len(shape)) if axis != wide[0])
-    return Stand(value, axes, shift, len(shape))
+    return Stand(value, tuple(axis for axis in range(1, len(shape)) if axis != wide[0]), shift)
 
 
 def _count(value: ir.Value, found: Sequence[tuple[Call, NDArray[Any]]]) -> Stand | None:
-    rank = found[0][1].ndim
-    same = all(array.shape == (1,) * rank and array.item() == call.new for call, array in found)
-    return Stand(value, None, 0, rank) if same and rank <= 1 else None
+    """The number of rows or of new tokens or another size that is fixed, as a number or a list of one."""
+    shape = found[0][1].shape
+    for axis in (0, 1):
+        if all(a.shape == shape in ((), (1,)) and a.item() == (c.batch, c.new)[axis] for c, a in found):
+            return Stand(value, shape, size=axis)
+    known = match.producer(value, "Gather")
+    if known is None or match.producer(known.inputs[0], "Shape") is None or len({a.tobytes() for _, a in found}) > 1:
+        return None
+    return Stand(value, shape, number=int(found[0][1].item())) if shape in ((), (1,)) else None
 
 
-def live_nodes(ends: Sequence[ir.Value], hops: dict[ir.Value, tuple[ir.Value, ...]]) -> list[ir.Node]:
-    """The nodes that ``ends`` depend on, where a value in ``hops`` depends on other ones than it says."""
+def live_nodes(ends: Sequence[ir.Value], hops: Mapping[ir.Value, ir.Value]) -> list[ir.Node]:
+    """The nodes that ``ends`` depend on, where a value in ``hops`` depends on another one than it says."""
     nodes, seen, todo = dict[ir.Node, None](), set[ir.Value](), list(ends)
     while todo:
         value = todo.pop()
@@ -101,7 +108,7 @@ def live_nodes(ends: Sequence[ir.Value], hops: dict[ir.Value, tuple[ir.Value, ..
             continue
         seen.add(value)
         if value in hops:
-            todo.extend(hops[value])
+            todo.append(hops[value])
         elif (node := value.producer()) is not None:
             nodes[node] = None
             todo.extend(source for source in node.inputs if source is not None)
@@ -113,19 +120,21 @@ def replacement(stand: Stand, positions: ir.Value, ids: ir.Value, before: ir.Nod
     name, dtype = str(stand.value.name), stand.value.dtype
     nodes: list[ir.Node] = []
     value = positions
-    if stand.axes is None:
-        nodes.append(ir.node("Shape", [ids], {"start": 1, "end": 2}))
-        if stand.rank == 0:
-            nodes.append(ir.node("Squeeze", [nodes[-1].outputs[0]]))
-        value = nodes[-1].outputs[0]
+
+    def op(op_type: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
+        nodes.append(ir.node(op_type, inputs, attributes))
+        return nodes[-1].outputs[0]
+
+    if stand.number is not None:
+        numbers = np.full(stand.axes, stand.number, np.int64)
+        value = op("Identity", match.add_constant(before, f"{name}_size", numbers))
+    elif stand.size is not None:
+        value = op("Shape", ids, start=stand.size, end=stand.size + 1)
+        value = value if stand.axes else op("Squeeze", value)
     elif stand.axes:
-        axes = match.add_constant(before, f"{name}_axes", np.array(stand.axes, np.int64))
-        nodes.append(ir.node("Unsqueeze", [value, axes]))
-        value = nodes[-1].outputs[0]
+        value = op("Unsqueeze", value, match.add_constant(before, f"{name}_axes", np.array(stand.axes, np.int64)))
     if stand.shift:
-        shift = match.add_constant(before, f"{name}_shift", np.array(stand.shift, np.int64))
-        nodes.append(ir.node("Add", [value, shift]))
-        value = nodes[-1].outputs[0]
-    if dtype != ir.DataType.INT64:
-        nodes.append(ir.node("Cast", [value], {"to": dtype}))
-    return nodes or [ir.node("Identity", [value])]
+        value = op("Add", value, match.add_constant(before, f"{name}_shift", np.array(stand.shift, np.int64)))
+    if dtype != ir.DataType.INT64 or not nodes:
+        op("Cast", value, to=int(dtype or ir.DataType.INT64))
+    return nodes

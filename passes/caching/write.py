@@ -44,12 +44,8 @@ class Writer:
         self.present: list[ir.Value] = []
         self._masks: dict[int | None, ir.Value] = {}
 
-    def write(self, stands: Sequence[Stand]) -> list[ir.Value]:
-        """Replace the layers and the values that inputs stand for, then the inputs and outputs.
-
-        Returns:
-            The inputs that were left away; nobody should read them.
-        """
+    def write(self, stands: Sequence[Stand]) -> None:
+        """Replace the layers and the values that inputs stand for, then the inputs and outputs."""
         for cache in (cache for layer in self.layers for cache in (layer.ends.keys, layer.ends.values)):
             cache.past.name, cache.present.name = f"{cache.past.name}{APPENDED}", f"{cache.present.name}{APPENDED}"
         for index, layer in enumerate(self.layers):
@@ -58,10 +54,8 @@ class Writer:
             nodes = replacement(stand, self.positions, self.ids, self.first)
             self._insert(self.first, nodes, f"{stand.value.name}_given")
             ir.convenience.replace_all_uses_with(stand.value, nodes[-1].outputs[0])
-        old = list(self.graph.inputs)
         self._ends()
         _tidy(self.graph)
-        return [value for value in old if value not in self.graph.inputs]
 
     def _layer(self, index: int, layer: Layer) -> None:
         ends = layer.ends
