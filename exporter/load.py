@@ -40,7 +40,7 @@ FAMILIES = {
 """``model_type`` of config.json to the function ``(config, folder) -> Model`` that builds the graph."""
 
 PARTS = {kind: {"encoder.onnx": "qexport.exporter.families.t5:build_encoder"} for kind in ("mt5", "t5")}
-"""``model_type`` to further files of the portable layout and the functions, as those of ``FAMILIES``, that build them."""
+"""``model_type`` to further files of the portable layout and what builds them, as in ``FAMILIES``."""
 
 ONNX_FILE = "model.onnx"  # as in an artefact of ours, or in a folder that another exporter wrote
 COMPANIONS = (
