@@ -159,15 +159,14 @@ def _other_sizes(subject: Subject, feeds: Feeds) -> tuple[list[Feeds], list[str]
     first = {one.shape[0] for one in inputs if one.shape}
     alone = {name: 1 if name in first else size for name, size in now.items()}
     more = {name: size + 1 if name in first else size + 8 for name, size in now.items()}
-    made, notes = [], []
-    for sizes in (alone, more):
+    made: list[Feeds] = []
+    notes: list[str] = []
+    for sizes in {tuple(sizes.items()): sizes for sizes in (now, alone, dict.fromkeys(now, 1), more)}.values():
         trial = resize(inputs, feeds, sizes)
-        if sizes == now:
-            continue
         try:
             subject(trial)
         except BuildFailed as error:
-            notes.append(error.what)
+            notes += [error.what] * (sizes is more)
         else:
             made.append(trial)
-    return made, notes
+    return made[1:], notes

@@ -176,7 +176,7 @@ def export(subject: Subject, feeds: Feeds, opset: int) -> tuple[ir.Model, tuple[
             return tuple(subject.flat(tensors).values())
 
     tensors = tuple(to_tensor(feeds[one.name]) for one in subject.inputs)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         program, notes = _traced(Flat().eval(), tensors, subject)
         try:
             made = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, external_data=False)
@@ -205,8 +205,7 @@ def _traced(flat: Any, tensors: tuple[Any, ...], subject: Subject) -> tuple[Any,
         raise BuildFailed(what, where=subject.where, hint="see torch.export for what it can trace") from error
     if not named:
         return program, ()
-    _demand_free(program, subject, said, cause)
-    return program, (f"torch: {said}",)
+    return program, _limits(program, subject, said, cause)
 
 
 def _program(flat: Any, tensors: tuple[Any, ...], inputs: Sequence[AskedInput], dims: Mapping[str, Any]) -> Any:
@@ -216,10 +215,15 @@ def _program(flat: Any, tensors: tuple[Any, ...], inputs: Sequence[AskedInput], 
     return torch.export.export(flat, tensors, dynamic_shapes=(shapes,), strict=False)
 
 
-def _demand_free(program: Any, subject: Subject, said: str, cause: Exception) -> None:
-    """Raise ``BuildFailed`` where a dimension became one size, an other dimension, or may not be small."""
+def _limits(program: Any, subject: Subject, said: str, cause: Exception) -> tuple[str, ...]:
+    """What holds of the dimensions that torch was free to bind.
+
+    Raises:
+        BuildFailed: One became a single size, or another dimension, or may not be small.
+    """
     places = [node for node in program.graph.nodes if node.op == "placeholder"][-len(subject.inputs) :]
     owner: dict[str, str] = {}
+    notes: list[str] = []
     for node, one in zip(places, subject.inputs, strict=True):
         for size, dim in zip(node.meta["val"].shape, one.shape, strict=True):
             if not isinstance(dim, str):
@@ -235,10 +239,13 @@ def _demand_free(program: Any, subject: Subject, said: str, cause: Exception) ->
             if known is not None and known.lower > 2:
                 what = f"dimension {dim!r} would have to be {known.lower} or more: {said}"
                 raise BuildFailed(what, where=subject.where, hint="make the module work for every size") from cause
+            if known is not None and known.upper.is_Integer:
+                notes.append(f"dimension {dim!r} is at most {known.upper}")
+    return tuple(dict.fromkeys(notes or [f"torch says: {said}"]))
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep what torch prints, logs and warns of to ourselves; the exception says what is wrong."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
