@@ -34,7 +34,7 @@ class WindowSource:
     tokenizer: Tokenizer
 
     def __iter__(self) -> Iterator[Sample]:
-        encoding = self.tokenizer.encode(_read(self.files[0]))
+        encoding = self.tokenizer.encode(read_running_text(self.files[0]))
         tokens = {entry: MAKERS[entry.name](encoding) for entry in self.inputs}
         for start in range(0, len(encoding.ids) - self.shortest + 1, self.size):
             yield {entry.name: padded(ids[start : start + self.size], entry) for entry, ids in tokens.items()}
@@ -60,7 +60,13 @@ def open_windows(path: Path, inputs: tuple[InputSpec, ...], spec: DataSpec, toke
     return WindowSource((path,), size, size if blind else min(size, 2), inputs, load_tokenizer(chosen, None))
 
 
-def _read(path: Path) -> str:
+def read_running_text(path: Path) -> str:
+    """Return the text of a file as it is, without a byte order mark.
+
+    Raises:
+        DataInvalid: It is not UTF-8.
+        ResourceExhausted: It is longer than 16 MiB.
+    """
     try:
         return read_bytes(path, limit=MAX_TEXT_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
