@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ FAMILIES = {
     "qwen3": "qexport.exporter.families.qwen3:build",
     "roberta": "qexport.exporter.families.roberta:build",
     "t5": "qexport.exporter.families.t5:build",
+    "vit": "qexport.exporter.families.vit:build",
     "xlm-roberta": "qexport.exporter.families.roberta:build",
 }
 """``model_type`` of config.json to the function ``(config, folder) -> Model`` that builds the graph."""
@@ -106,21 +107,34 @@ def load_source(path: str | Path, limits: Limits | None = None) -> Source:
         place /= ONNX_FILE
     folder = place if place.is_dir() else place.parent
     model, files = _load_folder(place) if place.is_dir() else _load_file(place, limits)
+    return Source(place, model, describe(place, files, model), find_companions(folder))
+
+
+def find_companions(folder: Path) -> tuple[Path, ...]:
+    """The files of a folder that travel with its model; ``UnsafeInput`` where one leads out of it."""
     companions = tuple(folder / name for name in COMPANIONS if (folder / name).is_file())
     for companion in companions:
         demand_inside(companion, folder)
+    return companions
+
+
+def describe(place: Path, files: Sequence[Path], model: ir.Model) -> SourceInfo:
+    """Path, digest and sizes of a model that was read from ``files``.
+
+    Raises:
+        IntegrityError: A file of a Hugging Face cache is not what its name says.
+    """
     digests = [digest_file(file) for file in files]
     if place.is_dir():
         for file, digest in zip(files, digests, strict=True):
             check_blob(file, digest)
-    info = SourceInfo(
+    return SourceInfo(
         path=str(place),
         digest=digests[0] if len(digests) == 1 else digest_bytes("\n".join(digests).encode()),
         bytes=sum(file.stat().st_size for file in files),
         nodes=sum(1 for _ in model.graph.all_nodes()),
-        parameters=_parameters(model),
+        parameters=count_parameters(model),
     )
-    return Source(place, model, info, companions)
 
 
 def _load_file(path: Path, limits: Limits | None) -> tuple[ir.Model, list[Path]]:
@@ -190,6 +204,7 @@ def _build(build: Builder, where: Path, config: dict[str, Any], folder: Folder, 
         raise ModelInvalid(f"field {field!r}: {first['msg'].lower()}", where=str(where)) from error
 
 
-def _parameters(model: ir.Model) -> int:
+def count_parameters(model: ir.Model) -> int:
+    """Elements of all initializers, copies of others left out."""
     values = (value for graph in model.graphs() for value in graph.initializers.values() if COPY not in value.meta)
     return sum(value.const_value.size for value in values if value.const_value is not None)

@@ -32,6 +32,7 @@ REFERENCES = {
     "qwen3": "qexport.exporter.references.decoder:open_reference",
     "roberta": "qexport.exporter.references.encoder:open_reference",
     "t5": "qexport.exporter.references.t5:open_reference",
+    "vit": "qexport.exporter.references.vit:open_reference",
     "xlm-roberta": "qexport.exporter.references.encoder:open_reference",
 }
 """``model_type`` to the function ``(config, folder, form) -> Reference``."""

@@ -27,12 +27,21 @@ from qexport.exporter.references.layers import (
 
 TABLE = "model.embed_tokens.weight"
 Config = Mapping[str, Any]
+Frequencies = NDArray[np.float64]
+ABSENT: dict[str, dict[str, Any]] = {
+    "bitnet": {"hidden_act": "relu2", "rope_theta": 500000.0},
+    "mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
+    "qwen2": {"sliding_window": 4096},
+    "qwen3": {"sliding_window": 4096, "head_dim": 128},
+}
+"""What their definitions say of fields that config.json leaves out."""
 
 
 def open_reference(config: dict[str, Any], folder: Folder, form: Form) -> Reference:
     """``input_ids`` [batch, tokens] to ``logits`` [batch, tokens, vocabulary]; rows may be padded at their ends."""
     del form
-    return _Decoder({key: value for key, value in config.items() if value is not None}, folder.weights(TABLE))
+    known = {**ABSENT.get(config["model_type"], {}), **config}
+    return _Decoder({key: value for key, value in known.items() if value is not None}, folder.weights(TABLE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +52,12 @@ class _Decoder:
     def __call__(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         config, ids = self.config, feeds["input_ids"]
         hidden = self._matrix(TABLE, config["vocab_size"], config["hidden_size"])[ids]
-        turns = np.exp(1j * np.outer(np.arange(ids.shape[1]), frequencies(config)))
+        frequencies, factor = rotary(config)
+        turns = factor * np.exp(1j * np.outer(np.arange(ids.shape[1]), frequencies))
         for layer in range(config["num_hidden_layers"]):
             scope = f"model.layers.{layer}"
-            hidden = hidden + self._attend(scope, self._norm(f"{scope}.input_layernorm", hidden), turns)
+            seen = causal(ids.shape[1], window(config, layer))
+            hidden = hidden + self._attend(scope, self._norm(f"{scope}.input_layernorm", hidden), turns, seen)
             hidden = hidden + self._mix(f"{scope}.mlp", self._norm(f"{scope}.post_attention_layernorm", hidden))
         head = TABLE if config.get("tie_word_embeddings", False) else "lm_head.weight"
         hidden = self._norm("model.norm", hidden)
@@ -67,7 +78,7 @@ class _Decoder:
         """A norm that only some families have."""
         return self._norm(name, x) if f"{name}.weight" in self.weights else x
 
-    def _attend(self, scope: str, x: Array, turns: NDArray[np.complex128]) -> Array:
+    def _attend(self, scope: str, x: Array, turns: NDArray[np.complex128], seen: NDArray[np.bool_]) -> Array:
         config, dim = self.config, head_dim(self.config)
         heads = config["num_attention_heads"]
         counts = (heads, *2 * (config.get("num_key_value_heads", heads),))
@@ -79,7 +90,7 @@ class _Decoder:
             rotate(self._optional(f"{scope}.self_attn.{part}_norm", part_heads), turns)
             for part, part_heads in (("q", query), ("k", key))
         )
-        context = attention((query, key, value), scale=dim**-0.5, seen=causal(x.shape[1]))
+        context = attention((query, key, value), scale=dim**-0.5, seen=seen)
         context = self._optional(f"{scope}.self_attn.attn_sub_norm", context)
         return self._linear(f"{scope}.self_attn.o_proj", context, x.shape[-1])
 
@@ -95,14 +106,29 @@ def head_dim(config: Config) -> int:
     return size
 
 
-def frequencies(config: Config) -> NDArray[np.float64]:
-    """Radians per position of each pair of a head."""
+def window(config: Config, layer: int) -> int | None:
+    """How many positions a query sees, with its own; ``None`` for all before it."""
+    size: int | None = config.get("sliding_window")
+    if config["model_type"] == "mistral":
+        return size
+    if config["model_type"] not in ("qwen2", "qwen3") or not config.get("use_sliding_window"):
+        return None
+    late = layer >= config.get("max_window_layers", 28)
+    kinds = config.get("layer_types")
+    return size if (late if kinds is None else kinds[layer] == "sliding_attention") else None
+
+
+def rotary(config: Config) -> tuple[Frequencies, float]:
+    """Radians per position of each pair of a head, and the factor of what is turned."""
     rope = {**config, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    plain = rope_frequencies(head_dim(config), rope.get("rope_theta", 10000.0))
+    first = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    rope["original_max_position_embeddings"] = first or config["max_position_embeddings"]
+    size = int(head_dim(config) * rope.get("partial_rotary_factor", 1.0))
+    plain = rope_frequencies(size, rope.get("rope_theta", 10000.0))
     return SCALINGS[rope.get("rope_type", rope.get("type", "default"))](plain, rope)
 
 
-def _llama3(plain: NDArray[np.float64], rope: Config) -> NDArray[np.float64]:
+def _llama3(plain: Frequencies, rope: Config) -> tuple[Frequencies, float]:
     """The published code of Llama 3.1, ``apply_scaling``, pair by pair."""
     old, factor = rope["original_max_position_embeddings"], rope["factor"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -116,11 +142,46 @@ def _llama3(plain: NDArray[np.float64], rope: Config) -> NDArray[np.float64]:
         else:
             smooth = (old / length - low) / (high - low)
             found.append((1 - smooth) * frequency / factor + smooth * frequency)
-    return np.array(found)
+    return np.array(found), 1.0
 
 
-SCALINGS: dict[str, Callable[[NDArray[np.float64], Config], NDArray[np.float64]]] = {
-    "default": lambda plain, rope: plain,
-    "linear": lambda plain, rope: plain / rope["factor"],
+def _yarn(plain: Frequencies, rope: Config) -> tuple[Frequencies, float]:
+    """The published code of YaRN (Peng et al. 2023), pair by pair: which of them turn how often in the first length."""
+    old, theta, factor = rope["original_max_position_embeddings"], rope.get("rope_theta", 10000.0), _stretch(rope)
+    fast, slow = (
+        2 * len(plain) * np.log(old / (2 * np.pi * turns)) / (2 * np.log(theta))
+        for turns in (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1)
+    )
+    if rope.get("truncate", True):
+        fast, slow = np.floor(fast), np.ceil(slow)
+    fast, slow = max(fast, 0), min(slow, 2 * len(plain) - 1)
+    found = []
+    for pair, frequency in enumerate(plain):
+        kept = 1 - min(max((pair - fast) / ((slow - fast) or 0.001), 0), 1)
+        found.append(frequency * kept + frequency / factor * (1 - kept))
+    scale, everywhere = rope.get("mscale"), rope.get("mscale_all_dim")
+    growth = np.log(factor) / 10
+    louder = (scale * growth + 1) / (everywhere * growth + 1) if scale and everywhere else growth + 1
+    return np.array(found), rope.get("attention_factor") or (louder if factor > 1 else 1.0)
+
+
+def _longrope(plain: Frequencies, rope: Config) -> tuple[Frequencies, float]:
+    """The published code of Phi-3, for texts within the first length (Ding et al. 2024)."""
+    factor = _stretch(rope)
+    louder = np.sqrt(1 + np.log(factor) / np.log(rope["original_max_position_embeddings"])) if factor > 1 else 1.0
+    return plain / rope["short_factor"], rope.get("attention_factor") or louder
+
+
+def _stretch(rope: Config) -> float:
+    factor: float = rope.get("factor") or rope["max_position_embeddings"] / rope["original_max_position_embeddings"]
+    return factor
+
+
+SCALINGS: dict[str, Callable[[Frequencies, Config], tuple[Frequencies, float]]] = {
+    "default": lambda plain, rope: (plain, 1.0),
+    "dynamic": lambda plain, rope: (plain, 1.0),  # up to max_position_embeddings
+    "linear": lambda plain, rope: (plain / rope["factor"], 1.0),
+    "yarn": _yarn,
     "llama3": _llama3,
+    "longrope": _longrope,
 }

@@ -56,12 +56,14 @@ def silu(x: Array) -> Array:
 
 def relu(x: Array) -> Array:
     """``max(x, 0)``."""
-    return np.maximum(x, _like(x, 0))
+    positive: Array = np.maximum(x, _like(x, 0))
+    return positive
 
 
 def relu2(x: Array) -> Array:
     """``max(x, 0)^2`` (So et al. 2021)."""
-    return np.square(relu(x))
+    positive = relu(x)
+    return positive * positive
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -81,7 +83,8 @@ def softmax(x: Array) -> Array:
     most = x.max(-1, keepdims=True)
     powers: Array = np.exp(x - np.where(np.isfinite(most), most, _like(x, 0)))
     total = powers.sum(-1, keepdims=True)
-    return powers / np.where(total == 0, _like(x, 1), total)
+    chances: Array = powers / np.where(total == 0, _like(x, 1), total)
+    return chances
 
 
 def split_heads(x: Array, heads: int) -> Array:
