@@ -130,8 +130,8 @@ MASKED = """g (int64[n, s] input_ids, int64[n, s] attention_mask) => (float[n, s
 BARE = "g (int64[n, s] input_ids) => (float[n, s, v] logits) { logits = Gather(table, input_ids) }"
 FIXED = "g (int64[2, 8] input_ids) => (float[2, 8, v] logits) { logits = Gather(table, input_ids) }"
 FIXED_MASKED = """g (int64[2, 8] input_ids, int32[2, 8] attention_mask) => (float[2, 8, v] logits) {
-    real = Cast<to = 1>(attention_mask) many = Unsqueeze(real, last) found = Gather(table, input_ids)
-    logits = Mul(found, many) }"""
+    real = Cast<to = 1>(attention_mask) count = ReduceSum<keepdims = 1>(real, one) many = Unsqueeze(count, two)
+    found = Gather(table, input_ids) logits = Mul(found, many) }"""
 TABLE = np.random.default_rng(0).standard_normal((VOCABULARY, VOCABULARY)).astype(np.float32)
 
 
@@ -152,9 +152,9 @@ def test_a_graph_that_reads_whole_rows_gives_what_a_build_judges_by(tmp_path, te
 
 
 def test_a_graph_of_fixed_sizes_reads_filled_up_windows(tmp_path):
-    found = run(publish(tmp_path, scoring(FIXED_MASKED, last=np.array([2]))))
+    found = run(publish(tmp_path, scoring(FIXED_MASKED, one=np.array([1]), two=np.array([2]))))
     assert (found.window, found.windows) == (8, 8)
-    assert found.nats_per_token == pytest.approx(np.mean(plain(lambda ids: TABLE[ids], 8, 8)), rel=1e-6)
+    assert found.nats_per_token == pytest.approx(np.mean(plain(lambda ids: TABLE[ids] * len(ids), 8, 8)), rel=1e-6)
 
 
 def test_a_graph_of_fixed_sizes_without_a_mask_reads_whole_windows_alone(tmp_path):
