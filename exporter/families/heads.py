@@ -19,13 +19,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-import numpy as np
 import onnx_ir as ir
 
 from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.families.builder import GraphBuilder
 from qexport.exporter.families.folder import CONFIG, WEIGHTS, Folder
 from qexport.exporter.families.pooling import MODULES, Dense, Modules, read_modules, read_pooling
+from qexport.exporter.families.vectors import POOLINGS, apply, first_position, in_float32, normalize, where_seen
 from qexport.exporter.families.weights import Weights, read_headers
 
 LABELS = "qexport.labels"  # metadata of a model: names of its labels, a list in JSON
@@ -142,7 +142,7 @@ def _classification(trunk: Trunk, _modules: Modules) -> Head:
     count = _count(trunk, names.last)
 
     def write(g: GraphBuilder, hidden: ir.Value, _mask: ir.Value) -> None:
-        first = g.op(names.dense, "Gather", hidden, _first_position(g), axis=1)
+        first = g.op(names.dense, "Gather", hidden, first_position(g), axis=1)
         inner = g.op(names.dense, names.activation, g.linear(names.dense, first, (width, width)))
         g.output(g.linear(names.last, inner, (count, width)), "logits", FLOAT, ("batch", count))
 
@@ -189,11 +189,11 @@ def _embedding(trunk: Trunk, modules: Modules) -> Head:
     _add_weights(trunk, dense)
 
     def write(g: GraphBuilder, hidden: ir.Value, mask: ir.Value) -> None:
-        hidden = _in_float32(g, hidden)
+        hidden = in_float32(g, hidden)
         sentence = pool(g, hidden, mask)
         for module in dense:
-            sentence = _apply(g, module, sentence)
-        sentence = _normalize(g, sentence)
+            sentence = apply(g, module, sentence)
+        sentence = normalize(g, sentence)
         width = dense[-1].outputs if dense else trunk.width
         g.output(hidden, "last_hidden_state", FLOAT, ("batch", "sequence", trunk.width))
         g.output(sentence, "sentence_embedding", FLOAT, ("batch", width))
@@ -210,10 +210,8 @@ def _multi_vector(trunk: Trunk, modules: Modules) -> Head:
         if not dense:
             hidden = g.linear(PROJECTION, hidden, (width, trunk.width), bias=False)
         for module in dense:
-            hidden = _apply(g, module, hidden)
-        vectors = _normalize(g, _in_float32(g, hidden))
-        seen = g.op("pooling", "Unsqueeze", g.op("pooling", "Cast", mask, to=FLOAT), g.constant("axis_last", [-1]))
-        vectors = g.op("pooling", "Mul", vectors, seen)
+            hidden = apply(g, module, hidden)
+        vectors = where_seen(g, normalize(g, in_float32(g, hidden)), mask)
         g.output(vectors, "token_embeddings", FLOAT, ("batch", "sequence", width))
 
     return Head(write)
@@ -235,47 +233,6 @@ def _add_weights(trunk: Trunk, dense: tuple[Dense, ...]) -> None:
         width = module.outputs
 
 
-def _apply(g: GraphBuilder, module: Dense, x: ir.Value) -> ir.Value:
-    scope = f"{module.place}.linear"
-    x = g.linear(scope, x, (module.outputs, module.inputs), bias=module.bias)
-    return x if module.activation is None else g.op(scope, module.activation, x)
-
-
-def _in_float32(g: GraphBuilder, x: ir.Value) -> ir.Value:
-    """Leave half precision for good: sums over positions and lengths of vectors do not fit it."""
-    if g.dtype == FLOAT:
-        return x
-    g.dtype = FLOAT
-    return g.op("pooling", "Cast", x, to=FLOAT)
-
-
-def _mean(g: GraphBuilder, hidden: ir.Value, mask: ir.Value) -> ir.Value:
-    """Mean over unmasked positions; an empty mask gives zeros."""
-    scope, last, middle = "pooling", g.constant("axis_last", [-1]), g.constant("axis_1", [1])
-    weight = g.op(scope, "Unsqueeze", g.op(scope, "Cast", mask, to=FLOAT), last)
-    total = g.op(scope, "ReduceSum", g.op(scope, "Mul", hidden, weight), middle, keepdims=0)
-    count = g.op(scope, "Max", g.op(scope, "ReduceSum", weight, middle, keepdims=0), g.constant("tiny", 1e-9))
-    return g.op(scope, "Div", total, count)
-
-
-def _first(g: GraphBuilder, hidden: ir.Value, _mask: ir.Value) -> ir.Value:
-    """The first position, where the tokenizer puts [CLS]."""
-    return g.op("pooling", "Gather", hidden, _first_position(g), axis=1)
-
-
-def _first_position(g: GraphBuilder) -> ir.Value:
-    return g.weight("first_position", np.array(0, np.int64))
-
-
-def _normalize(g: GraphBuilder, vector: ir.Value) -> ir.Value:
-    """Length one; zeros stay zeros."""
-    scope, last = "pooling", g.constant("axis_last", [-1])
-    length = g.op(scope, "ReduceL2", vector, last, keepdims=1)
-    return g.op(scope, "Div", vector, g.op(scope, "Max", length, g.constant("tiny_length", 1e-12)))
-
-
-POOLINGS = {"mean": _mean, "cls": _first, "mean_sqrt_len_tokens": _mean}
-"""By the names of sentence-transformers; the last differs from the mean in length only, which becomes one."""
 HEADS: dict[str, Callable[[Trunk, Modules], Head]] = {
     "embedding": _embedding,
     "classification": _classification,

@@ -149,8 +149,8 @@ def _dense(folder: Folder, place: str) -> Dense:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "(all)"
         raise ModelInvalid(f"field {field!r}: {first['msg'].lower()}", where=where) from error
-    activation = config.activation_function.removeprefix("torch.nn.modules.").rpartition(".")[2]
-    if activation not in ACTIVATIONS or config.use_residual:
+    package, _, activation = config.activation_function.rpartition(".")
+    if not package.startswith("torch.nn.") or activation not in ACTIVATIONS or config.use_residual:
         what = "use_residual" if config.use_residual else f"activation_function {config.activation_function!r}"
         hint = f"supported: {', '.join(ACTIVATIONS)}, without use_residual"
         raise ModelInvalid(f"{what} of a Dense module is not supported", where=where, hint=hint)

@@ -151,7 +151,7 @@ _ENDS["Sigmoid"] = _sigmoid
 
 def _told(config: Config, weights: Weights, modules: list[tuple[str, str]]) -> str:
     """The task that a folder was saved for."""
-    name = (config.get("architectures") or [""])[0]
+    name = str((config.get("architectures") or [""])[0])
     names = {module for module, _ in modules}
     if name.endswith("ForSequenceClassification") and not (names and "classifier.bias" not in weights):
         return "classification"
