@@ -283,7 +283,8 @@ def test_importing_the_package_stays_light(statement, heavy):
 
 
 def test_the_public_names_are_these_and_resolve():
-    assert qexport.__all__ == ["BuildOptions", "Recipe", "Result", "__version__", "build"]
+    names = ["BuildOptions", "ExportOptions", "ExportResult", "Recipe", "Result", "__version__", "build", "export"]
+    assert qexport.__all__ == names
     for name in qexport.__all__:
         assert getattr(qexport, name) is not None
 
@@ -303,7 +304,10 @@ def test_constraints_pin_every_requirement_of_the_build_with_a_version_it_allows
     pins = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    texts = [*project["dependencies"], *(text for name in ("cpu", "rtx", "export", "test", "dev") for text in extras[name])]
+    texts = [
+        *project["dependencies"],
+        *(text for name in ("cpu", "rtx", "export", "test", "dev") for text in extras[name]),
+    ]
     for requirement in map(Requirement, texts):
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
 

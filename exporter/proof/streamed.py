@@ -88,7 +88,7 @@ def _run(model: ir.Model, segment: _Segment, values: list[Outputs], carried: Map
     state: Outputs = {}
     for call in values:
         state.update((name, call[name]) for name in carried if name in call)
-        found = session.run({name: call.get(name, state.get(name)) for name in segment.inputs})
+        found = session.run({name: call[name] if name in call else state[name] for name in segment.inputs})
         state.update((past, found[present]) for past, present in carried.items() if present in found)
         call.update(found)
 
@@ -155,12 +155,18 @@ def _connect(graph: ir.Graph, segments: list[_Segment]) -> None:
 def _read(node: ir.Node) -> Iterator[ir.Value]:
     """What a node reads from outside, the bodies in its attributes included."""
     yield from (value for value in node.inputs if value is not None)
+    for body in _bodies(node):
+        inner = {*body.inputs, *(value for each in body for value in each.outputs)}
+        yield from (value for each in body for value in _read(each) if value not in inner)
+        yield from (value for value in body.outputs if value not in inner)
+
+
+def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
     for attribute in node.attributes.values():
-        graphs = {ir.AttributeType.GRAPH: lambda a: [a.as_graph()], ir.AttributeType.GRAPHS: lambda a: a.as_graphs()}
-        for body in graphs.get(attribute.type, lambda _: [])(attribute):
-            inner = [*body.inputs, *(value for each in body for value in each.outputs)]
-            yield from (value for each in body for value in _read(each) if value not in inner)
-            yield from (value for value in body.outputs if value not in inner)
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()
 
 
 # ---------------------------------------------------------------- running

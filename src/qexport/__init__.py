@@ -9,6 +9,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from qexport.exporter.build import build as build
+    from qexport.exporter.export import export as export
+    from qexport.exporter.export_options import ExportOptions as ExportOptions
+    from qexport.exporter.export_result import ExportResult as ExportResult
     from qexport.exporter.options import BuildOptions as BuildOptions
     from qexport.exporter.recipe import Recipe as Recipe
     from qexport.exporter.result import Result as Result
@@ -16,11 +19,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "BuildOptions": "qexport.exporter.options",
     "build": "qexport.exporter.build",
+    "ExportOptions": "qexport.exporter.export_options",
+    "ExportResult": "qexport.exporter.export_result",
+    "export": "qexport.exporter.export",
     "Recipe": "qexport.exporter.recipe",
     "Result": "qexport.exporter.result",
 }
 
-__all__ = ["BuildOptions", "Recipe", "Result", "__version__", "build"]
+__all__ = ["BuildOptions", "ExportOptions", "ExportResult", "Recipe", "Result", "__version__", "build", "export"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,95 @@
+"""The door for .onnx files of other exporters: decoders get the portable layout, everything else stays as it came."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qexport.calibration.reading.spec import IDS, LOGITS, MASK, keeps_cache
+from qexport.calibration.running.execute import open_model
+from qexport.errors import UsageError
+from qexport.exporter.doors.origin import Origin, Reference
+from qexport.exporter.doors.own_folder import type_of
+from qexport.exporter.export_options import ExportOptions
+from qexport.exporter.families.form import FLOATS
+from qexport.exporter.load import ONNX_FILE, load_source
+from qexport.passes.portable import PAST, POSITIONS
+
+
+def open_onnx(source: str, asked: ExportOptions) -> Origin:
+    """Read the model; its own answers are the truth.
+
+    Raises:
+        QexportError: As ``load_source``; ``ModelInvalid`` for a decoder whose caches cannot be rewritten.
+        UsageError: Another type, head or layout was asked for than the file has.
+    """
+    found = load_source(source)
+    model, dtype = found.model, type_of(found.model)
+    if asked.dtype is not None and FLOATS[asked.dtype] != dtype:
+        hint = f"qexport build --recipe {asked.dtype} changes it"
+        raise UsageError(
+            f"the model is in {dtype.name.lower()}, and .onnx files keep their type", where=source, hint=hint
+        )
+    if asked.task is not None:
+        raise UsageError("an .onnx file has the head that it has", where=source, hint="leave --task out")
+    appends = not keeps_cache(model) and any((value.name or "").startswith(PAST) for value in model.graph.inputs)
+    if appends and asked.layout != "cached":
+        raise UsageError("the decoder has caches", where=source, hint="leave --layout out")
+    return Origin(
+        door="onnx",
+        info=found.info,
+        parts={ONNX_FILE: _portable(model) if appends else model},
+        reference=_appending(model) if appends else _plain(model),
+        told="the model that was given, in onnxruntime",
+        dtype=dtype,
+        vocabulary=_vocabulary(model),
+        companions=found.companions,
+    )
+
+
+def _portable(model: ir.Model) -> ir.Model:
+    from qexport.passes.kv_cache import to_portable
+
+    work = model.clone()
+    to_portable(work)
+    return work
+
+
+def _plain(model: ir.Model) -> Reference:
+    session = open_model(model)
+    return lambda feeds: session.run(feeds)
+
+
+def _appending(model: ir.Model) -> Reference:
+    """The logits of whole rows, read at once by a decoder whose caches are empty."""
+    session = open_model(model)
+    inputs = {value.name or "": value for value in model.graph.inputs}
+
+    def run(feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        ids = feeds[IDS]
+        given: dict[str, NDArray[Any]] = {
+            IDS: ids,
+            MASK: feeds.get(MASK, np.ones_like(ids)),
+            POSITIONS: np.broadcast_to(np.arange(ids.shape[1]), ids.shape).astype(np.int64),
+        }
+        given |= {name: _empty(value, len(ids)) for name, value in inputs.items() if name.startswith(PAST)}
+        return session.run({name: given[name] for name in inputs if name in given}, [LOGITS])
+
+    return run
+
+
+def _empty(value: ir.Value, rows: int) -> NDArray[Any]:
+    assert value.shape is not None, "the pass has measured the caches"
+    assert value.dtype is not None, "the pass has measured the caches"
+    heads, size = (int(str(value.shape[axis])) for axis in (1, 3))
+    return np.zeros((rows, heads, 0, size), value.dtype.numpy())
+
+
+def _vocabulary(model: ir.Model) -> int | None:
+    logits = next((value for value in model.graph.outputs if value.name == LOGITS), None)
+    size = None if logits is None or logits.shape is None or len(logits.shape) != 3 else logits.shape[2]
+    return size if isinstance(size, int) else None

@@ -1,0 +1,55 @@
+"""What every door hands to the road: graphs to write, something that computes the same, and what travels along."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qexport.exporter.doors.inputs import Feeds
+from qexport.exporter.result import SourceInfo
+
+Reference: TypeAlias = Callable[[Mapping[str, NDArray[Any]]], Mapping[str, NDArray[Any]]]
+"""Inputs of the plain form of a model by name to its outputs by name."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A source behind its door.
+
+    Attributes:
+        door: Which one.
+        info: What was given.
+        parts: File name to graph, in the order in which they are written.
+        reference: Computes the truth, whole rows at once.
+        told: What that is, for a person.
+        dtype: Type of weights and activations.
+        family: ``model_type``, where there is one.
+        task: The head that was asked for.
+        vocabulary: How many tokens the model knows, if that is known.
+        companions: Files that travel along.
+        trials: Inputs that came with the source.
+        notes: What a person should know, in whole sentences without a full stop.
+    """
+
+    door: str
+    info: SourceInfo
+    parts: Mapping[str, ir.Model]
+    reference: Reference
+    told: str
+    dtype: ir.DataType = ir.DataType.FLOAT
+    family: str | None = None
+    task: str | None = None
+    vocabulary: int | None = None
+    companions: tuple[Path, ...] = ()
+    trials: tuple[Feeds, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The ``tokenizer.json`` among the files that travel along."""
+        return next((path for path in self.companions if path.name == "tokenizer.json"), None)

@@ -1,0 +1,117 @@
+"""Hold written models against their source, each in the way that it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from qexport.calibration.reading.batching import batches
+from qexport.calibration.reading.spec import IDS, MASK, input_specs, keeps_cache, static_batch
+from qexport.exporter.doors.inputs import Feeds
+from qexport.exporter.doors.origin import Origin
+from qexport.exporter.export_result import CheckInfo, Verification
+from qexport.exporter.proof.closeness import TOLERANCES, Run, compare
+from qexport.exporter.proof.decoding import compare_calls, decode, plan
+from qexport.exporter.proof.layout import fill
+from qexport.exporter.proof.source import Found, Material, find_samples, find_texts
+from qexport.exporter.proof.streamed import run_streamed
+
+MODEL, ENCODER = "model.onnx", "encoder.onnx"
+ENCODED = (17, 29, 8)  # tokens that an encoder reads for the rows of its decoder
+
+
+def verify(written: Mapping[str, ir.Model], origin: Origin, known: Material) -> tuple[Verification, tuple[str, ...]]:
+    """Compare; returns the record and warnings.
+
+    Raises:
+        GateFailed: They differ by more than the type allows.
+        DataInvalid: Inputs that were given do not fit.
+    """
+    model = written[MODEL]
+    if keeps_cache(model):
+        found = find_texts(known)
+        checks = _decoder(written, origin, known, found)
+    else:
+        found = Found("inputs that came with the source", batches=origin.trials)
+        if known.data is not None or known.text is not None or not origin.trials:
+            found = find_samples(known, model)
+        checks = _plain(model, origin, found)
+    record = Verification(reference=origin.told, data=found.name, made_up=found.made_up, checks=checks)
+    return record, found.warnings
+
+
+def _plain(model: ir.Model, origin: Origin, found: Found) -> tuple[CheckInfo, ...]:
+    """Samples one by one and as a padded batch, or batches as they are."""
+    allowed = TOLERANCES[origin.dtype]
+    if found.batches:
+        given = run_streamed(model, found.batches)
+        runs = (
+            (_sizes(feeds), _visible(origin.reference(feeds), feeds), _visible(one, feeds))
+            for feeds, one in zip(found.batches, given, strict=True)
+        )
+        return compare(f"{len(given)} batches" if len(given) > 1 else "a batch", runs, allowed)
+    rows = static_batch(input_specs(model))
+    order, batch = next(iter(_together(found, rows)))
+    singles = [fill({name: array[None] for name, array in found.rows[place].items()}, rows) for place in order]
+    together, *alone = run_streamed(model, [batch, *singles])
+    truth = origin.reference(batch)
+    whole = (_sizes(batch), _visible(truth, batch), _visible(together, batch))
+    checks = compare(
+        f"a batch of {len(order)}, padded" if MASK in batch else f"a batch of {len(order)}", [whole], allowed
+    )
+    each: list[Run] = []
+    for line, (place, one) in enumerate(zip(order, alone, strict=True)):
+        own = {name: array[line : line + 1] for name, array in truth.items()}
+        cut = {name: array[:1][tuple(slice(size) for size in one[name].shape)] for name, array in own.items()}
+        each.append((f"sample {place}", cut, {name: array[:1] for name, array in one.items()}))
+    return (*checks, *compare(f"{len(order)} samples, each alone", each, allowed))
+
+
+def _together(found: Found, rows: int | None) -> Iterator[tuple[list[int], Feeds]]:
+    """All samples that fit into one batch, padded where a mask hides that."""
+    for order, feeds in batches(found.rows, rows or len(found.rows)):
+        yield order, fill(feeds, rows)
+
+
+def _visible(outputs: Mapping[str, np.ndarray], feeds: Feeds) -> dict[str, np.ndarray]:
+    """Outputs with zeros where the mask hides a position: nobody reads them."""
+    mask = feeds.get(MASK)
+    if mask is None or mask.ndim != 2 or "decoder_input_ids" in feeds:
+        return dict(outputs)
+    shown = mask != 0
+    return {
+        name: np.where(shown.reshape(*shown.shape, *[1] * (array.ndim - 2)), array, np.zeros_like(array))
+        if array.shape[:2] == shown.shape
+        else array
+        for name, array in outputs.items()
+    }
+
+
+def _sizes(feeds: Feeds) -> str:
+    return ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+
+
+def _decoder(written: Mapping[str, ir.Model], origin: Origin, known: Material, found: Found) -> tuple[CheckInfo, ...]:
+    """The calls of ``proof.decoding``; behind an encoder on what it made of other texts."""
+    texts = [row[IDS] for row in found.rows]
+    whole, context = _padded(texts), {}
+    if ENCODER in written:
+        source = _padded([row[IDS] for row in find_texts(known, ENCODED).rows])
+        sent = {name: source[name] for name in (IDS, MASK)}
+        (encoded,) = run_streamed(written[ENCODER], [sent])
+        read = {value.name for value in written[MODEL].graph.inputs}
+        context = {name: array for name, array in encoded.items() if name in read}
+        context["encoder_attention_mask"] = sent[MASK]
+        whole = {**sent, "decoder_input_ids": whole[IDS]}
+    calls = plan(texts)
+    logits = decode(written[MODEL], calls, context)
+    return compare_calls(origin.reference(whole)["logits"], calls, logits, TOLERANCES[origin.dtype])
+
+
+def _padded(rows: list[np.ndarray]) -> Feeds:
+    """Rows filled up with zeros to the longest, and the mask that tells so."""
+    length = max(map(len, rows))
+    mask = np.stack([np.arange(length) < len(row) for row in rows]).astype(np.int64)
+    return {IDS: np.stack([np.pad(row, (0, length - len(row))) for row in rows]), MASK: mask}
