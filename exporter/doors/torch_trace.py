@@ -7,6 +7,7 @@ import inspect
 import io
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -57,7 +58,7 @@ class Subject:
 
         tensors = [to_tensor(feeds[one.name]) for one in self.inputs]
         try:
-            with torch.no_grad(), warnings.catch_warnings():
+            with torch.no_grad(), warnings.catch_warnings(), redirect_stdout(sys.stderr):
                 warnings.simplefilter("ignore")
                 found = self.flat(tensors)
         except BuildFailed:

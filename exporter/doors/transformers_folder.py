@@ -16,7 +16,7 @@ from qexport.exporter.doors.hub_folder import GENERATING, architecture, demand_s
 from qexport.exporter.doors.inputs import AskedInput, Feeds, generate, sizes_for
 from qexport.exporter.doors.tensors import import_torch
 from qexport.exporter.doors.torch_module import TorchOptions, TorchSource, export_module
-from qexport.exporter.doors.torch_trace import quiet
+from qexport.exporter.doors.torch_trace import Subject, quiet
 from qexport.exporter.steps import suggest
 
 MASK = "attention_mask"
@@ -79,12 +79,18 @@ def load_transformers(folder: str | Path, task: str | None = None, asked: TorchO
     if not options.inputs:
         inputs = _inputs(module, str(path))
         options = replace(options, inputs=inputs, data=options.data or _padded(inputs))
-    source = export_module(module, options, None, str(path), TASKS[wanted].outputs)
-    if missing and any(np.isnan(array).any() for array in source.reference(source.feeds).values()):
-        hint = "choose a task that it was trained for"
-        what = f"{len(missing)} weights that {wanted!r} needs are missing, such as {missing[0]!r}"
-        raise ModelInvalid(what, where=str(path), hint=hint)
-    return source
+    if missing:
+        _demand_unused(module, missing, options, path, wanted)
+    return export_module(module, options, None, str(path), TASKS[wanted].outputs)
+
+
+def _demand_unused(module: Any, missing: Sequence[str], asked: TorchOptions, path: Path, task: str) -> None:
+    """Raise ``ModelInvalid`` where a weight that the folder lacks, and that is NaN therefore, shows in an output."""
+    feeds = asked.data or generate(asked.inputs, sizes_for(asked.inputs))
+    outputs = Subject(module, asked.inputs, str(path), TASKS[task].outputs)(feeds)
+    if any(np.isnan(array).any() for array in outputs.values()):
+        what = f"{len(missing)} weights that {task!r} needs are missing, such as {missing[0]!r}"
+        raise ModelInvalid(what, where=str(path), hint="choose a task that it was trained for")
 
 
 def _loaded(path: Path, task: Task) -> tuple[Any, Sequence[str]]:
