@@ -14,7 +14,6 @@ from qexport.exporter.admit import Limits, admit_file
 from qexport.exporter.artefact import MODEL, Evidence, summarize, write_artefact
 from qexport.exporter.engines.child import build_in_child
 from qexport.exporter.engines.engine import PLAN, EngineOptions
-from qexport.exporter.engines.profiles import Profile, check_profile, derive_profile
 from qexport.exporter.load import Source, load_source
 from qexport.exporter.onnx_file import save_onnx
 from qexport.exporter.options import Advance, BuildOptions, Progress
@@ -24,7 +23,8 @@ from qexport.exporter.product import run_recipe
 from qexport.exporter.proof.gates import check_judge
 from qexport.exporter.recipe import Recipe, load_recipe, override
 from qexport.exporter.result import EngineInfo, Result
-from qexport.exporter.samples import Samples, longest, open_samples
+from qexport.exporter.samples import Samples, open_samples
+from qexport.exporter.shapes import engine_shapes
 from qexport.exporter.sparsity import zeros_of
 from qexport.exporter.steps import find_pass
 from qexport.passes.quantize import quantized_nodes
@@ -110,11 +110,17 @@ def build_plan(model: ir.Model, recipe: Recipe, samples: Samples, stage: Stage, 
     target = find_target(recipe.export.target)
     if target.engine is None or not recipe.export.engine:
         return None
-    profile = _profile(model, recipe, samples)
+    shapes = engine_shapes(model, recipe, samples)
     wanted = recipe.export.compute_capabilities
     with stages.stage("engine", 100) as advance:
         sparse = any(zeros.two_of_four for zeros in zeros_of(model))
-        options = EngineOptions((profile,), compute_capabilities=wanted, sparse=sparse, progress=_percent(advance))
+        options = EngineOptions(
+            shapes.profiles,
+            compute_capabilities=wanted,
+            sparse=sparse,
+            progress=_percent(advance),
+            frozen=shapes.frozen,
+        )
         info = build_in_child(stage.path / MODEL, target.engine, options, stage.path / PLAN)
         stage.adopt(PLAN)
     return info
@@ -131,15 +137,6 @@ def _percent(advance: Advance) -> Callable[[str, float], None]:
         advance(more)
 
     return hear
-
-
-def _profile(model: ir.Model, recipe: Recipe, samples: Samples) -> Profile:
-    if recipe.export.profiles is not None:
-        return check_profile(model.graph.inputs, recipe.export.profiles)
-    known = samples.calibration or (samples.judge.data if samples.judge else ())
-    shapes = ({name: array.shape for name, array in sample.items()} for sample in known)
-    limit = longest(model, recipe) if any(value.name == "input_ids" for value in model.graph.inputs) else None
-    return derive_profile(model.graph.inputs, shapes, limit=limit, max_batch=recipe.export.max_batch)
 
 
 def refuse_quantized(source: Source, recipe: Recipe) -> None:

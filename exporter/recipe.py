@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Shape = list[int]
 
+_RAISED = 23  # what the fusions need; a newer one asks for newer runtimes and gives nothing for it
 _NEEDS = {"data": "give calibration data with --calib FILE; qexport never makes any up"}
 """What to do when a bound option has no value."""
 
@@ -60,10 +61,12 @@ class ExportSpec(_Section):
 
     Attributes:
         target: Backend, a key of ``TARGETS``.
-        opset: Operator set of the result; the target's highest when not given.
+        opset: Operator set of the result; the target's highest, yet no more than 23, when not given.
         engine: Whether to build an engine when the target has them.
         profiles: Input name to smallest, best and largest shape; derived from the calibration data when not given.
         max_batch: Largest batch of the derived profile.
+        max_seq: Tokens that the caches of a decoder's engine have room for; what the model has positions for, yet no
+            more than 2048, when not given.
         compute_capabilities: Devices the engine is for, such as ``"8.6"``; portable when empty.
         never_worse: Whether int8 that breaks a gate, or is measured slower than float, goes back to float.
     """
@@ -73,6 +76,7 @@ class ExportSpec(_Section):
     engine: bool = True
     profiles: dict[str, tuple[Shape, Shape, Shape]] | None = None
     max_batch: int = Field(default=32, ge=1)
+    max_seq: int | None = Field(default=None, ge=1)
     compute_capabilities: tuple[str, ...] = ()
     never_worse: bool = True
 
@@ -218,7 +222,7 @@ def derived_options(recipe: Recipe) -> dict[str, object]:
     All steps that look at samples take as many as the first ``calibrate`` that says how many.
     """
     target = find_target(recipe.export.target)
-    found: dict[str, object] = {"target": target.name, "opset": recipe.export.opset or target.opset}
+    found: dict[str, object] = {"target": target.name, "opset": recipe.export.opset or min(target.opset, _RAISED)}
     told = (step.options.get("samples") for step in recipe.step if step.pass_ == "calibrate")
     samples = next((count for count in told if count is not None), None)
     return found if samples is None else found | {"samples": samples}

@@ -134,20 +134,27 @@ def data_spec(model: ir.Model, recipe: Recipe, path: str | Path) -> DataSpec:
 
 
 def longest(model: ir.Model, recipe: Recipe) -> int:
-    """Tokens at most: what the recipe says, and no more than the model has positions for.
+    """Tokens at most: what the recipe says, and no more than the model has positions for; ``ModelInvalid`` as there."""
+    return min(recipe.data.max_length, positions(model) or recipe.data.max_length)
+
+
+def positions(model: ir.Model) -> int | None:
+    """The longest sequence that the model has positions for; ``None`` where its metadata does not say.
 
     Raises:
-        ModelInvalid: The model's metadata holds something else than a number of positions.
+        ModelInvalid: The metadata holds something else than a number of positions.
     """
-    told = model.metadata_props.get(MAX_POSITIONS, str(recipe.data.max_length))
-    positions = parse_positions(told)
-    if positions is None:
+    told = model.metadata_props.get(MAX_POSITIONS)
+    if told is None:
+        return None
+    found = parse_positions(told)
+    if found is None:
         raise ModelInvalid(
             f"{MAX_POSITIONS} is {told!r}, expected a number above 0",
             where="metadata of the model",
             hint="remove the entry, or export the model again",
         )
-    return min(recipe.data.max_length, positions)
+    return found
 
 
 def calibration_passes(recipe: Recipe) -> list[int]:

@@ -1,9 +1,10 @@
-"""Cast the graph to float16 or bfloat16; inputs and outputs of the model keep their types.
+"""Cast the graph to float16 or bfloat16; inputs and outputs of the model keep their types, caches do not.
 
 1. Initializers and constants read by converted nodes are rounded; a copy is made where a float32 reader remains.
 2. Values between converted nodes become 16 bits wide, Q/DQ scales included (``quantize`` picks scales that float16
    holds).
 3. Casts stand where a converted node meets a float32 one: model inputs and outputs, kept nodes.
+4. A cache, an input that TensorScatter writes into and hands out again, becomes 16 bits wide at both ends.
 
 Kept in float32, with the reason: what was observed on data to come near the end of the format (``extremes``); sums over
 many elements, and norms in small operators from the square to the root; what reads a constant beyond the format, unless

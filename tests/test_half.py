@@ -1,17 +1,20 @@
 import json
 
+import cached_models
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from helpers import model_from
+from onnx_ir.passes.common import ShapeInferencePass
 from safetensors.numpy import save_file
 
 from qexport.exporter.load import load_model
 from qexport.passes.half import Half
 from qexport.passes.numbers.range import RANGE_KEY, Range
 from qexport.passes.quantize import Quantize
+from qexport.runtime.decoder import Decoder
 
 RNG = np.random.default_rng(0)
 F16, F32 = ir.DataType.FLOAT16, ir.DataType.FLOAT
@@ -307,3 +310,23 @@ def test_a_quantizer_reads_halves_straight_from_what_makes_them():
     assert of_input.inputs[0] is model.graph.inputs[0]  # float32 as the caller gives it
     assert [value.dtype for value in of_hidden.inputs[:2]] == [ir.DataType.FLOAT16] * 2
     assert of_hidden.inputs[0].producer().op_type != "Cast"
+
+
+def test_a_cache_becomes_short_at_both_ends_and_is_never_copied():
+    model = ShapeInferencePass()(cached_models.portable(cached_models.Tiny())).model
+    assert Half()(model).modified
+    writes = [node for node in model.graph if node.op_type == "TensorScatter"]
+    assert len(writes) == 4
+    for node in writes:
+        past, present = node.inputs[0], node.outputs[0]
+        assert past.is_graph_input()
+        assert present.is_graph_output()
+        assert past.dtype == present.dtype == F16
+        assert present.name == past.name.replace("past_key_values", "present")
+    (logits,) = (value for value in model.graph.outputs if value.name == "logits")
+    assert logits.dtype == F32
+    assert not any(node.op_type == "Cast" and node.inputs[0].is_graph_input() for node in model.graph)
+    ids = np.random.default_rng(3).integers(0, cached_models.VOCABULARY, (1, 12))
+    found = Decoder(cached_models.serialized(model)).extend(ids)[0]
+    truth = cached_models.forward(cached_models.Tiny(), ids[0])
+    assert np.abs(found - truth).max() < 2e-2 * np.abs(truth).max()

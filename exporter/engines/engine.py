@@ -10,7 +10,7 @@ import gc
 import importlib
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ import onnx_ir as ir
 
 from qexport.errors import BuildFailed, EnvironmentMismatch, IntegrityError, ResourceExhausted, UnsafeInput, UsageError
 from qexport.exporter.engines.device import find_gpus
+from qexport.exporter.engines.frozen import freeze
 from qexport.exporter.engines.messages import Messages, Phases, Progress, describe, listed, readable
 from qexport.exporter.engines.profiles import Profile
 from qexport.exporter.engines.rules import domain_of, find_faults
@@ -51,6 +52,8 @@ class EngineOptions:
         optimization_level: 0 (fast build) to 5; the builder's default when ``None``.
         detailed: Whether the engine carries layer details for profilers.
         progress: Called with the phase and the fraction done, from another thread; ``False`` stops the build.
+        frozen: Names of dynamic sizes and what they are in the engine, such as ``("max_seq", 1024)``: caches must be
+            of a fixed length. The profiles must give the same sizes.
         timeout: Most seconds for a build in a child process; a build in this process cannot be stopped so surely.
     """
 
@@ -61,6 +64,7 @@ class EngineOptions:
     optimization_level: int | None = None
     detailed: bool = False
     progress: Progress | None = None
+    frozen: tuple[tuple[str, int], ...] = ()
     timeout: float = 1800
 
 
@@ -130,7 +134,8 @@ def _build_engine(model: bytes | Path, module: ModuleType, options: EngineOption
     _configure(config, module, options)
     _add_profiles(builder, config, options.profiles, messages)
     parser = module.OnnxParser(network, logger)
-    _parse(parser, model, module)
+    _parse(parser, model, module, dict(options.frozen))
+    _let_decompose(network, module)
     plan = _build(builder, network, config, phases)
     if plan is None:
         raise _failure(module, messages, phases)
@@ -248,8 +253,8 @@ def _flags(module: ModuleType) -> int:
     return 0 if flag is None else 1 << int(flag)
 
 
-def _parse(parser: Any, model: bytes | Path, module: ModuleType) -> None:
-    parsed = parser.parse(model) if isinstance(model, bytes) else parser.parse_from_file(str(model))
+def _parse(parser: Any, model: bytes | Path, module: ModuleType, frozen: Mapping[str, int]) -> None:
+    parsed = _read(parser, model, frozen)
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     if not parsed and all(error.node() < 0 for error in errors):
         reasons = [readable(error.desc()) for error in errors] or ["no reason given"]
@@ -264,11 +269,33 @@ def _parse(parser: Any, model: bytes | Path, module: ModuleType) -> None:
         raise BuildFailed(listed(f"{module.__name__} must not be given nodes", faults))
 
 
+def _read(parser: Any, model: bytes | Path, frozen: Mapping[str, int]) -> bool:
+    """Hand the model to the parser, with fixed numbers in place of the sizes that are frozen."""
+    if not frozen:
+        return bool(parser.parse(model) if isinstance(model, bytes) else parser.parse_from_file(str(model)))
+    content = freeze(_proto(model), frozen).SerializeToString()
+    return bool(parser.parse(content) if isinstance(model, bytes) else parser.parse(content, str(model)))
+
+
 def _open(model: bytes | Path) -> ir.Model:
     """Open a model for a look at its nodes; weights beside it are not read."""
+    return ir.from_proto(_proto(model))
+
+
+def _proto(model: bytes | Path) -> onnx.ModelProto:
     proto = onnx.ModelProto()
     proto.ParseFromString(model if isinstance(model, bytes) else read_bytes(model))
-    return ir.from_proto(proto)
+    return proto
+
+
+def _let_decompose(network: Any, module: ModuleType) -> None:
+    """Let the builder take attention apart where it has no kernel for it, as for float32 or small heads."""
+    kind = getattr(module, "IAttentionInputLayer", None)  # TensorRT 10.3 has none
+    for index in range(network.num_layers if kind is not None else 0):
+        layer = network.get_layer(index)
+        if layer.type == module.LayerType.ATTENTION_INPUT:
+            layer.__class__ = kind  # the bindings' way of telling what a layer is
+            layer.attention.decomposable = True
 
 
 def _configure(config: Any, module: ModuleType, options: EngineOptions) -> None:

@@ -30,6 +30,7 @@ def derive_profile(
     *,
     limit: int | None = None,
     max_batch: int = 32,
+    fixed: Mapping[str, int] | None = None,
 ) -> Profile:
     """Derive a profile for the inputs of a graph from the shapes of single samples.
 
@@ -43,6 +44,7 @@ def derive_profile(
         shapes: Per sample, input name to shape without the batch axis; read once, kept as counts.
         limit: Largest size of every dynamic axis but the batch.
         max_batch: Largest batch.
+        fixed: Sizes of axes that the samples do not show, by the name of the axis.
 
     Raises:
         UsageError: An axis is dynamic and neither samples nor limit say how large it gets.
@@ -51,6 +53,7 @@ def derive_profile(
     axes = _axes(inputs)
     seen = _count(axes, shapes)
     ranges: dict[str, _Range] = {key: (1, min(_BEST_BATCH, max_batch), max_batch) for key in _batches(axes)}
+    ranges |= {axis: (size, size, size) for axis, size in (fixed or {}).items()}
     for name, shape in axes.items():
         for axis in shape:
             if isinstance(axis, str) and axis not in ranges:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from qexport.passes.casting.rules import FILL, TYPE_ATTRIBUTES, Format, filling,
 from qexport.passes.match import Names, constant, sweep
 
 _F32 = ir.DataType.FLOAT
+_ANY_TYPE = ("Shape", "Size")  # they do not look at the numbers
 
 
 class Caster:
@@ -28,7 +30,8 @@ class Caster:
 
     def run(self) -> None:
         """Edit the graph."""
-        made = {value for node in self.chosen for value in node.outputs if is_float(value)}
+        caches = dict(self._caches())
+        made = {value for node in self.chosen for value in node.outputs if is_float(value)} | set(caches)
         for node in list(self.graph):
             self._convert_inputs(node, made)
         for node in self.chosen:
@@ -36,9 +39,20 @@ class Caster:
         for value in made:
             value.type = ir.TensorType(self.form.dtype)  # a new object: clones share the old one
         for index, value in enumerate(list(self.graph.outputs)):
-            if value in made:
+            if value in made and value not in caches.values():
                 self._restore_output(index, value)
         sweep(list(self._halves))
+
+    def _caches(self) -> Iterator[tuple[ir.Value, ir.Value]]:
+        """Inputs that a chosen node writes new rows into, with the outputs that are handed in again at the next call.
+
+        They become short themselves: a cast would copy all of a cache at every call, and engines want to write it in
+        place.
+        """
+        for node in (node for node in self.chosen if node.op_type == "TensorScatter"):
+            past, present = node.inputs[0], node.outputs[0]
+            if past is not None and past.is_graph_input() and present.is_graph_output() and is_float(past):
+                yield past, present
 
     def _convert_inputs(self, node: ir.Node, made: set[ir.Value]) -> None:
         for index, value in enumerate(node.inputs):
@@ -46,7 +60,7 @@ class Caster:
                 continue
             if node in self.chosen and is_float(value) and value not in made:
                 node.replace_input_with(index, self._half(value))
-            elif node not in self.chosen and value in made:
+            elif node not in self.chosen and value in made and node.op_type not in _ANY_TYPE:
                 node.replace_input_with(index, self._cast(value, _F32))
 
     def _half(self, value: ir.Value) -> ir.Value:
