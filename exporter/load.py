@@ -179,7 +179,7 @@ def _demand_no_code(path: Path, config: dict[str, Any]) -> None:
 def _family(config: dict[str, Any], where: Path) -> Builder:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        near = difflib.get_close_matches(str(kind), FAMILIES, n=1)
+        near = difflib.get_close_matches(kind, FAMILIES, n=1) if isinstance(kind, str) else []
         raise ModelInvalid(
             f"unknown model_type {kind!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
             where=str(where),

@@ -24,7 +24,7 @@ from encoder_models import (
 from safetensors.numpy import load_file, save_file
 
 from qexport.errors import ModelInvalid, UnsafeInput, UsageError
-from qexport.exporter.families.heads import LABELS as LABELS_KEY
+from qexport.exporter.families.labels import LABELS as LABELS_KEY
 from qexport.exporter.load import load_source
 
 IDS = [[5, 14, 15, 9, 26, 7], [31, 8, 20, 40, 6, 11]]

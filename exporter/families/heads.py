@@ -14,7 +14,6 @@ Outputs, all float32:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -24,11 +23,11 @@ import onnx_ir as ir
 from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.families.builder import GraphBuilder
 from qexport.exporter.families.folder import CONFIG, WEIGHTS, Folder
+from qexport.exporter.families.labels import label_notes
 from qexport.exporter.families.pooling import MODULES, Dense, Modules, read_modules, read_pooling
 from qexport.exporter.families.vectors import POOLINGS, apply, first_position, in_float32, normalize, where_seen
 from qexport.exporter.families.weights import Weights, read_headers
 
-LABELS = "qexport.labels"  # metadata of a model: names of its labels, a list in JSON
 ARCHITECTURES = {
     "ForSequenceClassification": "classification",
     "ForTokenClassification": "token-classification",
@@ -165,19 +164,7 @@ def _count(trunk: Trunk, layer: str) -> int:
 
 
 def _labels(trunk: Trunk, count: int) -> dict[str, str]:
-    """Names of the labels in the order of their logits, if config.json has them.
-
-    Raises:
-        ModelInvalid: They are not those of 0, 1, ... up to the number of logits.
-    """
-    told = trunk.config.get("id2label")
-    if told is None:
-        return {}
-    numbered = {str(key): str(name) for key, name in told.items()} if isinstance(told, dict) else {}
-    if set(numbered) != {str(number) for number in range(count)}:
-        what = f"field 'id2label' names {len(numbered)} labels, the weights tell {count} apart"
-        raise ModelInvalid(what, where=str(trunk.folder.path / CONFIG), hint='name all of "0", "1", ...')
-    return {LABELS: json.dumps([numbered[str(number)] for number in range(count)], ensure_ascii=False)}
+    return label_notes(trunk.config, str(trunk.folder.path / CONFIG), count)
 
 
 # ---------------------------------------------------------------- vectors
