@@ -5,12 +5,16 @@ import os
 import sys
 import types
 
+import onnx
+import onnx_ir as ir
 import pytest
 
 from qexport.errors import EnvironmentMismatch, IntegrityError, UnsafeInput, UsageError
 from qexport.exporter.engines.device import find_gpus, read_gpus
 from qexport.exporter.engines.engine import load_module, load_plan, run_support
+from qexport.exporter.engines.frozen import freeze
 from qexport.exporter.engines.messages import Messages, Phases, fraction, listed, readable
+from qexport.exporter.engines.rules import find_faults
 from qexport.safe_io import digest_bytes
 
 # ------------------------------------------------------------ messages and progress
@@ -204,3 +208,68 @@ def test_one_detail_stands_on_the_line_and_long_names_are_cut():
     assert listed("refused", ["a"]) == "refused: a"
     assert listed("refused", ["a", "b"]) == "refused (2):\n- a\n- b"
     assert len(listed("refused", ["a" * 10**6])) < 300
+
+
+# ------------------------------------------------------------ what is looked at before the parser
+
+
+def attention(*extra, **attributes):
+    """An Attention of opset 24 over a cache of ten columns, with more inputs and attributes as they are given."""
+    node = onnx.helper.make_node("Attention", ["q", "k", "v", *extra], ["y"], name="att", **attributes)
+    shapes = {"q": [1, 2, 3, 16], "k": [1, 2, 10, 16], "v": [1, 2, 10, 16], "lengths": ["batch"], "m": [3, 10]}
+    kinds = {"lengths": onnx.TensorProto.INT64}
+    inputs = [
+        onnx.helper.make_tensor_value_info(name, kinds.get(name, onnx.TensorProto.FLOAT16), shapes[name])
+        for name in node.input
+        if name
+    ]
+    output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT16, [1, 2, 3, 16])
+    graph = onnx.helper.make_graph([node], "g", inputs, [output])
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 24)], ir_version=11)
+
+
+LENGTHS = ("", "", "", "lengths")
+
+
+@pytest.mark.parametrize("module", ["tensorrt", "tensorrt_rtx"])
+def test_causal_attention_with_lengths_is_a_fault_because_parsers_drop_the_lengths(module):
+    ((node, reason),) = find_faults(ir.from_proto(attention(*LENGTHS, is_causal=1)), module)
+    assert node.name == "att"
+    assert "nonpad_kv_seqlen with is_causal" in reason
+
+
+@pytest.mark.parametrize(
+    ("extra", "attributes"),
+    [
+        (LENGTHS, {}),
+        (LENGTHS, {"is_causal": 0}),
+        ((), {"is_causal": 1}),
+        (("", "", "", ""), {"is_causal": 1}),
+        (("m",), {}),
+    ],
+)
+def test_lengths_or_causality_alone_are_no_fault(extra, attributes):
+    assert not list(find_faults(ir.from_proto(attention(*extra, **attributes)), "tensorrt_rtx"))
+
+
+def test_causal_attention_with_lengths_is_found_in_a_branch():
+    inner = attention(*LENGTHS, is_causal=1).graph
+    del inner.input[:]
+    node = onnx.helper.make_node("If", ["c"], ["z"], then_branch=inner, else_branch=inner)
+    outer = onnx.helper.make_graph([node], "o", [], [])
+    assert len(list(find_faults(ir.from_proto(onnx.helper.make_model(outer)), "tensorrt"))) == 2
+
+
+def test_a_frozen_size_is_a_number_wherever_it_was_a_name():
+    model = freeze(attention(*LENGTHS), {"batch": 4})
+    assert [dim.dim_value for dim in model.graph.input[3].type.tensor_type.shape.dim] == [4]
+    assert not any(dim.dim_param for value in model.graph.input for dim in value.type.tensor_type.shape.dim)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [({"bach": 4}, "did you mean 'batch'"), ({"x": 4}, "dynamic sizes: batch"), ({"batch": 0}, "at least 1")],
+)
+def test_sizes_that_cannot_be_frozen_are_usage_errors(sizes, told):
+    with pytest.raises(UsageError, match=told):
+        freeze(attention(*LENGTHS), sizes)

@@ -16,13 +16,18 @@ def find_faults(model: ir.Model, module: str) -> Iterator[tuple[ir.Node, str]]:
     1. QuantizeLinear or DequantizeLinear of another type than int8, int4, fp8 or fp4. The parsers read uint8 with
        zero point 0, which is also what a QuantizeLinear without zero point has, as int8 and only log a warning
        (onnx-tensorrt 8.6 to 11, TensorRT-RTX 1.7): every value above 127 would be clipped.
-    2. A fused attention whose query and key are the same tensor ends the process (TensorRT-RTX 1.7.1).
+    2. Attention with the lengths of its keys and ``is_causal``. The parser drops the lengths without a word and lets
+       query ``i`` see the first ``i + 1`` keys, wherever the query stands (TensorRT-RTX 1.7.1, and the same parser in
+       TensorRT). A mask as an input says the same in a way that is read.
+    3. A fused attention whose query and key are the same tensor ends the process (TensorRT-RTX 1.7.1).
     """
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             dtype = _quantized_type(node)
             if dtype is not None and dtype not in _QUANTIZED:
                 yield node, f"{dtype.name.lower()} would be read as int8, quantize to int8 with zero point 0"
+        elif node.op_type == "Attention" and _drops_lengths(node):
+            yield node, "nonpad_kv_seqlen with is_causal would be ignored, give a mask instead"
         elif module == "tensorrt_rtx" and node.op_type in _FUSED_ATTENTION and _shares_query(node):
             yield node, "query and key are the same tensor, which ends the process; give each a projection of its own"
 
@@ -49,6 +54,12 @@ def _type(value: ir.Value | None) -> ir.DataType | None:
         return None
     constant = ir.convenience.get_const_tensor(value)
     return value.dtype if constant is None else constant.dtype
+
+
+def _drops_lengths(node: ir.Node) -> bool:
+    """Whether an Attention has its seventh input, and is causal besides."""
+    given = len(node.inputs) > 6 and node.inputs[6] is not None
+    return given and node.domain == "" and node.attributes.get_int("is_causal", 0) != 0
 
 
 def _shares_query(node: ir.Node) -> bool:
