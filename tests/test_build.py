@@ -213,7 +213,7 @@ def test_made_up_inputs_that_the_model_refuses_are_a_warning_and_not_a_failure(t
     [
         (21, "tensorrt", (), ModelInvalid, "opset 21, tensorrt reads up to 20.*export it with opset 20 or lower"),
         (20, "tensorrt", ("export.opset=21",), UsageError, "opset 21 is too new for tensorrt, which reads up to 20"),
-        (20, "ort-cpu", ("export.opset=24",), UsageError, "opset 24 is too new for ort-cpu, which reads up to 23"),
+        (20, "ort-cpu", ("export.opset=25",), UsageError, "opset 25 is too new for ort-cpu, which reads up to 24"),
     ],
 )
 def test_an_opset_that_the_target_does_not_read_fails_before_the_work(
