@@ -192,6 +192,14 @@ def test_modules_and_files_are_found_with_what_lies_beside_them(code, place, cap
     assert capsys.readouterr().out == ""
 
 
+def test_a_file_called_like_a_library_is_no_library(code):
+    import json
+
+    (code / "json.py").write_text("def make():\n    return 7\n")
+    assert call("json.py:make") == 7
+    assert sys.modules["json"] is json
+
+
 @pytest.mark.parametrize(
     ("source", "error", "said"),
     [
@@ -202,7 +210,7 @@ def test_modules_and_files_are_found_with_what_lies_beside_them(code, place, cap
         ("door_kode:make", UsageError, "no module 'door_kode'.*did you mean 'door_code'"),
         ("sys.nothing.there:make", UsageError, "no module 'sys.nothing'"),
         ("door_code:mak", UsageError, "no 'mak' in 'door_code'.*did you mean 'make'"),
-        ("door_code:Maker.iner", UsageError, "no 'iner' in 'Maker'.*did you mean 'inner'"),
+        ("door_code:Maker.iner", UsageError, "no 'iner' in 'door_code'.*did you mean 'inner'"),
         ("door_code:number", UsageError, "'number' is no callable but of type 'int'"),
         ("door_code:broken", UsageError, r"its code failed: ValueError: first line$"),
         ("door_code:needy", EnvironmentMismatch, "'a_package_that_nobody_has' is missing"),

@@ -78,6 +78,7 @@ def chatty():
         return x * self.weight
     return F(noisy)
 def no_module(): return 3
+def scripted(): return torch.jit.trace(Two(), (torch.ones(2), torch.ones(2)))
 def bad_example(): return F(lambda self, x: x), (3,)
 
 class Two(nn.Module):
@@ -285,6 +286,7 @@ def test_dimensions_that_must_be_equal_need_one_name(load):
         ("empty", BuildFailed, "returns no tensors"),
         ("unknown_operator", BuildFailed, "torch cannot convert it: .*linalg_eigh"),
         ("no_module", UsageError, "returns 'int', not a torch.nn.Module"),
+        ("scripted", UsageError, "returns a scripted module"),
         ("bad_example", UsageError, "example 'x' is of type 'int'"),
     ],
 )

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from difflib import get_close_matches
@@ -58,7 +59,9 @@ def _importable(folder: Path) -> Iterator[None]:
 def _guarded(source: str, action: Callable[[], Any]) -> Any:
     """Run code that is not ours; say what failed, and where in its file."""
     try:
-        return action()
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")  # told, but never raised, whatever the caller's filters
+            return action()
     except QexportError:
         raise
     except ModuleNotFoundError as error:
@@ -75,18 +78,14 @@ def told(error: BaseException) -> str:
 
 
 def _run_file(path: Path) -> ModuleType:
-    """Import a file as a module of its own name."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    """Import a file under a name that no other module has, whatever the file is called."""
+    name = f"_qexport_source_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UsageError("not a Python file", where=str(path), hint=_FORM)
     module = importlib.util.module_from_spec(spec)
-    before = sys.modules.get(path.stem)
-    sys.modules[path.stem] = module  # dataclasses and pickles look their module up
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        if before is not None:
-            sys.modules[path.stem] = before
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
     return module
 
 
@@ -106,7 +105,7 @@ def _attribute(module: ModuleType, name: str, where: str) -> Callable[[], Any]:
     for part in name.split("."):
         if not hasattr(found, part):
             near = _nearest(part, [each for each in dir(found) if not each.startswith("_")])
-            raise UsageError(f"no {part!r} in {found.__name__!r}", where=where, hint=near or _FORM)
+            raise UsageError(f"no {part!r} in {where.rpartition(':')[0]!r}", where=where, hint=near or _FORM)
         found = getattr(found, part)
     if not callable(found):
         what = f"{name!r} is no callable but of type {type(found).__name__!r}"

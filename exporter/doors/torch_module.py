@@ -110,6 +110,8 @@ def _unpacked(made: Any, where: str) -> tuple[Any, Any]:
     if not isinstance(module, torch.nn.Module):
         what = f"returns {type(module).__name__!r}, not a torch.nn.Module"
         raise UsageError(what, where=where, hint="return a module, or a module and a dict or tuple of tensors")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UsageError("returns a scripted module", where=where, hint="return the module that was scripted")
     return module, examples
 
 
