@@ -78,7 +78,7 @@ def test_the_logits_of_float16_are_near(tmp_path, name):
     assert decoder.signature.dtype == np.float16
     plain = answer(made(folder, Form(ir.DataType.FLOAT16)))
     for found, wanted in ((stepped(decoder, IDS[0]), truth[0]), (plain, truth)):
-        assert 1e-5 < np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 5e-3
+        assert 1e-5 < np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 1e-2
 
 
 @pytest.mark.rtx

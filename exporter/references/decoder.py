@@ -53,7 +53,8 @@ class _Decoder:
         config, ids = self.config, feeds["input_ids"]
         hidden = self._matrix(TABLE, config["vocab_size"], config["hidden_size"])[ids]
         frequencies, factor = rotary(config)
-        turns = factor * np.exp(1j * np.outer(np.arange(ids.shape[1]), frequencies))
+        angles = np.outer(np.arange(ids.shape[1], dtype=np.float32), frequencies.astype(np.float32))  # as published
+        turns = factor * np.exp(1j * angles.astype(np.float64))
         for layer in range(config["num_hidden_layers"]):
             scope = f"model.layers.{layer}"
             seen = causal(ids.shape[1], window(config, layer))
