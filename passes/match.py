@@ -68,6 +68,20 @@ def maker(value: ir.Value) -> ir.Node:
     return node
 
 
+def is_cache(value: ir.Value) -> bool:
+    """Whether calls hand a value on to the next: an input that TensorScatter writes into, or what that gives back.
+
+    Nobody else reads such a value, so it may change its form along with the model.
+    """
+    if value.is_graph_input():
+        uses = ((node, index) for node, index in value.uses() if node.op_type == "TensorScatter")
+        written = any(index == 0 and node.outputs[0].is_graph_output() for node, index in uses)
+        return written and not value.is_graph_output()
+    node = value.producer()
+    past = node.inputs[0] if node is not None and node.op_type == "TensorScatter" else None
+    return past is not None and past.is_graph_input() and value.is_graph_output()
+
+
 def constant(value: ir.Value | None) -> ir.TensorProtocol | None:
     """Return the tensor of an initializer or dense Constant; an initializer that a caller can override is none."""
     if value is None or value.is_graph_input():

@@ -23,7 +23,7 @@ PACKAGE = ROOT / "src/qexport"
 LINKED = ("passes", "calibration", "exporter", "runtime")
 OWN_CODE = ("src", *LINKED)
 TESTED_CODE = (*OWN_CODE, "tests", "benchmarks", "samples")
-GENERATED = {".git", ".venv", "build", "dist", "__pycache__", "qexport.egg-info"}
+GENERATED = {".git", ".venv", ".venv-optimum", "build", "dist", "__pycache__", "qexport.egg-info"}
 GENERATED |= {".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", ".coverage"}
 
 # A layer may import itself and what stands here; imports only point up this table.

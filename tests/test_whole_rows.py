@@ -14,7 +14,6 @@ import qexport
 from qexport.calibration.reading.spec import input_specs, keeps_cache, scores_tokens
 from qexport.calibration.running.execute import open_model
 from qexport.calibration.running.whole_rows import read_whole_rows
-from qexport.errors import QexportError
 from qexport.exporter.options import BuildOptions
 
 
@@ -95,7 +94,8 @@ def test_recipes_run_on_it_and_leave_the_cache_in_place(files, recipe):
     assert result.quality.cosine_mean > 0.95
 
 
-def test_heads_behind_a_cache_are_not_cut_and_the_reason_is_told(files):
-    options = BuildOptions(target="ort-cpu", output=files / "out")
-    with pytest.raises(QexportError, match="no heads of the model can be removed"):
-        qexport.build(files / "model.onnx", recipe="prune-heads", calib=files / "rows.npz", options=options)
+def test_heads_are_cut_with_their_caches(files):
+    options = BuildOptions(target="ort-cpu", output=files / "out", set=("heads.keep=0.5",))
+    qexport.build(files / "model.onnx", recipe="prune-heads", calib=files / "rows.npz", options=options)
+    caches = [value for value in ir.load(files / "out" / "model.onnx").graph.inputs if len(value.shape) == 4]
+    assert {value.shape[1] for value in caches} == {1}

@@ -19,7 +19,7 @@ from qexport.calibration.statistics.collect import numbered, workers
 from qexport.errors import DataInvalid, UsageError
 from qexport.passes.folding.axes import FREE, Ids
 from qexport.passes.folding.flood import FLOATS
-from qexport.passes.match import Names, add_constant
+from qexport.passes.match import Names, add_constant, is_cache
 from qexport.passes.pruning.cut import Cut
 from qexport.passes.pruning.spaces import Space
 from qexport.runtime.session import SessionOptions
@@ -98,7 +98,7 @@ def output_change(model: ir.Model, spaces: Sequence[Space], samples: Iterable[Sa
         UsageError: No output is a float.
         DataInvalid: An output is NaN or infinite, naming the sample and the output.
     """
-    outputs = [str(value.name) for value in model.graph.outputs if value.dtype in FLOATS]
+    outputs = [str(value.name) for value in model.graph.outputs if value.dtype in FLOATS and not is_cache(value)]
     if not outputs:
         raise UsageError("the model has no float output to see a change of", hint="choose another criterion")
     work, gates = gated(model, spaces)

@@ -12,6 +12,7 @@ from qexport.calibration.reading.data import Sample
 from qexport.calibration.statistics.collect import numbered, stream
 from qexport.errors import DataInvalid
 from qexport.passes.folding.flood import FLOATS
+from qexport.passes.match import is_cache
 from qexport.passes.pruning.blocks import Block
 
 Rows = NDArray[np.float64]  # [positions, channels]
@@ -52,7 +53,7 @@ def change(
     Raises:
         DataInvalid: NaN or infinity.
     """
-    names = [str(value.name) for value in model.graph.outputs if value.dtype in FLOATS]
+    names = [str(value.name) for value in model.graph.outputs if value.dtype in FLOATS and not is_cache(value)]
     sums = {name: np.zeros(2) for name in names}
     for index, one, two in side_by_side((model, names), (other, names), samples, advance):
         for name in names:

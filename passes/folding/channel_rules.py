@@ -14,7 +14,7 @@ import onnx_ir as ir
 from qexport.passes.folding.attention_rules import attention_down, attention_up
 from qexport.passes.folding.axes import DOWN, UP, Ids, only_along
 from qexport.passes.folding.flood import FLOATS, Blocked, Flood, Fork
-from qexport.passes.match import array, dims
+from qexport.passes.match import array, dims, is_cache
 
 VECTOR = "a product with a vector"
 Rule = Callable[[Flood, ir.Node, int, Ids], None]
@@ -34,6 +34,8 @@ def find_rule(table: Mapping[str, Rule], node: ir.Node) -> Rule | None:
 def produce(flood: Flood, value: ir.Value, ids: Ids) -> None:
     """Divide ``value`` at its source."""
     node = value.producer()
+    if node is None and is_cache(value):
+        return  # zeros, or what this model has written
     if node is None:
         raise Blocked("it is an input of the model" if value.is_graph_input() else "it is a constant")
     rule = find_rule(PRODUCE, node)
@@ -298,6 +300,14 @@ def _grouped(along: Ids, node: ir.Node, rows: int, columns: int) -> Ids:
     return found
 
 
+def _cache(flood: Flood, node: ir.Node, _: int, ids: Ids) -> None:
+    """A cache, the rows that are written into it, and what it is then, are divided alike."""
+    if ids.ndim != 4 or ids.shape[node.attributes.get_int("axis", -2)] != 1:
+        raise Blocked("channels run along the columns of a cache")
+    for value in (*node.inputs[:2], node.outputs[0]):
+        flood.visit(value, ids)
+
+
 def _nothing(_flood: Flood, _node: ir.Node, _index: int, _ids: Ids) -> None:
     """The numbers do not matter."""
 
@@ -311,6 +321,7 @@ PRODUCE: dict[str, Rule] = {
     **dict.fromkeys(("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"), _pool_up),
     **dict.fromkeys(("Add", "Sub"), _sum_up),
     **dict.fromkeys(("Attention", "MultiHeadAttention"), attention_up),
+    "TensorScatter": _cache,
     **dict.fromkeys(("Conv", "ConvTranspose"), _conv_up),
     **dict.fromkeys(("BatchNormalization", "InstanceNormalization"), _norm(False, 1, 2)),
     **dict.fromkeys(("RMSNormalization", "SimplifiedLayerNormalization"), _norm(True, 1)),
@@ -332,6 +343,7 @@ CONSUME: dict[str, Rule] = {
     **dict.fromkeys(("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool"), _pool_down),
     **dict.fromkeys(("Add", "Sub"), _sum_down),
     **dict.fromkeys(("Attention", "MultiHeadAttention"), attention_down),
+    "TensorScatter": _cache,
     **dict.fromkeys(("Conv", "ConvTranspose"), _conv_down),
     **dict.fromkeys(("Shape", "Size"), _nothing),
     "Gather": _layout_down,

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.passes.folding.axes import FREE, Ids, spread, tied
-from qexport.passes.match import Dims, add_constant, array, dims, maker, sweep
+from qexport.passes.match import Dims, add_constant, array, dims, is_cache, sweep
 from qexport.passes.numbers.notes import forget_layer
 
 FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
@@ -161,12 +161,12 @@ class Flood:
         """Follow everything to its end by the rules of the operators; ``Blocked`` where that is not possible."""
         while self._todo:
             value = self._todo.pop()
-            if value.is_graph_output():
+            if value.is_graph_output() and not is_cache(value):
                 raise Blocked("it is an output of the model")
             ids = self.known[value]
             produce(self, value, ids)
             for node, index in list(value.uses()):
-                if node.graph is not maker(value).graph:
+                if node.graph is not value.graph:
                     raise Blocked("a control-flow branch reads it")
                 consume(self, node, index, ids)
 

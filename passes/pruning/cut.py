@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from qexport.passes.folding.activation import ACTIVATION_KEY
 from qexport.passes.folding.axes import FREE, Ids, tied
-from qexport.passes.match import array, constant, dims
+from qexport.passes.match import array, constant, dims, is_cache
 from qexport.passes.numbers.notes import forget_layer, forget_range
 from qexport.passes.pruning.labels import Blocked, Port, Tie, compact, varying
 from qexport.passes.pruning.operators import ROWS, spec_of
@@ -245,13 +245,15 @@ class _Flood:
         while self._todo:
             value = self._todo.pop()
             node = value.producer()
-            if value.is_graph_output():
+            cache = is_cache(value)
+            if value.is_graph_output() and not cache:
                 raise Blocked("it is an output of the model")
-            if node is None:
+            if node is not None:
+                self._relate(node, ("out", value.index() or 0), value)
+            elif not cache:
                 raise Blocked("it is an input of the model")
-            self._relate(node, ("out", value.index() or 0), value)
             for reader, index in tuple(value.uses()):
-                if reader.graph is not node.graph:
+                if reader.graph is not value.graph:
                     raise Blocked("a control-flow branch reads it")
                 if reader.op_type != "Shape" or reader.domain != "":
                     self._relate(reader, ("in", index), value)

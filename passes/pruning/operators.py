@@ -263,6 +263,7 @@ ROWS: dict[tuple[str, str], Row] = {
     ("", "Conv"): products.conv,
     ("", "ConvTranspose"): products.conv,
     ("", "Attention"): products.attention,
+    ("", "TensorScatter"): products.scatter,
     **{("com.microsoft", op): elementwise for op in ("BiasGelu", "FastGelu", "Gelu", "QuickGelu")},
     ("com.microsoft", "RotaryEmbedding"): _rotary,
     ("com.microsoft", "MultiHeadAttention"): products.multi_head,

@@ -113,6 +113,17 @@ def attention(node: ir.Node) -> Spec:
     return _attention(node, (len(queries), q, kv), {"mask": 3, "past": 4}, counts)
 
 
+def scatter(node: ir.Node) -> Spec:
+    """Rows of a cache, written at places along one axis that a cut leaves alone."""
+    rank = len(shape_of(node.inputs[0]))
+    axis = node.attributes.get_int("axis", -2) % rank
+    cache = tuple("columns" if place == axis else f"a{place}" for place in range(rank))
+    new = tuple("rows" if place == axis else f"a{place}" for place in range(rank))
+    held: tuple[Axis, ...] = tuple((label,) for label in cache)
+    ports: dict[Port, tuple[Axis, ...]] = {("in", 0): held, ("in", 1): tuple((label,) for label in new)}
+    return Spec({**ports, ("out", 0): held}, dict.fromkeys(("columns", "rows"), POSITIONS))
+
+
 def multi_head(node: ir.Node) -> Spec:
     """The MultiHeadAttention of onnxruntime, with apart queries, keys and values, with the bias of all three."""
     heads = node.attributes.get_int("num_heads", 0)
