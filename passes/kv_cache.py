@@ -2,7 +2,7 @@
 
 Old layout (optimum, transformers and their like): ``input_ids``, ``attention_mask``, often ``position_ids``, and
 ``past_key_values.{i}.key`` and ``.value`` [batch, key heads, past, size] to ``logits`` and ``present.{i}.*`` [batch,
-key heads, past + sequence, size]. New layout: ``qexport.exporter.families.attending.Cached``.
+key heads, past + sequence, size]. New layout: ``qexport.passes.portable``.
 
 This changes the inputs, so outputs cannot be compared on the same feeds and it is no step of a recipe: a front door
 calls ``to_portable`` and proves the result by decoding with both graphs.
@@ -18,13 +18,15 @@ import onnx_ir as ir
 
 from qexport.errors import ModelInvalid
 from qexport.passes.base import Decision, Outcome, Pass
-from qexport.passes.caching.calls import IDS, MASK, POSITIONS, Calls
+from qexport.passes.caching.calls import MASK, Calls
 from qexport.passes.caching.check import measure
 from qexport.passes.caching.parts import RefusalError, find_caches, find_ends
 from qexport.passes.caching.positions import find_stands, live_nodes
-from qexport.passes.caching.write import APPENDED, INDICES, Layer, Writer
+from qexport.passes.caching.write import APPENDED, Layer, Writer
+from qexport.passes.portable import IDS, POSITIONS, WRITE
 
 OPSET, IR_VERSION = 24, 11
+_HINT = "export the model from its Hugging Face folder, or with optimum's text-generation-with-past"
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class KvCache(Pass):
 
         Needs opset 24 (``raise_opset`` gets there) and inferred shapes (``cleanup`` does it).
         """
-        if any(value.name == INDICES for value in model.graph.inputs):
+        if any(value.name == WRITE for value in model.graph.inputs):
             return Outcome(model, False)
         work = model.clone()
         try:
@@ -83,9 +85,6 @@ def to_portable(model: ir.Model) -> Outcome:
     model.graph, model.ir_version = work.graph, work.ir_version
     model.functions.clear()
     return Outcome(model, outcome.modified, outcome.decisions)
-
-
-_HINT = "export the model from its Hugging Face folder, or with optimum's text-generation-with-past"
 
 
 def _rewrite(model: ir.Model) -> tuple[Decision, ...]:

@@ -10,8 +10,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.passes import match
+from qexport.passes.portable import IDS, POSITIONS
 
-IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
+MASK = "attention_mask"
 Arrays: TypeAlias = Mapping[ir.Value, NDArray[Any]]
 
 
@@ -38,6 +39,17 @@ class Call:
         for values, length in zip(caches, (self.past, self.total), strict=True):
             self._known |= {value: _zeros(value, self.batch, length) for value in values}
         self._sizes = _named_sizes(self._known)
+        self._found: dict[ir.Value, NDArray[Any]] = {}
+
+    def look_up(self, value: ir.Value) -> NDArray[Any]:
+        """A small value that depends on the inputs and the lengths of the caches alone; remembered for others.
+
+        Raises:
+            UnknownValue: As ``work_out``.
+        """
+        if value not in self._found:
+            (self._found[value],) = self.work_out([value], self._found)
+        return self._found[value]
 
     def work_out(self, wanted: Sequence[ir.Value], given: Arrays) -> list[NDArray[Any]]:
         """The values ``wanted`` where the values ``given`` are as they are given.

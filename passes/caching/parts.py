@@ -9,8 +9,10 @@ import onnx_ir as ir
 
 from qexport.passes import match
 from qexport.passes.base import Decision
-from qexport.passes.caching.calls import IDS, MASK, POSITIONS
+from qexport.passes.caching.calls import MASK
+from qexport.passes.portable import IDS, POSITIONS
 
+MERGED = "use_cache_branch"
 _SHAPES = ("Shape", "Size")
 _PRODUCTS = ("MatMul", "Attention")
 
@@ -66,10 +68,10 @@ def find_caches(graph: ir.Graph) -> list[Cache]:
     """
     caches = [cache for value in graph.outputs if (cache := _cache(value)) is not None]
     known = {cache.past for cache in caches} | {value for value in graph.inputs if value.name in (IDS, MASK, POSITIONS)}
+    merged = next((value for value in graph.inputs if value.name == MERGED), None)
+    if merged is not None:
+        raise RefusalError(merged, "a merged decoder, give decoder_with_past_model.onnx or export without merging")
     for value in graph.inputs:
-        if value.name == "use_cache_branch":
-            reason = "a merged decoder: give decoder_with_past_model.onnx, or export without merging"
-            raise RefusalError(value, reason)
         if value not in known:
             raise RefusalError(value, "neither an input of a decoder, nor a cache that grows by Concat along axis 2")
     if not caches or IDS not in {value.name for value in graph.inputs}:

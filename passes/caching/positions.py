@@ -47,7 +47,7 @@ def find_stands(live: Sequence[ir.Node], forbidden: Sequence[ir.Value], calls: C
     stands = []
     for value in _tainted(live, forbidden):
         try:
-            found = [(call, call.work_out([value], {})[0]) for call in (calls.at(*sizes) for sizes in CALLS)]
+            found = [(call, call.look_up(value)) for call in (calls.at(*sizes) for sizes in CALLS)]
         except UnknownValue:
             continue
         stand = _positions(value, found) or _count(value, found)

@@ -10,13 +10,12 @@ import numpy as np
 import onnx_ir as ir
 
 from qexport.passes import match
-from qexport.passes.caching.calls import IDS, POSITIONS
 from qexport.passes.caching.parts import Cache, Ends
 from qexport.passes.caching.positions import Stand, replacement
+from qexport.passes.portable import IDS, KINDS, LOGITS, POSITIONS, WRITE, past_name, present_name
 
 APPENDED = "_appended"
 """What the names of caches and values of the old layout end in while both are there."""
-INDICES, LOGITS = "write_indices", "logits"
 MASKED = -10000.0  # exp() of it is 0 and it fits float16
 _ROW = ("batch", "sequence")
 
@@ -39,7 +38,7 @@ class Writer:
         named = {value.name: value for value in graph.inputs}
         self.ids = _input(IDS, ir.DataType.INT64, _ROW, named.get(IDS))
         self.positions = _input(POSITIONS, ir.DataType.INT64, _ROW, named.get(POSITIONS))
-        self.indices = _input(INDICES, ir.DataType.INT64, ("batch",))
+        self.indices = _input(WRITE, ir.DataType.INT64, ("batch",))
         self.past: list[ir.Value] = []
         self.present: list[ir.Value] = []
         self._masks: dict[int | None, ir.Value] = {}
@@ -60,7 +59,8 @@ class Writer:
     def _layer(self, index: int, layer: Layer) -> None:
         ends = layer.ends
         keys, values = (
-            self._scatter(cache, f"{index}.{part}") for cache, part in ((ends.keys, "key"), (ends.values, "value"))
+            self._scatter(cache, past_name(index, kind))
+            for cache, kind in zip((ends.keys, ends.values), KINDS, strict=True)
         )
         last = match.maker(ends.context)
         inputs = [ends.query, keys, values, self._mask(layer)]
@@ -74,11 +74,11 @@ class Writer:
         """A cache input, and the node that writes into it."""
         shape, dtype = ("batch", cache.heads, "max_seq", cache.dim), cache.past.dtype
         assert dtype is not None
-        past = _input(f"past_key_values.{name}", dtype, shape)
+        past = _input(name, dtype, shape)
         node = ir.node("TensorScatter", [past, cache.new, self.indices], {"axis": -2, "mode": "linear"})
-        self._insert(match.maker(cache.present), [node], f"present.{name}")
+        self._insert(match.maker(cache.present), [node], present_name(name))
         present = node.outputs[0]
-        present.name, present.type, present.shape = f"present.{name}", past.type, ir.Shape(shape)
+        present.type, present.shape = past.type, ir.Shape(shape)
         self.past.append(past)
         self.present.append(present)
         return present
