@@ -1,0 +1,1 @@
+"""What ``train_pair.py`` is made of: text, models, training, evaluation."""
