@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from qexport.calibration.reading.spec import keeps_cache
 from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.admit import Limits, admit_file
 from qexport.exporter.artefact import MODEL, Evidence, summarize, write_artefact
@@ -27,6 +28,7 @@ from qexport.exporter.samples import Samples, open_samples
 from qexport.exporter.shapes import engine_shapes
 from qexport.exporter.sparsity import zeros_of
 from qexport.exporter.steps import find_pass
+from qexport.passes.portable import PAST
 from qexport.passes.quantize import quantized_nodes
 from qexport.passes.target import Target, find_target
 from qexport.safe_io import Stage, publish
@@ -65,7 +67,9 @@ def build(
     stages = asked.progress
     with publish(output, inputs=[path for path in (model, calib, eval) if path is not None]) as stage:
         with stages.stage("load"):
-            source = load_source(model, Limits(allow_nonfinite=asked.allow_nonfinite))
+            limits = Limits(allow_nonfinite=asked.allow_nonfinite)
+            source = load_source(model, limits, cached=chosen.export.cached)
+            refuse_appended(source)
             refuse_quantized(source, chosen)
             refuse_newer(source, row)
             samples = open_samples(source, chosen, calib, eval)
@@ -137,6 +141,18 @@ def _percent(advance: Advance) -> Callable[[str, float], None]:
         advance(more)
 
     return hear
+
+
+def refuse_appended(source: Source) -> None:
+    """A decoder that appends to its caches can neither be fed with rows nor go back: it is exported first."""
+    names = [value.name or "" for value in source.model.graph.inputs]
+    past = next((name for name in names if name.startswith(PAST)), None)
+    if past is not None and not keeps_cache(source.model):
+        raise UsageError(
+            f"the decoder appends to its caches ({past!r})",
+            where=str(source.path),
+            hint=f"bring it into the portable layout first: qexport export {source.path} -o DIR, then build DIR",
+        )
 
 
 def refuse_quantized(source: Source, recipe: Recipe) -> None:

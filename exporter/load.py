@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -91,8 +91,10 @@ def load_model(path: str | Path) -> ir.Model:
     return load_source(path).model
 
 
-def load_source(path: str | Path, limits: Limits | None = None) -> Source:
+def load_source(path: str | Path, limits: Limits | None = None, *, cached: bool = False) -> Source:
     """Load a model with its companions; a folder with ``model.onnx`` and no safetensors means that file.
+
+    ``cached`` gives decoders of a Hugging Face folder the portable layout, where one graph is all of them.
 
     Raises:
         UsageError: Nothing there, or neither an .onnx file nor a Hugging Face folder.
@@ -106,7 +108,7 @@ def load_source(path: str | Path, limits: Limits | None = None) -> Source:
     if (place / ONNX_FILE).is_file() and not any((place / name).exists() for name in (WEIGHTS, INDEX)):
         place /= ONNX_FILE
     folder = place if place.is_dir() else place.parent
-    model, files = _load_folder(place) if place.is_dir() else _load_file(place, limits)
+    model, files = _load_folder(place, cached=cached) if place.is_dir() else _load_file(place, limits)
     return Source(place, model, describe(place, files, model), find_companions(folder))
 
 
@@ -142,9 +144,10 @@ def _load_file(path: Path, limits: Limits | None) -> tuple[ir.Model, list[Path]]
     return model, [path, *sorted({path.parent / location for location in external})]
 
 
-def _load_folder(path: Path) -> tuple[ir.Model, list[Path]]:
+def _load_folder(path: Path, *, cached: bool) -> tuple[ir.Model, list[Path]]:
     config, folder, build = open_folder(path)
-    return build(config, folder, SCORING), folder.used
+    form = replace(SCORING, cached=cached and config["model_type"] not in PARTS)
+    return build(config, folder, form), folder.used
 
 
 def open_folder(path: Path) -> tuple[dict[str, Any], Folder, Builder]:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -20,6 +20,7 @@ from qexport.calibration.reading.spec import DataSpec
 from qexport.errors import QexportError, UsageError
 from qexport.exporter import toml
 from qexport.exporter.steps import PASSES, Table, check_option, find_pass, is_bound, is_required, suggest
+from qexport.passes.portable import CACHED_OPSET
 from qexport.passes.target import TARGETS, find_target
 from qexport.safe_io import read_text
 
@@ -67,6 +68,8 @@ class ExportSpec(_Section):
         max_batch: Largest batch of the derived profile.
         max_seq: Tokens that the caches of a decoder's engine have room for; what the model has positions for, yet no
             more than 2048, when not given.
+        layout: Of decoders that come as a folder: ``cached``, with caches of keys and values, or ``scoring``, reading
+            whole rows; caches where target and opset have the operators for them, when not given.
         compute_capabilities: Devices the engine is for, such as ``"8.6"``; portable when empty.
         never_worse: Whether int8 that breaks a gate, or is measured slower than float, goes back to float.
     """
@@ -77,8 +80,16 @@ class ExportSpec(_Section):
     profiles: dict[str, tuple[Shape, Shape, Shape]] | None = None
     max_batch: int = Field(default=32, ge=1)
     max_seq: int | None = Field(default=None, ge=1)
+    layout: Literal["cached", "scoring"] | None = None
     compute_capabilities: tuple[str, ...] = ()
     never_worse: bool = True
+
+    @property
+    def cached(self) -> bool:
+        """Whether decoders that come as a folder get caches."""
+        if self.layout is not None:
+            return self.layout == "cached"
+        return min(self.opset or CACHED_OPSET, find_target(self.target).opset) >= CACHED_OPSET
 
 
 class GatesSpec(_Section):

@@ -11,6 +11,9 @@ IDS, POSITIONS, WRITE, LOGITS = "input_ids", "position_ids", "write_indices", "l
 PAST, PRESENT = "past_key_values.", "present."
 KINDS = ("key", "value")
 
+CACHED_OPSET = 24
+"""The first operator set with TensorScatter."""
+
 MAX_POSITIONS = "qexport.max_positions"
 """Metadata of a model: the longest sequence it has positions for."""
 

@@ -14,7 +14,9 @@ import qexport
 from qexport.calibration.reading.spec import input_specs, keeps_cache, scores_tokens
 from qexport.calibration.running.execute import open_model
 from qexport.calibration.running.whole_rows import read_whole_rows
+from qexport.errors import UsageError
 from qexport.exporter.options import BuildOptions
+from qexport.exporter.recipe import load_recipe, override
 
 
 @pytest.fixture(scope="module")
@@ -99,3 +101,29 @@ def test_heads_are_cut_with_their_caches(files):
     qexport.build(files / "model.onnx", recipe="prune-heads", calib=files / "rows.npz", options=options)
     caches = [value for value in ir.load(files / "out" / "model.onnx").graph.inputs if len(value.shape) == 4]
     assert {value.shape[1] for value in caches} == {1}
+
+
+@pytest.mark.parametrize(
+    ("settings", "cached"),
+    [
+        (("export.target=ort-cpu",), True),
+        (("export.target=tensorrt-rtx",), True),
+        (("export.target=tensorrt",), False),
+        (("export.target=ort-cpu", "export.opset=23"), False),
+        (("export.target=ort-cpu", "export.layout=scoring"), False),
+        (("export.target=tensorrt", "export.layout=cached"), True),
+    ],
+)
+def test_decoders_of_a_folder_get_caches_where_the_target_has_the_operators(settings, cached):
+    assert override(load_recipe("float32"), settings).export.cached is cached
+
+
+def test_a_decoder_that_appends_to_its_caches_is_to_be_exported_first(tmp_path):
+    text = """g (int64[n, s] input_ids, float[n, 2, p, 8] past_key_values.0.key) => (float[n, s, 4] logits) {
+        logits = Cast <to = 1> (input_ids) }"""
+    ir.save(model_from(text.replace("past_key_values.0.key", "past")), tmp_path / "model.onnx")
+    model = ir.load(tmp_path / "model.onnx")
+    model.graph.inputs[1].name = "past_key_values.0.key"
+    ir.save(model, tmp_path / "model.onnx")
+    with pytest.raises(UsageError, match=r"appends to its caches.*qexport export"):
+        qexport.build(tmp_path / "model.onnx", recipe="float32", options=BuildOptions(output=tmp_path / "out"))

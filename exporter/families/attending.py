@@ -22,8 +22,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.exporter.families.builder import GraphBuilder
+from qexport.passes.portable import CACHED_OPSET
 
-SCORING_OPSET, CACHED_OPSET = 20, 24  # what TensorRT 10.3 reads; the first with TensorScatter
+SCORING_OPSET = 20  # what TensorRT 10.3 reads
 MASKED = -10000.0  # stands in for masked scores; exp() of it is 0 and it fits float16
 Heads: TypeAlias = tuple[ir.Value, ir.Value, ir.Value]  # query, key, value [batch, heads, sequence, head size]
 

@@ -96,7 +96,7 @@ def open_lab(question: Question) -> Lab:
     recipe = without_thresholds(choose_recipe(question.recipe, asked))
     target = find_target(recipe.export.target)
     with asked.progress.stage("load"):
-        source = load_source(question.model, Limits(allow_nonfinite=asked.allow_nonfinite))
+        source = load_source(question.model, Limits(allow_nonfinite=asked.allow_nonfinite), cached=recipe.export.cached)
         refuse_quantized(source, recipe)
         refuse_newer(source, target)
         samples = open_samples(source, recipe, question.calib, question.evaluation)
