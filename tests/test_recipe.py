@@ -315,8 +315,7 @@ def test_passes_get_their_options_the_target_and_the_opset(tmp_path: Path) -> No
     pinned = override(recipe, ["export.opset=19", "smooth.target=ort-cpu"], TABLE)
     assert instantiate(pinned, {}, TABLE)[0][1] == Tidy(opset=19)
     assert instantiate(pinned, {}, TABLE)[1][1] == Smooth(alpha=1.0, keep=("x",), target="ort-cpu")
-    newer = override(recipe, ["export.target=ort-cpu"], TABLE)
-    assert instantiate(newer, {}, TABLE)[0][1] == Tidy(opset=23)
+    assert instantiate(override(recipe, ["export.target=ort-cpu"], TABLE), {}, TABLE)[0][1] == Tidy(opset=23)
 
 
 def test_bound_options_come_from_the_context_and_are_missed_without_it(tmp_path: Path) -> None:

@@ -33,6 +33,8 @@ def measure(ends: Ends, calls: Calls) -> tuple[float, int | None]:
     Raises:
         RefusalError: The layer is something else than attention with a causal mask, maybe within a window.
     """
+    if ends.keys.heads != ends.values.heads:
+        raise RefusalError(ends.product, "not as many heads of keys as of values")
     try:
         return _fused(ends, calls) if ends.softmax is None else _spelt(ends, ends.softmax, calls)
     except UnknownValue as error:
@@ -50,6 +52,8 @@ def _spelt(ends: Ends, softmax: ir.Node, calls: Calls) -> tuple[float, int | Non
         query, keys = _draw(ends.keys, heads, call.new), _draw(ends.keys, ends.keys.heads, call.total)
         (found,) = call.work_out([masked], {ends.query: query, ends.keys.present: keys})
         raw = (query @ _repeated(keys, heads).swapaxes(-1, -2))[0]
+        if found.size != raw.size:
+            raise RefusalError(softmax, "not one number for each query and key")
         shown = found.reshape(raw.shape)
         seen = np.broadcast_to(_visible(call, window), raw.shape)
         scale = scale or float(np.vdot(raw[seen], shown[seen]) / np.vdot(raw[seen], raw[seen]))
@@ -89,12 +93,8 @@ def _fused(ends: Ends, calls: Calls) -> tuple[float, int | None]:
         keys, values = (_draw(cache, cache.heads, call.total) for cache in (ends.keys, ends.values))
         given = {ends.query: query}
         for cache, array in ((ends.keys, keys), (ends.values, values)):
-            inside = cache.present.producer() is node
-            given |= (
-                {cache.past: array[:, :, : call.past], cache.new: array[:, :, call.past :]}
-                if inside
-                else {cache.present: array}
-            )
+            parts = {cache.past: array[:, :, : call.past], cache.new: array[:, :, call.past :]}
+            given |= parts if cache.present.producer() is node else {cache.present: array}
         (found,) = call.work_out([ends.context], given)
         scores = scale * (query @ _repeated(keys, heads).swapaxes(-1, -2)).astype(np.float64)
         weights = np.exp(np.where(_visible(call, window), scores, -np.inf))
@@ -112,7 +112,7 @@ def _heads(ends: Ends, calls: Calls) -> int:
     assert repeated is not None
     (found,) = call.work_out([repeated], {ends.keys.present: keys})
     heads = int(found.size) // (call.total * ends.keys.dim)
-    if heads % ends.keys.heads or heads % ends.values.heads or found.size != heads * call.total * ends.keys.dim:
+    if heads % ends.keys.heads or found.size != heads * call.total * ends.keys.dim:
         raise RefusalError(ends.scores, "the keys are not repeated a whole number of times")
     return heads
 
