@@ -1,8 +1,8 @@
 """Make a larger model that says what a smaller one says: a head start for a small budget.
 
 Function-preserving growth as in T. Chen et al., *Net2Net*, 2016, here by zeros: new channels of the residual stream
-hold nothing at first, new heads and new inner units write nothing at first, and each norm's weight makes up for the
-channels it averages over (the square root of the ratio of widths).
+hold nothing at first, so what reads them may be drawn at random, new heads and new inner units write nothing at first,
+and each norm's weight makes up for the channels it averages over (the square root of the ratio of widths).
 """
 
 from __future__ import annotations
@@ -48,6 +48,5 @@ def grow(small: LlamaForCausalLM, shape: Shape, tokenizer: Tokenizer, seed: int)
         rows, columns = source.shape
         if "embed" in name or name.split(".")[-2] in WRITERS:
             value.zero_()
-        value[:rows] = 0
         value[:rows, :columns] = source
     return large
