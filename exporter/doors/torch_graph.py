@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, NameFixPass, RemoveUnusedNodesPass
+from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
 from qexport.errors import BuildFailed
 from qexport.exporter.doors.inputs import AskedInput
@@ -37,7 +37,6 @@ def tidy(model: ir.Model, inputs: Sequence[AskedInput], outputs: Sequence[str], 
     Raises:
         BuildFailed: It has other inputs or outputs than these.
     """
-    InlinePass()(model)
     RemoveUnusedNodesPass()(model)
     graph = model.graph
     for kind, found, wanted in (("inputs", graph.inputs, inputs), ("outputs", graph.outputs, outputs)):
@@ -62,6 +61,8 @@ def _separate_outputs(graph: ir.Graph) -> None:
             node = ir.node("Identity", [value])
             copy = node.outputs[0]
             copy.type, copy.shape = value.type, value.shape
+            if copy.type is None and value.const_value is not None:
+                copy.dtype, copy.shape = value.const_value.dtype, ir.Shape(value.const_value.shape.numpy())
             graph.append(node)
             graph.outputs[place] = copy
         seen.add(value)
