@@ -6,6 +6,7 @@ import importlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import onnx_ir as ir
@@ -35,10 +36,11 @@ DOORS = {
     "onnx": "qexport.exporter.doors.onnx_model:open_onnx",
     "module": "qexport.exporter.doors.torch_source:open_module",
     "torch": "qexport.exporter.doors.torch_source:open_folder_in_torch",
+    "optimum": "qexport.exporter.doors.optimum_folder:open_folder_in_optimum",
 }
-"""Door to the function ``(source, options) -> Origin`` behind it."""
+"""Door to the function ``(source, options, folder for scratch) -> Origin`` behind it."""
 
-VIAS = ("auto", "qexport", "torch")
+VIAS = ("auto", "qexport", "torch", "optimum")
 INLINE = 32_000_000
 """Bytes of weights from which they go into a file of their own: a file in one piece is in memory three times."""
 
@@ -63,10 +65,9 @@ def export(source: str | Path, *, output: str | Path, options: ExportOptions | N
     asked = options or ExportOptions()
     door = choose_door(source, asked)
     stages, inputs = asked.progress, _paths(source, asked)
-    with publish(output, inputs=inputs) as stage:
+    with publish(output, inputs=inputs) as stage, TemporaryDirectory(prefix="qexport-") as scratch:
         with stages.stage("open"):
-            opener = _find(door)
-            origin: Origin = opener(str(source), asked)
+            origin: Origin = _find(door)(str(source), asked, Path(scratch))
         with stages.stage("write"):
             written = {name: _write(model, stage, name) for name, model in origin.parts.items()}
         with stages.stage("verify"):
@@ -134,8 +135,9 @@ def _write(model: ir.Model, stage: Stage, name: str) -> ir.Model:
 
 
 def _material(origin: Origin, asked: ExportOptions, model: ir.Model) -> Material:
-    positions = parse_positions(model.metadata_props.get(MAX_POSITIONS, ""))
-    return Material(asked.data, asked.text, origin.tokenizer, origin.vocabulary, positions)
+    positions = parse_positions(model.metadata_props.get(MAX_POSITIONS, "")) or origin.positions
+    data, text = (None if path is None else Path(path) for path in (asked.data, asked.text))
+    return Material(data, text, origin.tokenizer, origin.vocabulary, positions)
 
 
 def _result(origin: Origin, written: Mapping[str, ir.Model], proven: Verification, stage: Stage) -> ExportResult:

@@ -25,6 +25,7 @@ class ExportOptions:
         data: Real inputs to verify on, in a format that calibration reads.
         text: Real text to verify on.
         layout: ``cached``, decoders with caches of keys and values, or ``scoring``, those that read whole rows.
+        python: The interpreter that has optimum; this one when not given.
         allow_pickle: Whether checkpoints that are pickles are read, as numbers alone.
         progress: Who hears about stages.
     """
@@ -36,5 +37,6 @@ class ExportOptions:
     data: Path | None = None
     text: Path | None = None
     layout: str = "cached"
+    python: Path | None = None
     allow_pickle: bool = False
     progress: Progress = field(default_factory=Silent)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 
 from qexport.calibration.reading.spec import IDS, LOGITS, MASK, keeps_cache
 from qexport.calibration.running.execute import open_model
-from qexport.errors import UsageError
+from qexport.errors import BuildFailed, UsageError
 from qexport.exporter.doors.origin import Origin, Reference
 from qexport.exporter.doors.own_folder import type_of
 from qexport.exporter.export_options import ExportOptions
@@ -19,8 +21,10 @@ from qexport.exporter.families.form import FLOATS
 from qexport.exporter.load import ONNX_FILE, load_source
 from qexport.passes.portable import PAST, POSITIONS
 
+_LENGTHS = (128, 96, 64, 48, 32, 16, 8)  # tokens
 
-def open_onnx(source: str, asked: ExportOptions) -> Origin:
+
+def open_onnx(source: str, asked: ExportOptions, _scratch: Path) -> Origin:
     """Read the model; its own answers are the truth.
 
     Raises:
@@ -39,14 +43,16 @@ def open_onnx(source: str, asked: ExportOptions) -> Origin:
     appends = not keeps_cache(model) and any((value.name or "").startswith(PAST) for value in model.graph.inputs)
     if appends and asked.layout != "cached":
         raise UsageError("the decoder has caches", where=source, hint="leave --layout out")
+    reference = _appending(model) if appends else _plain(model)
     return Origin(
         door="onnx",
         info=found.info,
         parts={ONNX_FILE: _portable(model) if appends else model},
-        reference=_appending(model) if appends else _plain(model),
+        reference=reference,
         told="the model that was given, in onnxruntime",
         dtype=dtype,
         vocabulary=_vocabulary(model),
+        positions=_longest(reference) if appends else None,
         companions=found.companions,
     )
 
@@ -65,28 +71,45 @@ def _plain(model: ir.Model) -> Reference:
 
 
 def _appending(model: ir.Model) -> Reference:
-    """The logits of whole rows, read at once by a decoder whose caches are empty."""
+    """The logits of whole rows, read at once by a decoder whose caches are empty.
+
+    One row after the other: not every exporter's graph takes several, or padding.
+    """
     session = open_model(model)
     inputs = {value.name or "": value for value in model.graph.inputs}
 
     def run(feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         ids = feeds[IDS]
-        given: dict[str, NDArray[Any]] = {
-            IDS: ids,
-            MASK: feeds.get(MASK, np.ones_like(ids)),
-            POSITIONS: np.broadcast_to(np.arange(ids.shape[1]), ids.shape).astype(np.int64),
-        }
-        given |= {name: _empty(value, len(ids)) for name, value in inputs.items() if name.startswith(PAST)}
-        return session.run({name: given[name] for name in inputs if name in given}, [LOGITS])
+        lengths = feeds.get(MASK, np.ones_like(ids)).sum(1)
+        rows = [alone(row[None, :length]) for row, length in zip(ids, lengths, strict=True)]
+        logits = np.zeros((*ids.shape, rows[0].shape[-1]), rows[0].dtype)
+        for place, row in enumerate(rows):
+            logits[place, : len(row)] = row
+        return {LOGITS: logits}
+
+    def alone(ids: NDArray[np.int64]) -> NDArray[Any]:
+        given = {IDS: ids, MASK: np.ones_like(ids), POSITIONS: np.arange(ids.shape[1])[None]}
+        given |= {name: _empty(value) for name, value in inputs.items() if name.startswith(PAST)}
+        found: NDArray[Any] = session.run({name: given[name] for name in inputs if name in given}, [LOGITS])[LOGITS][0]
+        return found
 
     return run
 
 
-def _empty(value: ir.Value, rows: int) -> NDArray[Any]:
+def _longest(reference: Reference) -> int | None:
+    """The longest row that a decoder can read, as far as it matters here; nothing in the file tells."""
+    for length in _LENGTHS:
+        with suppress(BuildFailed):
+            reference({IDS: np.zeros((1, length), np.int64)})
+            return length
+    return None
+
+
+def _empty(value: ir.Value) -> NDArray[Any]:
     assert value.shape is not None, "the pass has measured the caches"
     assert value.dtype is not None, "the pass has measured the caches"
     heads, size = (int(str(value.shape[axis])) for axis in (1, 3))
-    return np.zeros((rows, heads, 0, size), value.dtype.numpy())
+    return np.zeros((1, heads, 0, size), value.dtype.numpy())
 
 
 def _vocabulary(model: ir.Model) -> int | None:

@@ -31,6 +31,7 @@ class Origin:
         family: ``model_type``, where there is one.
         task: The head that was asked for.
         vocabulary: How many tokens the model knows, if that is known.
+        positions: The longest row that it has positions for, where the model does not tell itself.
         companions: Files that travel along.
         trials: Inputs that came with the source.
         notes: What a person should know, in whole sentences without a full stop.
@@ -45,6 +46,7 @@ class Origin:
     family: str | None = None
     task: str | None = None
     vocabulary: int | None = None
+    positions: int | None = None
     companions: tuple[Path, ...] = ()
     trials: tuple[Feeds, ...] = ()
     notes: tuple[str, ...] = ()

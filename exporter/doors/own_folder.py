@@ -34,7 +34,7 @@ _KINDS = {
 }
 
 
-def open_own_folder(source: str, asked: ExportOptions) -> Origin:
+def open_own_folder(source: str, asked: ExportOptions, _scratch: Path) -> Origin:
     """Build the graphs, weights unread, and the reference beside them.
 
     Raises:
@@ -46,7 +46,7 @@ def open_own_folder(source: str, asked: ExportOptions) -> Origin:
     path = Path(source)
     config, folder, build = open_folder(path)
     if asked.allow_pickle and not (folder.has(WEIGHTS) or folder.has(INDEX)) and folder.has(PICKLE):
-        folder = _Pickled(path, folder.used)
+        folder = _Pickled(path, folder.used, allowed=asked.allow_pickle)
     dtype = FLOATS[asked.dtype or "float32"]
     form = Form(dtype, cached=asked.layout == "cached", lazy=True, task=asked.task)
     parts = {ONNX_FILE: build(config, folder, form)}
@@ -83,16 +83,17 @@ def _further(family: str) -> Iterator[tuple[str, Any]]:
 class _Pickled(Folder):
     """A folder whose weights are a pickle that a person has allowed; it is read as numbers alone."""
 
-    def __init__(self, path: Path, used: list[Path]) -> None:
+    def __init__(self, path: Path, used: list[Path], *, allowed: bool) -> None:
         super().__init__(path)
         self.used += used
         self._held: dict[str, Stored] | None = None
+        self._allowed = allowed
 
     def weights(self, anchor: str) -> Weights:
         """A reader of the tensors in the pickle."""
         file = self.file(PICKLE)
         if self._held is None:
-            arrays = read_pickled(file, allow_pickle=True)
+            arrays = read_pickled(file, allow_pickle=self._allowed)
             self._held = {name: _stored(array, file) for name, array in arrays.items()}
         return Weights(self._held, anchor, str(file))
 

@@ -25,7 +25,7 @@ from qexport.safe_io import digest_bytes
 _ROWS = 8
 
 
-def open_module(source: str, asked: ExportOptions) -> Origin:
+def open_module(source: str, asked: ExportOptions, _scratch: Path) -> Origin:
     """Run ``module:callable`` and export what it returns; the module itself is the truth.
 
     Raises:
@@ -38,7 +38,7 @@ def open_module(source: str, asked: ExportOptions) -> Origin:
     return _origin("torch", found, _described(source, found), ())
 
 
-def open_folder_in_torch(source: str, asked: ExportOptions) -> Origin:
+def open_folder_in_torch(source: str, asked: ExportOptions, _scratch: Path) -> Origin:
     """Load a Hugging Face folder in transformers and export the module.
 
     Raises:

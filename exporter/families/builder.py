@@ -126,5 +126,7 @@ class GraphBuilder:
 def _read(found: Stored, change: Change | None, dtype: ir.DataType, name: str) -> ir.Tensor[Any]:
     array = as_float32(found.read())
     with np.errstate(over="ignore"):  # infinities are admission's to judge
-        array = (array if change is None else change(array)).astype(dtype.numpy(), copy=False)
+        if change is not None:
+            array = change(array)  # by itself, so that no more than two of its size are in memory
+        array = array.astype(dtype.numpy(), copy=False)
     return ir.Tensor(array, dtype=dtype, name=name)

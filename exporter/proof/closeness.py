@@ -17,6 +17,8 @@ Run = tuple[str, Mapping[str, NDArray[Any]], Mapping[str, NDArray[Any]]]  # wher
 
 _FEW = 8  # numbers of a row; so few have no mean to speak of
 _TINY = 1e-30
+_PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
+_SHALLOW = 40  # products of the decoders that tolerances were measured on
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,16 @@ class Tally:
                 hint="nothing was published; please report the model",
             )
         return info
+
+
+def tolerance_of(model: ir.Model, dtype: ir.DataType) -> Tolerance:
+    """What a model may be off that computes in ``dtype``: roundings to 16 bits add up over its products."""
+    allowed = TOLERANCES[dtype]
+    if dtype == ir.DataType.FLOAT:
+        return allowed
+    products = sum(node.op_type in _PRODUCTS for node in model.graph.all_nodes())
+    depth = max(1.0, (products / _SHALLOW) ** 0.5)
+    return Tolerance(allowed.error * depth, allowed.rms * depth)
 
 
 def compare(what: str, runs: Iterable[Run], allowed: Tolerance) -> tuple[CheckInfo, ...]:

@@ -75,9 +75,8 @@ def _alone(texts: Sequence[Ids]) -> Iterator[Call]:
 
 def _ragged(texts: Sequence[Ids]) -> Iterator[Call]:
     rows = list(range(len(texts)))
-    shares = [(4 + 2 * (len(texts) - row)) / 16 for row in rows]  # of each row, so that none ends where another does
     done = [0] * len(texts)
-    counts = [max(1, min(_PREFILL, int(share * len(text)))) for share, text in zip(shares, texts, strict=True)]
+    counts = [max(1, min(_PREFILL - 6 * row, len(texts[row]) // 2)) for row in rows]  # none ends where another does
     for more in (counts, [1] * len(rows), [(_WIDE, 2, 4)[row % 3] for row in rows], [1] * len(rows)):
         spans = [(at, min(count, len(text) - at)) for at, count, text in zip(done, more, texts, strict=True)]
         yield _call(f"batch of {len(rows)} rows of different lengths", texts, rows, spans)

@@ -208,7 +208,7 @@ def _in_float32(model: ir.Model) -> ir.Model:
     emulate(work, SHORT)
     for value in work.graph.inputs:
         if value.dtype in SHORT:
-            value.type = ir.TensorType(ir.DataType.FLOAT)  # it was cast from 16 bits, from now on from 32
+            _take_float32(work.graph, value)
     for value in list(work.graph.outputs):
         if value.dtype in SHORT:
             _widen(work.graph, value)
@@ -217,6 +217,14 @@ def _in_float32(model: ir.Model) -> ir.Model:
 
 def _without_short(array: NDArray[Any]) -> NDArray[Any]:
     return array.astype(np.float32) if ir.DataType.from_numpy(array.dtype) in SHORT else array
+
+
+def _take_float32(graph: ir.Graph, value: ir.Value) -> None:
+    """Let an input of 16 bits be float32, and its readers read it without a cast."""
+    value.type = ir.TensorType(ir.DataType.FLOAT)
+    for node in [node for node in value.consumers() if node.op_type == "Cast"]:
+        node.outputs[0].replace_all_uses_with(value)
+        graph.remove(node, safe=True)
 
 
 def _widen(graph: ir.Graph, value: ir.Value) -> None:

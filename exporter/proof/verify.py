@@ -12,7 +12,7 @@ from qexport.calibration.reading.spec import IDS, MASK, input_specs, keeps_cache
 from qexport.exporter.doors.inputs import Feeds
 from qexport.exporter.doors.origin import Origin
 from qexport.exporter.export_result import CheckInfo, Verification
-from qexport.exporter.proof.closeness import TOLERANCES, Run, compare
+from qexport.exporter.proof.closeness import Run, compare, tolerance_of
 from qexport.exporter.proof.decoding import compare_calls, decode, plan
 from qexport.exporter.proof.layout import fill
 from qexport.exporter.proof.source import Found, Material, find_samples, find_texts
@@ -34,9 +34,8 @@ def verify(written: Mapping[str, ir.Model], origin: Origin, known: Material) -> 
         found = find_texts(known)
         checks = _decoder(written, origin, known, found)
     else:
-        found = Found("inputs that came with the source", batches=origin.trials)
-        if known.data is not None or known.text is not None or not origin.trials:
-            found = find_samples(known, model)
+        own = Found("inputs of the source at several sizes", batches=origin.trials)
+        found = own if origin.trials else find_samples(known, model)
         checks = _plain(model, origin, found)
     record = Verification(reference=origin.told, data=found.name, made_up=found.made_up, checks=checks)
     return record, found.warnings
@@ -44,7 +43,7 @@ def verify(written: Mapping[str, ir.Model], origin: Origin, known: Material) -> 
 
 def _plain(model: ir.Model, origin: Origin, found: Found) -> tuple[CheckInfo, ...]:
     """Samples one by one and as a padded batch, or batches as they are."""
-    allowed = TOLERANCES[origin.dtype]
+    allowed = tolerance_of(model, origin.dtype)
     if found.batches:
         given = run_streamed(model, found.batches)
         runs = (
@@ -107,7 +106,8 @@ def _decoder(written: Mapping[str, ir.Model], origin: Origin, known: Material, f
         whole = {**sent, "decoder_input_ids": whole[IDS]}
     calls = plan(texts)
     logits = decode(written[MODEL], calls, context)
-    return compare_calls(origin.reference(whole)["logits"], calls, logits, TOLERANCES[origin.dtype])
+    allowed = tolerance_of(written[MODEL], origin.dtype)
+    return compare_calls(origin.reference(whole)["logits"], calls, logits, allowed)
 
 
 def _padded(rows: list[np.ndarray]) -> Feeds:

@@ -20,6 +20,7 @@ class Asked(TypedDict):
     data: Path | None
     text: Path | None
     layout: str
+    python: Path | None
     allow_pickle: bool
 
 
@@ -33,13 +34,14 @@ _FILE = click.Path(path_type=Path)
 @click.option(
     "--task", metavar="NAME", help="The head, such as embedding or classification; the saved one if not given."
 )
-@click.option("--via", metavar="WHO", default="auto", show_default=True, help="Who writes the graph: qexport, torch.")
+@click.option("--via", metavar="WHO", default="auto", show_default=True, help="Who writes it: qexport, torch, optimum.")
 @click.option(
     "--input", "inputs", multiple=True, metavar="SPEC", help="An input of a torch module: x:float32[batch,3,32,32]."
 )
 @click.option("--data", type=_FILE, metavar="FILE", help="Real inputs to verify on.")
 @click.option("--text", type=_FILE, metavar="FILE", help="Real text to verify on.")
 @click.option("--layout", metavar="NAME", default="cached", show_default=True, help="Of decoders: cached, scoring.")
+@click.option("--python", type=_FILE, metavar="FILE", help="For --via optimum: the interpreter that has it.")
 @click.option("--allow-pickle", is_flag=True, help="Read checkpoints that are pickles, as numbers alone.")
 @shared_flags
 def export(source: str, *, output: Path, as_json: bool, **asked: Unpack[Asked]) -> None:
