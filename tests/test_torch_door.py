@@ -1,22 +1,19 @@
-"""Torch modules and transformers folders as graphs: names, dimensions, numbers, and what is refused."""
+"""Torch modules as graphs: names, dimensions, numbers, and what is refused."""
 
 from __future__ import annotations
 
-import json
 import re
-import sys
 
 import ml_dtypes
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
 from helpers import session
+from torch_checks import check
 
-from qexport.errors import BuildFailed, DataInvalid, EnvironmentMismatch, ModelInvalid, UnsafeInput, UsageError
+from qexport.errors import BuildFailed, DataInvalid, UsageError
 from qexport.exporter.doors.inputs import parse_inputs
 from qexport.exporter.doors.torch_module import TorchOptions, load_torch
-from qexport.exporter.doors.transformers_folder import load_transformers
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
@@ -78,7 +75,11 @@ def chatty():
         return x * self.weight
     return F(noisy)
 def no_module(): return 3
-def scripted(): return torch.jit.trace(Two(), (torch.ones(2), torch.ones(2)))
+def scripted():
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.trace(Two(), (torch.ones(2), torch.ones(2)))
 def bad_example(): return F(lambda self, x: x), (3,)
 
 class Two(nn.Module):
@@ -108,21 +109,6 @@ def load(networks):
 def colliding(networks):
     asked = parse_inputs(["x:float32[batch,3,16,width]", "relu:float32[batch]"])
     return load_torch(f"{networks}:colliding", TorchOptions(asked))
-
-
-def check(source, tolerance=2e-6):
-    """The graph is valid and says what the module says, at every size that was tried."""
-    proto = ir.to_proto(source.model)
-    onnx.checker.check_model(proto, full_check=True)
-    running = session(source.model)
-    names = [output.name for output in running.get_outputs()]
-    for feeds in source.trials:
-        truth = source.reference(feeds)
-        assert list(truth) == names
-        for name, found in zip(names, running.run(None, feeds), strict=True):
-            assert found.shape == truth[name].shape
-            np.testing.assert_allclose(found, truth[name], rtol=tolerance, atol=tolerance)
-    return proto
 
 
 # ---------------------------------------------------------------- the graph
@@ -316,103 +302,3 @@ def test_the_sample_network_answers_as_its_file(samples):
     np.testing.assert_array_equal(found.argmax(1), truth.argmax(1))
     assert (found.argmax(1) == labels).mean() > 0.85
     np.testing.assert_allclose(found, source.reference(feeds)["logits"], rtol=0, atol=5e-5)
-
-
-@pytest.fixture(scope="module")
-def electra(tmp_path_factory):
-    """A small encoder of a family that has no builder here."""
-    transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("electra")
-    config = transformers.ElectraConfig(
-        hidden_size=16,
-        embedding_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=24,
-        vocab_size=50,
-        max_position_embeddings=40,
-    )
-    torch.manual_seed(0)
-    transformers.ElectraForSequenceClassification(config).save_pretrained(folder)
-    return folder
-
-
-def changed(folder, target, **fields):
-    """A copy of a folder with other fields in its config."""
-    target.mkdir()
-    for file in folder.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
-    config = json.loads((folder / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps({**config, **fields}))
-    return target
-
-
-def test_an_encoder_without_a_builder_comes_by_way_of_transformers(electra):
-    source = load_transformers(electra)
-    check(source)
-    assert [str(one) for one in source.inputs] == [
-        "input_ids:int64[batch,sequence]",
-        "attention_mask:int64[batch,sequence]",
-        "token_type_ids:int64[batch,sequence]",
-    ]
-    assert list(source.reference(source.feeds)) == ["logits"]
-    assert source.feeds["attention_mask"].min() == 0
-    assert source.feeds["input_ids"].max() > 30
-    assert source.notes == ("dimension 'sequence' is at most 40",)
-
-
-def test_weights_that_a_task_needs_must_be_there(electra):
-    with pytest.raises(
-        ModelInvalid, match="weights that 'token-classification' needs are missing, such as 'classifier"
-    ):
-        load_transformers(electra, "token-classification")
-
-
-def test_weights_that_no_output_needs_may_be_missing(electra, tmp_path, monkeypatch):
-    transformers = pytest.importorskip("transformers")
-    sizes = {
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 24,
-        "vocab_size": 50,
-    }
-    transformers.BertModel(transformers.BertConfig(**sizes), add_pooling_layer=False).save_pretrained(tmp_path / "bert")
-    monkeypatch.setattr("qexport.exporter.doors.transformers_folder.export_module", lambda module, *rest: module)
-    module = load_transformers(tmp_path / "bert")
-    assert torch.isnan(module.pooler.dense.weight).all()
-
-
-@pytest.mark.parametrize(
-    ("fields", "error", "said"),
-    [
-        ({"auto_map": {"AutoModel": "code.Model"}}, UnsafeInput, "code of its own"),
-        ({"architectures": ["ElectraForCausalLM"]}, ModelInvalid, "generates.*--via optimum"),
-        ({"is_encoder_decoder": True}, ModelInvalid, "generates"),
-        ({"model_type": "nothing-known"}, ModelInvalid, "transformers cannot read it"),
-        ({"hidden_size": 20}, ModelInvalid, "transformers cannot read it"),
-    ],
-)
-def test_folders_that_are_refused(electra, tmp_path, fields, error, said):
-    with pytest.raises(error, match=said):
-        load_transformers(changed(electra, tmp_path / "changed", **fields))
-
-
-def test_pickles_and_strangers_are_refused(electra, tmp_path):
-    with pytest.raises(UsageError, match=r"unknown task 'clasification'.*did you mean 'classification'"):
-        load_transformers(electra, "clasification")
-    folder = changed(electra, tmp_path / "pickled")
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(UnsafeInput, match="a pickle"):
-        load_transformers(folder)
-    (folder / "pytorch_model.bin").unlink()
-    with pytest.raises(ModelInvalid, match="no weights"):
-        load_transformers(folder)
-    with pytest.raises(UsageError, match="no such folder"):
-        load_transformers(tmp_path / "none")
-
-
-def test_without_transformers_the_way_to_get_it_is_told(electra, monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(EnvironmentMismatch, match="pip install"):
-        load_transformers(electra)
