@@ -23,6 +23,7 @@ from encoder_models import (
 )
 from safetensors.numpy import load_file, save_file
 
+from qexport.calibration.reading.spec import scores_tokens
 from qexport.errors import ModelInvalid, UnsafeInput, UsageError
 from qexport.exporter.families.labels import LABELS as LABELS_KEY
 from qexport.exporter.load import load_source
@@ -128,9 +129,10 @@ def test_the_model_tells_its_labels_in_order(tmp_path):
     assert LABELS_KEY not in graph(path, task="embedding").metadata_props
 
 
-def test_without_names_of_labels_none_are_told(tmp_path):
-    path = write(tmp_path / "model", "bert", "token-classification", id2label=None)
-    assert LABELS_KEY not in graph(path).metadata_props
+def test_without_names_labels_are_numbered_and_never_taken_for_tokens(tmp_path):
+    model = graph(write(tmp_path / "model", "bert", "token-classification", id2label=None))
+    assert json.loads(model.metadata_props[LABELS_KEY]) == [f"LABEL_{number}" for number in range(LABELS)]
+    assert not scores_tokens(model)
 
 
 @pytest.mark.parametrize("names", [{"0": "a", "1": "b"}, {"1": "a", "2": "b", "3": "c"}, ["a", "b", "c"], {}])

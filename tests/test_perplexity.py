@@ -179,6 +179,12 @@ def test_what_is_no_running_text_is_refused(tmp_path, tokenizer, monkeypatch):
 ENCODER = "g (int64[n, s] input_ids) => (float[n, 4] logits) { logits = Cast<to = 1>(input_ids) }"
 
 
+def test_scores_of_classes_that_have_names_are_none_of_tokens():
+    tagger = bigram()
+    tagger.metadata_props["qexport.labels"] = '["person", "place"]'
+    assert not scores_tokens(tagger)
+
+
 def test_plain_text_becomes_windows_for_decoders_only_and_a_recipe_may_say_otherwise():
     decoder, encoder, recipe = bigram(), model_from(ENCODER), load_recipe("int8")
     assert scores_tokens(decoder)

@@ -20,6 +20,7 @@ from qexport.passes.portable import PAST, POSITIONS, WRITE
 Sample: TypeAlias = dict[str, NDArray[Any]]  # one sample: input name to array, no batch axis, padding trimmed
 
 IDS, MASK, LOGITS = "input_ids", "attention_mask", "logits"  # names that tell what inputs and outputs are
+LABELS = "qexport.labels"  # metadata of a model with classes: their names, a JSON list in the order of the scores
 MAX_SAMPLE_BYTES = 256 << 20
 
 
@@ -143,7 +144,12 @@ def _input_spec(value: ir.Value) -> InputSpec:
 
 
 def scores_tokens(model: ir.Model) -> bool:
-    """Whether ``model`` reads ``input_ids`` and has ``logits`` [batch, sequence, vocabulary], as decoders do."""
+    """Whether ``model`` reads ``input_ids`` and has ``logits`` [batch, sequence, vocabulary], as decoders do.
+
+    Scores of classes, which the metadata names, are none of tokens.
+    """
+    if LABELS in model.metadata_props:
+        return False
     logits = next((value for value in model.graph.outputs if value.name == LOGITS), None)
     scored = logits is not None and logits.shape is not None and len(logits.shape) == 3
     return scored and any(value.name == IDS for value in model.graph.inputs)

@@ -6,20 +6,20 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from qexport.calibration.reading.spec import LABELS
 from qexport.errors import ModelInvalid
 
-LABELS = "qexport.labels"  # metadata of a model: names of its labels, a list in JSON
-
+__all__ = ["LABELS", "label_notes"]
 
 def label_notes(config: Mapping[str, Any], where: str, count: int) -> dict[str, str]:
-    """Metadata that name the labels in the order of their ``count`` logits, if config.json has names.
+    """Metadata that name the labels in the order of their ``count`` logits: as in config.json, numbered without it.
 
     Raises:
         ModelInvalid: They are not those of 0, 1, ... up to the number of logits.
     """
     told = config.get("id2label")
     if told is None:
-        return {}
+        told = {number: f"LABEL_{number}" for number in range(count)}  # as transformers calls them
     numbered = {str(key): str(name) for key, name in told.items()} if isinstance(told, dict) else {}
     if set(numbered) != {str(number) for number in range(count)}:
         what = f"field 'id2label' names {len(numbered)} labels, the weights tell {count} apart"
