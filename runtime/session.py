@@ -52,7 +52,8 @@ class SessionOptions:
         disabled: Its optimizers that stay off.
         literal: Whether Q/DQ nodes run as they are written, instead of being merged into integer kernels; weights
             are dequantized once, at load.
-        lean: Whether to do without packed copies of weights and without memory kept for the next run.
+        lean: Whether to do without copies of weights and without memory kept for the next run. Weights that are kept
+            outside of the model are inputs of it then: onnxruntime copies initializers, and inputs it does not.
         profile: Where the times of all operators go, a path without its ending; ``runtime.profile`` reads them.
     """
 
@@ -177,7 +178,8 @@ class Session:
             settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         # onnxruntime reads these arrays for as long as the session lives
         self._weights = {name: _shared(ort, array) for name, array in (weights or {}).items()}
-        if self._weights:
+        self._lean = chosen.lean
+        if self._weights and not self._lean:
             settings.add_external_initializers(list(self._weights), list(self._weights.values()))
         source = model if isinstance(model, bytes) else str(model)
         try:
@@ -186,9 +188,8 @@ class Session:
             )
         except Exception as error:
             raise BuildFailed(f"onnxruntime cannot load the model: {error}") from error
-        self.ports, self.results = (
-            _ports(found) for found in (self._session.get_inputs(), self._session.get_outputs())
-        )
+        taken = [port for port in self._session.get_inputs() if port.name not in self._weights]
+        self.ports, self.results = (_ports(found) for found in (taken, self._session.get_outputs()))
         self.inputs, self.outputs = (tuple(port.name for port in ports) for ports in (self.ports, self.results))
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
 
@@ -200,13 +201,21 @@ class Session:
         """Run once; returns the named outputs, all of them by default."""
         names = list(outputs) if outputs is not None else list(self.outputs)
         try:
-            arrays = self._session.run(names, {name: feeds[name] for name in self.inputs})
+            arrays = self._run(names, {name: feeds[name] for name in self.inputs})
         except KeyError as error:
             raise DataInvalid(f"input {error.args[0]!r} is missing", hint=f"the model reads {self.inputs}") from error
         except Exception as error:
             shapes = {name: array.shape for name, array in feeds.items()}
             raise BuildFailed(f"onnxruntime failed on inputs of shape {shapes}: {error}") from error
         return dict(zip(names, arrays, strict=True))
+
+    def _run(self, names: list[str], feeds: Feeds) -> Sequence[NDArray[Any]]:
+        if not self._lean:
+            arrays: Sequence[NDArray[Any]] = self._session.run(names, feeds)
+            return arrays
+        wrap = load_onnxruntime().OrtValue.ortvalue_from_numpy
+        given = {name: wrap(np.asarray(array, order="C")) for name, array in feeds.items()}
+        return [found.numpy() for found in self._session.run_with_ort_values(names, given | self._weights)]
 
     def end_profile(self) -> Path:
         """Stop noting times; returns the file that holds them."""

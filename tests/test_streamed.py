@@ -210,3 +210,10 @@ def resident(path):
         elif ours and line.startswith("Rss:"):
             total += int(line.split()[1])
     return total
+
+
+def test_inputs_without_axes_stay_so():
+    model = model_from("g (float x, float[2] v) => (int64[n] s, float[2] y) { s = Shape(x) y = Mul(v, x) }")
+    (found,) = run_streamed(model, [{"x": np.array(3, np.float32), "v": np.ones(2, np.float32)}])
+    assert found["s"].shape == (0,)
+    assert found["y"].tolist() == [3, 3]

@@ -23,7 +23,7 @@ Feeds: TypeAlias = Mapping[str, NDArray[Any]]
 Outputs: TypeAlias = dict[str, NDArray[Any]]
 
 _SHARED_FROM = 4096  # bytes; smaller tensors travel inside of a segment
-_SHAREABLE = {ir.DataType.FLOAT, *SHORT, ir.DataType.INT8, ir.DataType.UINT8}
+_SHAREABLE = {ir.DataType.FLOAT, *SHORT}
 _WHOLE = 1 << 62
 
 
@@ -181,8 +181,12 @@ def _open(model: ir.Model, segment: _Segment, known: Feeds) -> Session:
             continue
         if tensor.nbytes >= _SHARED_FROM and tensor.dtype in _SHAREABLE:
             shared[name] = np.ascontiguousarray(tensor.numpy())
-            shape = ir.Shape(tensor.shape.numpy())
-            tensor = ir.ExternalTensor("shared", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
+            info = graph.input.add(name=name)
+            info.type.tensor_type.elem_type = tensor.dtype
+            info.type.tensor_type.shape.dim.extend(
+                onnx.TensorShapeProto.Dimension(dim_value=size) for size in tensor.shape.numpy()
+            )
+            continue
         held = ir.to_proto(tensor)
         held.name = name
         graph.initializer.append(held)
