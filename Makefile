@@ -22,7 +22,7 @@ test: $(READY) $(MINILM_READY)
 
 # optimum-onnx wants an older transformers than everything else, so its door is tested in an environment of its own.
 test-optimum: $(OPTIMUM_READY)
-	$(OPTIMUM)/bin/pytest -q -m optimum tests
+	$(OPTIMUM)/bin/pytest -q -m optimum tests/test_optimum_door.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -51,6 +51,11 @@ bench: $(READY) $(MINILM_READY)
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/families.py
+	$(BIN)/python benchmarks/export_logits.py
+	$(BIN)/python benchmarks/export_time.py
+	$(BIN)/python benchmarks/export_memory.py
+	$(BIN)/python benchmarks/decoder_step.py
 	$(BIN)/python benchmarks/readme.py
 
 clean:
