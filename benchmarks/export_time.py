@@ -19,9 +19,9 @@ ROUNDS = 3
 OPTIMUM = measure.ROOT / ".venv-optimum/bin/python"
 NOTE = (
     "all-MiniLM-L6-v2 from config.json and safetensors, each in a process of its own from start to end, imports "
-    f"counted; seconds are medians of {ROUNDS} rounds in which all take turns, and memory is the largest resident set. Error: "
-    "largest difference of last_hidden_state to transformers in float32 on two sentences of different length. qexport "
-    "verifies what it wrote before it is there, optimum too; torch alone does not."
+    f"counted; seconds are medians of {ROUNDS} rounds in which all take turns, and memory is the largest resident set. "
+    "Error: largest difference of last_hidden_state to transformers in float32 on two sentences of different length. "
+    "qexport verifies what it wrote before it is there, optimum too; torch alone does not."
 )
 DYNAMO = """
 import sys, torch
