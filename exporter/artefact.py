@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import platform
-import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import qexport
 from qexport.exporter.load import Source
+from qexport.exporter.receipt import MANIFEST, MANIFEST_SCHEMA, files_of, tool_versions
 from qexport.exporter.recipe import Recipe
 from qexport.exporter.report import report_markdown
-from qexport.exporter.result import BackedOff, DecisionInfo, EngineInfo, FileInfo, Latency, Quality, Result, StepInfo
+from qexport.exporter.result import BackedOff, DecisionInfo, EngineInfo, Latency, Quality, Result, StepInfo
 from qexport.exporter.samples import Samples
 from qexport.exporter.steps import PASSES
 from qexport.exporter.surroundings import peak_memory
@@ -24,20 +22,8 @@ if TYPE_CHECKING:
     from qexport.exporter.product import Product
 
 MODEL = "model.onnx"
-MANIFEST, RESULT, REPORT = "manifest.json", "result.json", "report.md"
+RESULT, REPORT = "result.json", "report.md"
 RESULT_SCHEMA: Literal["qexport.result/1"] = "qexport.result/1"
-MANIFEST_SCHEMA = "qexport.manifest/1"
-TOOLS = (
-    "onnx",
-    "onnx-ir",
-    "onnxscript",
-    "onnxslim",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "numpy",
-    "tensorrt",
-    "tensorrt-rtx",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +88,7 @@ def write_artefact(stage: Stage, output: Path, source: Source, facts: Facts, evi
         target=facts.recipe.export.target,
         source=source.info,
         recipe=facts.recipe.as_dict(),
-        files=_files(stage),
+        files=files_of(stage),
         steps=facts.steps,
         quantized=facts.quantized,
         skipped=facts.skipped,
@@ -135,23 +121,8 @@ def _manifest(stage: Stage, result: Result, facts: Facts) -> dict[str, Any]:
         "decisions": [d.model_dump() for step in facts.steps for d in step.decisions],
         "engine": None if result.engine is None else result.engine.model_dump(mode="json"),
         "tools": tool_versions(),
-        "files": {name: info.model_dump() for name, info in _files(stage).items()},
+        "files": {name: info.model_dump() for name, info in files_of(stage).items()},
     }
-
-
-def tool_versions() -> dict[str, str]:
-    """Versions of what shapes the result, the interpreter and the platform included."""
-    found = {"python": platform.python_version(), "platform": f"{sys.platform} {platform.machine()}"}
-    for name in TOOLS:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _files(stage: Stage) -> dict[str, FileInfo]:
-    return {name: FileInfo(bytes=size, digest=digest) for name, (size, digest) in sorted(stage.files.items())}
 
 
 def _idle(facts: Facts) -> list[str]:

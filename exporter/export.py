@@ -14,7 +14,6 @@ import onnx_ir as ir
 import qexport
 from qexport.calibration.reading.spec import keeps_cache, scores_tokens
 from qexport.errors import UsageError
-from qexport.exporter.artefact import MANIFEST, MANIFEST_SCHEMA, tool_versions
 from qexport.exporter.doors.callables import is_callable_name
 from qexport.exporter.doors.origin import Origin
 from qexport.exporter.export_options import LAYOUTS, ExportOptions
@@ -26,7 +25,7 @@ from qexport.exporter.load import ONNX_FILE, count_parameters
 from qexport.exporter.onnx_file import load_onnx, save_onnx
 from qexport.exporter.proof.source import Material
 from qexport.exporter.proof.verify import verify
-from qexport.exporter.result import FileInfo
+from qexport.exporter.receipt import MANIFEST, MANIFEST_SCHEMA, files_of, tool_versions
 from qexport.exporter.surroundings import peak_memory
 from qexport.passes.portable import MAX_POSITIONS, parse_positions
 from qexport.safe_io import Stage, finite, publish
@@ -39,6 +38,9 @@ DOORS = {
     "optimum": "qexport.exporter.doors.optimum_folder:open_folder_in_optimum",
 }
 """Door to the function ``(source, options, folder for scratch) -> Origin`` behind it."""
+
+TOOLS = {"torch": ("torch", "transformers"), "optimum": ("optimum-onnx",)}
+"""Packages that shape what comes through a door."""
 
 VIAS = ("auto", "qexport", "torch", "optimum")
 INLINE = 32_000_000
@@ -153,7 +155,7 @@ def _result(origin: Origin, written: Mapping[str, ir.Model], proven: Verificatio
         layout=_layout(written[ONNX_FILE]),
         parts={name: _part(model) for name, model in written.items()},
         verification=proven,
-        files={name: FileInfo(bytes=size, digest=digest) for name, (size, digest) in sorted(stage.files.items())},
+        files=files_of(stage),
         warnings=(),
         seconds=0.0,
         peak_rss_bytes=0,
@@ -191,6 +193,6 @@ def _manifest(stage: Stage, result: ExportResult) -> dict[str, Any]:
         "schema": MANIFEST_SCHEMA,
         **{name: finite(told[name]) for name in kept},
         "engine": None,
-        "tools": tool_versions(),
-        "files": {name: {"bytes": size, "digest": digest} for name, (size, digest) in sorted(stage.files.items())},
+        "tools": tool_versions(*TOOLS.get(result.door, ())),
+        "files": {name: info.model_dump() for name, info in files_of(stage).items()},
     }

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.calibration.reading.data import DataSpec, open_dataset
+from qexport.calibration.reading.data import DataSpec, ImageSpec, open_dataset
 from qexport.calibration.reading.spec import IDS, MASK, InputSpec, Sample, input_specs
 from qexport.calibration.reading.text import MAKERS, load_tokenizer
 from qexport.errors import DataInvalid, UsageError
@@ -157,7 +157,7 @@ def _made_up(inputs: tuple[InputSpec, ...], ids: Ids) -> Sample:
 
 def _dataset(known: Material, inputs: tuple[InputSpec, ...], length: int) -> list[Sample]:
     assert known.data is not None
-    spec = DataSpec(max_length=length)
+    spec = DataSpec(max_length=length, image=ImageSpec())  # of pixels any will do, both sides see the same
     return list(islice(open_dataset(known.data, inputs, spec, tokenizer=known.tokenizer), SENTENCES))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qexport.calibration.reading.batching import batches
-from qexport.calibration.reading.spec import IDS, MASK, input_specs, keeps_cache, static_batch
+from qexport.calibration.reading.spec import IDS, MASK, Sample, input_specs, keeps_cache, static_batch
 from qexport.exporter.doors.inputs import Feeds
 from qexport.exporter.doors.origin import Origin
 from qexport.exporter.export_result import CheckInfo, Verification
@@ -53,7 +53,8 @@ def _plain(model: ir.Model, origin: Origin, found: Found) -> tuple[CheckInfo, ..
         return compare(f"{len(given)} batches" if len(given) > 1 else "a batch", runs, allowed)
     rows = static_batch(input_specs(model))
     order, batch = next(iter(_together(found, rows)))
-    singles = [fill({name: array[None] for name, array in found.rows[place].items()}, rows) for place in order]
+    lines = range(0, len(order), 2)
+    singles = [_alone(found.rows[order[line]], rows) for line in lines]
     together, *alone = run_streamed(model, [batch, *singles])
     truth = origin.reference(batch)
     whole = (_sizes(batch), _visible(truth, batch), _visible(together, batch))
@@ -61,17 +62,21 @@ def _plain(model: ir.Model, origin: Origin, found: Found) -> tuple[CheckInfo, ..
         f"a batch of {len(order)}, padded" if MASK in batch else f"a batch of {len(order)}", [whole], allowed
     )
     each: list[Run] = []
-    for line, (place, one) in enumerate(zip(order, alone, strict=True)):
+    for line, one in zip(lines, alone, strict=True):
         own = {name: array[line : line + 1] for name, array in truth.items()}
         cut = {name: array[:1][tuple(slice(size) for size in one[name].shape)] for name, array in own.items()}
-        each.append((f"sample {place}", cut, {name: array[:1] for name, array in one.items()}))
-    return (*checks, *compare(f"{len(order)} samples, each alone", each, allowed))
+        each.append((f"sample {order[line]}", cut, {name: array[:1] for name, array in one.items()}))
+    return (*checks, *compare(f"{len(lines)} samples, each alone", each, allowed))
 
 
 def _together(found: Found, rows: int | None) -> Iterator[tuple[list[int], Feeds]]:
     """All samples that fit into one batch, padded where a mask hides that."""
     for order, feeds in batches(found.rows, rows or len(found.rows)):
         yield order, fill(feeds, rows)
+
+
+def _alone(sample: Sample, rows: int | None) -> Feeds:
+    return fill({name: array[None] for name, array in sample.items()}, rows)
 
 
 def _visible(outputs: Mapping[str, np.ndarray], feeds: Feeds) -> dict[str, np.ndarray]:
