@@ -12,20 +12,20 @@ import onnx_ir as ir
 from qexport.calibration.reading.spec import keeps_cache
 from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.admit import Limits, admit_file
-from qexport.exporter.artefact import MODEL, Evidence, summarize, write_artefact
 from qexport.exporter.engines.child import build_in_child
 from qexport.exporter.engines.engine import PLAN, EngineOptions
+from qexport.exporter.engines.shapes import engine_shapes
 from qexport.exporter.load import Source, load_source
 from qexport.exporter.onnx_file import save_onnx
 from qexport.exporter.options import Advance, BuildOptions, Progress
+from qexport.exporter.outcome.artefact import MODEL, Evidence, summarize, write_artefact
+from qexport.exporter.outcome.result import EngineInfo, Result
 from qexport.exporter.precision.backoff import settle
 from qexport.exporter.precision.bench import BuildBench
 from qexport.exporter.product import run_recipe
 from qexport.exporter.proof.gates import check_judge
 from qexport.exporter.recipe import Recipe, load_recipe, override
-from qexport.exporter.result import EngineInfo, Result
 from qexport.exporter.samples import Samples, open_samples
-from qexport.exporter.shapes import engine_shapes
 from qexport.exporter.sparsity import zeros_of
 from qexport.exporter.steps import find_pass
 from qexport.passes.portable import PAST

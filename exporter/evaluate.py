@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from qexport.calibration.reading.tasks import MOST_NATS, token_losses
 from qexport.errors import BuildFailed, DataInvalid, UsageError
+from qexport.exporter.evaluation.running_text import Window, cut, read_tokens
+from qexport.exporter.evaluation.scorers import Scorer, open_scorer
 from qexport.exporter.load import ONNX_FILE
 from qexport.exporter.options import Progress, Silent
-from qexport.exporter.running_text import Window, cut, read_tokens
-from qexport.exporter.scorers import Scorer, open_scorer
 from qexport.runtime.session import SessionOptions
 
 DEFAULT_WINDOW = 1024  # tokens, where the model has that many positions

@@ -19,7 +19,7 @@ from qexport.exporter.families.builder import COPY
 from qexport.exporter.families.folder import CONFIG, INDEX, WEIGHTS, Folder, check_blob, demand_inside
 from qexport.exporter.families.form import SCORING, Form
 from qexport.exporter.onnx_file import read_onnx
-from qexport.exporter.result import SourceInfo
+from qexport.exporter.outcome.result import SourceInfo
 from qexport.safe_io import digest_bytes, digest_file
 
 FAMILIES = {

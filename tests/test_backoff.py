@@ -15,6 +15,8 @@ import pytest
 import qexport
 from qexport.errors import GateFailed, ResourceExhausted
 from qexport.exporter.options import BuildOptions
+from qexport.exporter.outcome.result import Latency, Quality
+from qexport.exporter.outcome.summary import summary_lines
 from qexport.exporter.precision import backoff
 from qexport.exporter.precision.activations import find_groups
 from qexport.exporter.precision.backoff import TOO_BAD, TOO_SLOW, settle
@@ -23,8 +25,6 @@ from qexport.exporter.precision.regions import Region, find_regions, find_units,
 from qexport.exporter.precision.residual import find_residuals, levels
 from qexport.exporter.product import Product, Snapshot
 from qexport.exporter.recipe import GatesSpec
-from qexport.exporter.result import Latency, Quality
-from qexport.exporter.summary import summary_lines
 from qexport.passes.base import Decision
 from qexport.passes.pipeline import Step
 from qexport.passes.quantize import KEPT

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qexport.errors import DataInvalid, EnvironmentMismatch, UsageError
-from qexport.exporter.doors.callables import call, is_callable_name
 from qexport.exporter.doors.inputs import (
     DTYPES,
     AskedInput,
@@ -24,7 +23,8 @@ from qexport.exporter.doors.inputs import (
     sizes_for,
     sizes_of,
 )
-from qexport.exporter.doors.torch_module import TorchOptions, load_torch
+from qexport.exporter.doors.torch_modules.callables import call, is_callable_name
+from qexport.exporter.doors.torch_modules.module import TorchOptions, load_torch
 
 IMAGE = "input:float32[batch,3,32,32]"
 TEXT = ("ids:int64[batch,sequence]=0..99", "mask:bool[batch,sequence]")

@@ -18,11 +18,11 @@ from qexport.calibration.reading.data import DataSpec, input_specs
 from qexport.calibration.reading.evaluation import open_evaluation
 from qexport.errors import BuildFailed, DataInvalid, ModelInvalid, UsageError
 from qexport.exporter.evaluate import EvalOptions, Evaluated, evaluate
+from qexport.exporter.evaluation.running_text import byte_sizes, cut
 from qexport.exporter.families.folder import Folder
 from qexport.exporter.families.form import Form
 from qexport.exporter.families.llama import build
 from qexport.exporter.proof.quality import Judge, compare
-from qexport.exporter.running_text import byte_sizes, cut
 from qexport.passes.portable import MAX_POSITIONS
 from qexport.passes.target import find_target
 from qexport.runtime.decoder import Decoder

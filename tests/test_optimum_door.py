@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from qexport.errors import BuildFailed, EnvironmentMismatch, NativeCrash, ResourceExhausted, UnsafeInput, UsageError
-from qexport.exporter.doors.optimum import TASKS, OptimumOptions, command, export_optimum, infer_task
+from qexport.exporter.doors.optimum_process import TASKS, OptimumOptions, command, export_optimum, infer_task
 from qexport.exporter.onnx_file import load_onnx
 
 WRITES = "pathlib.Path(sys.argv[-1], 'model.onnx').write_bytes(b'onnx')"

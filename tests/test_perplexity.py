@@ -21,11 +21,11 @@ from qexport.calibration.running.execute import open_model
 from qexport.errors import DataInvalid, GateFailed, ResourceExhausted, UsageError
 from qexport.exporter.load import load_source
 from qexport.exporter.options import BuildOptions
+from qexport.exporter.outcome.result import Quality, TaskScore
 from qexport.exporter.proof.gates import check_gates
 from qexport.exporter.proof.layout import ELEMENTS, find_layout
 from qexport.exporter.proof.quality import Judge, compare
 from qexport.exporter.recipe import GatesSpec, load_recipe, override
-from qexport.exporter.result import Quality, TaskScore
 from qexport.exporter.samples import data_spec, open_samples
 from qexport.passes.target import find_target
 from qexport.runtime.decoder import Decoder

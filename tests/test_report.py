@@ -6,8 +6,8 @@ import shlex
 
 import pytest
 
-from qexport.exporter.report import code, report_markdown, text
-from qexport.exporter.result import (
+from qexport.exporter.outcome.report import code, report_markdown, text
+from qexport.exporter.outcome.result import (
     DecisionInfo,
     EngineInfo,
     FileInfo,
@@ -19,7 +19,7 @@ from qexport.exporter.result import (
     StepInfo,
     TaskScore,
 )
-from qexport.exporter.summary import MAX_LINES, human_bytes, summary_lines
+from qexport.exporter.outcome.summary import MAX_LINES, human_bytes, summary_lines
 
 DIGEST = "sha256:" + "0" * 64
 

@@ -10,10 +10,10 @@ from helpers import model_from
 import qexport
 from qexport.calibration.running.execute import open_model
 from qexport.errors import ModelInvalid, UsageError
+from qexport.exporter.engines.shapes import engine_shapes
 from qexport.exporter.options import BuildOptions
 from qexport.exporter.recipe import Recipe, load_recipe, override
 from qexport.exporter.samples import Samples
-from qexport.exporter.shapes import engine_shapes
 
 NONE = Samples(calibration=None, judge=None, proof=(), made_up=True, warnings=())
 CACHE = "past_key_values.1.value"

@@ -13,7 +13,7 @@ from torch_checks import check
 
 from qexport.errors import BuildFailed, DataInvalid, UsageError
 from qexport.exporter.doors.inputs import parse_inputs
-from qexport.exporter.doors.torch_module import TorchOptions, load_torch
+from qexport.exporter.doors.torch_modules.module import TorchOptions, load_torch
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch

@@ -10,7 +10,7 @@ from helpers import session
 
 from qexport.errors import BuildFailed
 from qexport.exporter.doors.inputs import parse_inputs
-from qexport.exporter.doors.torch_graph import tidy
+from qexport.exporter.doors.torch_modules.graph import tidy
 
 INPUTS = parse_inputs(["w:float32[batch,s1]", "b:float32[batch]"])
 

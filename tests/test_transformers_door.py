@@ -9,7 +9,7 @@ import pytest
 from torch_checks import check
 
 from qexport.errors import EnvironmentMismatch, ModelInvalid, UnsafeInput, UsageError
-from qexport.exporter.doors.transformers_folder import load_transformers
+from qexport.exporter.doors.torch_modules.transformers_folder import load_transformers
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -74,7 +74,7 @@ def test_weights_that_no_output_needs_may_be_missing(electra, tmp_path, monkeypa
         "vocab_size": 50,
     }
     transformers.BertModel(transformers.BertConfig(**sizes), add_pooling_layer=False).save_pretrained(tmp_path / "bert")
-    monkeypatch.setattr("qexport.exporter.doors.transformers_folder.export_module", lambda module, *rest: module)
+    monkeypatch.setattr(f"{load_transformers.__module__}.export_module", lambda module, *rest: module)
     module = load_transformers(tmp_path / "bert")
     assert torch.isnan(module.pooler.dense.weight).all()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qexport.errors import BuildFailed, UsageError
 from qexport.exporter.doors.onnx_model import open_onnx
-from qexport.exporter.doors.optimum import OptimumOptions, export_optimum
+from qexport.exporter.doors.optimum_process import OptimumOptions, export_optimum
 from qexport.exporter.doors.origin import Origin
 from qexport.exporter.export_options import ExportOptions
 from qexport.exporter.families.folder import CONFIG, Folder

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.exporter.doors.inputs import Feeds
-from qexport.exporter.result import SourceInfo
+from qexport.exporter.outcome.result import SourceInfo
 
 Reference: TypeAlias = Callable[[Mapping[str, NDArray[Any]]], Mapping[str, NDArray[Any]]]
 """Inputs of the plain form of a model by name to its outputs by name."""

@@ -18,7 +18,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from qexport.errors import ModelInvalid, UnsafeInput
-from qexport.exporter.doors.tensors import import_torch, to_array
+from qexport.exporter.doors.torch_modules.tensors import import_torch, to_array
 from qexport.safe_io import open_file
 
 SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})

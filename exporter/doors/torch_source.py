@@ -16,10 +16,10 @@ from qexport.errors import UsageError
 from qexport.exporter.doors.inputs import AskedInput, parse_inputs
 from qexport.exporter.doors.origin import Origin
 from qexport.exporter.doors.own_folder import type_of
-from qexport.exporter.doors.torch_module import TorchOptions, TorchSource, load_torch
+from qexport.exporter.doors.torch_modules.module import TorchOptions, TorchSource, load_torch
 from qexport.exporter.export_options import ExportOptions
 from qexport.exporter.load import ONNX_FILE, count_parameters, describe, find_companions
-from qexport.exporter.result import SourceInfo
+from qexport.exporter.outcome.result import SourceInfo
 from qexport.safe_io import digest_bytes
 
 _ROWS = 8
@@ -44,7 +44,7 @@ def open_folder_in_torch(source: str, asked: ExportOptions, _scratch: Path) -> O
     Raises:
         QexportError: As ``load_transformers``.
     """
-    from qexport.exporter.doors.transformers_folder import load_transformers
+    from qexport.exporter.doors.torch_modules.transformers_folder import load_transformers
 
     _demand_plain(source, asked)
     path = Path(source)

@@ -27,7 +27,7 @@ from qexport.exporter.engines.frozen import freeze
 from qexport.exporter.engines.messages import Messages, Phases, Progress, describe, listed, readable
 from qexport.exporter.engines.profiles import Profile
 from qexport.exporter.engines.rules import domain_of, find_faults
-from qexport.exporter.result import EngineInfo
+from qexport.exporter.outcome.result import EngineInfo
 from qexport.safe_io import digest_bytes, open_beneath, read_bytes
 
 PLAN = "engine.plan"

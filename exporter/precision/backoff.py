@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from qexport.errors import GateFailed
+from qexport.exporter.outcome.result import BackedOff, Latency, Quality
 from qexport.exporter.precision.costs import Cost
 from qexport.exporter.precision.regions import Region, find_regions
 from qexport.exporter.product import Product
 from qexport.exporter.proof.gates import check_gates
 from qexport.exporter.recipe import GatesSpec
-from qexport.exporter.result import BackedOff, Latency, Quality
 from qexport.passes.base import Decision
 from qexport.passes.quantize import KEPT
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from qexport.calibration.reading.spec import input_specs, static_batch
 from qexport.exporter.load import Source
 from qexport.exporter.options import Progress
+from qexport.exporter.outcome.result import Latency, Quality
 from qexport.exporter.precision.costs import Cost, region_costs
 from qexport.exporter.precision.regions import Region
 from qexport.exporter.product import Product, requantize
 from qexport.exporter.proof.latency import measure, measured_on
 from qexport.exporter.proof.layout import Feeds
 from qexport.exporter.proof.quality import compare, layer_quality
-from qexport.exporter.result import Latency, Quality
 from qexport.exporter.samples import Samples
 from qexport.passes.target import Target
 from qexport.runtime.session import SessionOptions

@@ -16,13 +16,13 @@ import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field
 
 from qexport.errors import GateFailed, UsageError
+from qexport.exporter.outcome.result import Latency, Quality
 from qexport.exporter.precision.bench import BuildBench
 from qexport.exporter.precision.lab import CHOOSERS, MIN_SQNR, Lab, Question
 from qexport.exporter.precision.regions import find_units
 from qexport.exporter.precision.sensitivity import LayerRow, layer_rows
 from qexport.exporter.product import KEEP, Product
 from qexport.exporter.proof.gates import check_gates
-from qexport.exporter.result import Latency, Quality
 from qexport.exporter.steps import find_pass
 
 SHARES = (0.5, 0.25, 0.1, 0.03)  # of the summed error: where the points between all int8 and all float lie

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.errors import DataInvalid, GateFailed
-from qexport.exporter.export_result import CheckInfo
+from qexport.exporter.outcome.export_result import CheckInfo
 
 Run = tuple[str, Mapping[str, NDArray[Any]], Mapping[str, NDArray[Any]]]  # where, truth and found by output name
 

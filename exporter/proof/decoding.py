@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.exporter.export_result import CheckInfo
+from qexport.exporter.outcome.export_result import CheckInfo
 from qexport.exporter.proof.closeness import Run, Tolerance, compare
 from qexport.exporter.proof.streamed import BUDGET, run_streamed
 from qexport.passes.portable import IDS, LOGITS, PAST, POSITIONS, WRITE, present_name

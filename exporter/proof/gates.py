@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from qexport.errors import GateFailed, UsageError
+from qexport.exporter.outcome.result import Quality
 from qexport.exporter.recipe import GatesSpec
-from qexport.exporter.result import Quality
 from qexport.exporter.samples import Samples
 
 HINT = "nothing was published; try quantize.min_sqnr, another method, or a wider gate"

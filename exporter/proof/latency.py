@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.calibration.running.execute import open_model
-from qexport.exporter.result import Latency
+from qexport.exporter.outcome.result import Latency
 from qexport.passes.target import Target
 from qexport.runtime.session import Session, SessionOptions, available_providers
 

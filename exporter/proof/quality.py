@@ -16,9 +16,9 @@ from qexport.calibration.reading.spec import static_batch
 from qexport.calibration.reading.tasks import Fold, Metric
 from qexport.calibration.running.execute import open_model
 from qexport.errors import DataInvalid, GateFailed, QexportError
+from qexport.exporter.outcome.result import LayerQuality, OutputQuality, Quality, TaskScore
 from qexport.exporter.proof.layout import Feeds, Layout, Vectors, fill, find_layout
 from qexport.exporter.proof.marks import without_marks
-from qexport.exporter.result import LayerQuality, OutputQuality, Quality, TaskScore
 from qexport.passes.target import Target
 from qexport.runtime.session import Session, SessionOptions
 

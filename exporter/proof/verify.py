@@ -11,7 +11,7 @@ from qexport.calibration.reading.batching import batches
 from qexport.calibration.reading.spec import IDS, MASK, Sample, input_specs, keeps_cache, static_batch
 from qexport.exporter.doors.inputs import Feeds
 from qexport.exporter.doors.origin import Origin
-from qexport.exporter.export_result import CheckInfo, Verification
+from qexport.exporter.outcome.export_result import CheckInfo, Verification
 from qexport.exporter.proof.closeness import Run, compare, tolerance_of
 from qexport.exporter.proof.decoding import compare_calls, decode, plan
 from qexport.exporter.proof.layout import fill

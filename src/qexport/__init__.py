@@ -11,19 +11,19 @@ if TYPE_CHECKING:
     from qexport.exporter.build import build as build
     from qexport.exporter.export import export as export
     from qexport.exporter.export_options import ExportOptions as ExportOptions
-    from qexport.exporter.export_result import ExportResult as ExportResult
     from qexport.exporter.options import BuildOptions as BuildOptions
+    from qexport.exporter.outcome.export_result import ExportResult as ExportResult
+    from qexport.exporter.outcome.result import Result as Result
     from qexport.exporter.recipe import Recipe as Recipe
-    from qexport.exporter.result import Result as Result
 
 _HOMES = {
     "BuildOptions": "qexport.exporter.options",
     "build": "qexport.exporter.build",
     "ExportOptions": "qexport.exporter.export_options",
-    "ExportResult": "qexport.exporter.export_result",
+    "ExportResult": "qexport.exporter.outcome.export_result",
     "export": "qexport.exporter.export",
     "Recipe": "qexport.exporter.recipe",
-    "Result": "qexport.exporter.result",
+    "Result": "qexport.exporter.outcome.result",
 }
 
 __all__ = ["BuildOptions", "ExportOptions", "ExportResult", "Recipe", "Result", "__version__", "build", "export"]

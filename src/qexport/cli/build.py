@@ -62,7 +62,7 @@ def build(model: str, **asked: Unpack[Asked]) -> None:
     from qexport.cli.progress import RichProgress
     from qexport.exporter.build import build as run_build
     from qexport.exporter.options import BuildOptions
-    from qexport.exporter.summary import summary_lines
+    from qexport.exporter.outcome.summary import summary_lines
 
     options = BuildOptions(
         target=asked["target"],

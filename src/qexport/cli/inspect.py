@@ -27,8 +27,8 @@ def inspect(model: Path, *, layers: bool, sparsity: bool, as_json: bool) -> None
     """
     from qexport.exporter.inspect import inspect_model
     from qexport.exporter.load import load_model
+    from qexport.exporter.outcome.summary import human_bytes
     from qexport.exporter.sparsity import zeros_of
-    from qexport.exporter.summary import human_bytes
 
     loaded = load_model(model)
     found, zeros = inspect_model(loaded), zeros_of(loaded) if sparsity else []

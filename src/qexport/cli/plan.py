@@ -70,7 +70,7 @@ def plan(model: str, **asked: Unpack[Asked]) -> None:
 
 
 def _print(console: Console, found: Plan, output: Path) -> None:
-    from qexport.exporter.summary import human_bytes
+    from qexport.exporter.outcome.summary import human_bytes
 
     lost = ("lost",) if found.task else ()
     rows = [

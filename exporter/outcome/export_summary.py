@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 from qexport.errors import printable
-from qexport.exporter.export_result import CheckInfo, ExportResult, PartInfo
 from qexport.exporter.load import ONNX_FILE
-from qexport.exporter.summary import human_bytes
+from qexport.exporter.outcome.export_result import CheckInfo, ExportResult, PartInfo
+from qexport.exporter.outcome.summary import human_bytes
 
 
 def export_lines(result: ExportResult) -> list[str]:

@@ -12,10 +12,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.errors import BuildFailed, UsageError
-from qexport.exporter.doors.callables import call
 from qexport.exporter.doors.inputs import AskedInput, Feeds, describe, generate, resize, sizes_for, sizes_of
-from qexport.exporter.doors.tensors import import_torch, to_array
-from qexport.exporter.doors.torch_trace import Subject, export
+from qexport.exporter.doors.torch_modules.callables import call
+from qexport.exporter.doors.torch_modules.tensors import import_torch, to_array
+from qexport.exporter.doors.torch_modules.trace import Subject, export
 
 OPSETS = range(20, 25)
 

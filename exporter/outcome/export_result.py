@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from qexport.exporter.result import FileInfo, SourceInfo
+from qexport.exporter.outcome.result import FileInfo, SourceInfo
 
 
 class _Record(BaseModel):

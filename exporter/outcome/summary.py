@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 
 from qexport.errors import printable
-from qexport.exporter.result import BackedOff, EngineInfo, Latency, Quality, Result, TaskScore
+from qexport.exporter.outcome.result import BackedOff, EngineInfo, Latency, Quality, Result, TaskScore
 
 MAX_LINES = 15
 _UNITS = ("B", "kB", "MB", "GB", "TB")

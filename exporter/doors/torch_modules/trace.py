@@ -18,10 +18,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.errors import BuildFailed, UsageError
-from qexport.exporter.doors.callables import told
 from qexport.exporter.doors.inputs import AskedInput, Feeds, free_dims
-from qexport.exporter.doors.tensors import to_array, to_tensor
-from qexport.exporter.doors.torch_graph import tidy
+from qexport.exporter.doors.torch_modules.callables import told
+from qexport.exporter.doors.torch_modules.graph import tidy
+from qexport.exporter.doors.torch_modules.tensors import to_array, to_tensor
 from qexport.exporter.steps import suggest
 
 ROOT = "inner."

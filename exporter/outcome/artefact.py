@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import qexport
 from qexport.exporter.load import Source
-from qexport.exporter.receipt import MANIFEST, MANIFEST_SCHEMA, files_of, tool_versions
+from qexport.exporter.outcome.receipt import MANIFEST, MANIFEST_SCHEMA, files_of, tool_versions
+from qexport.exporter.outcome.report import report_markdown
+from qexport.exporter.outcome.result import BackedOff, DecisionInfo, EngineInfo, Latency, Quality, Result, StepInfo
 from qexport.exporter.recipe import Recipe
-from qexport.exporter.report import report_markdown
-from qexport.exporter.result import BackedOff, DecisionInfo, EngineInfo, Latency, Quality, Result, StepInfo
 from qexport.exporter.samples import Samples
 from qexport.exporter.steps import PASSES
 from qexport.exporter.surroundings import peak_memory

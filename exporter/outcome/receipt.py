@@ -6,7 +6,7 @@ import platform
 import sys
 from importlib import metadata
 
-from qexport.exporter.result import FileInfo
+from qexport.exporter.outcome.result import FileInfo
 from qexport.safe_io import Stage
 
 MANIFEST = "manifest.json"

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from qexport.errors import printable
-from qexport.exporter.result import DecisionInfo, LayerQuality, Quality, Result
-from qexport.exporter.summary import (
+from qexport.exporter.outcome.result import DecisionInfo, LayerQuality, Quality, Result
+from qexport.exporter.outcome.summary import (
     LOSS,
     counts,
     cut_line,

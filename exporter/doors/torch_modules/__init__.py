@@ -1,0 +1,1 @@
+"""How a torch module, wherever it came from, becomes a graph."""

@@ -1,0 +1,1 @@
+"""Judging a decoder by itself: running text in windows, and whoever scores them."""
