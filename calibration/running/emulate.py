@@ -56,6 +56,17 @@ def emulate(model: ir.Model, dtypes: tuple[ir.DataType, ...] = SHORT) -> None:
                 _round(model.graph, node, value, names)
 
 
+def widen(model: ir.Model) -> None:
+    """Turn ``model``, in place, to float32 with the weights that it has, no result rounded; inputs are float32 too."""
+    for graph in model.graphs():
+        for value in (*graph.initializers.values(), *graph.inputs):
+            _widen_constant(value)
+            if value.dtype in SHORT:
+                value.type = ir.TensorType(_F32)
+    for node in model.graph.all_nodes():
+        _widen_attributes(node)
+
+
 def _looked_up(value: ir.Value) -> bool:
     """Whether a constant is only a table that rows are taken from: these are widened after, not all of it before."""
     users = value.uses()

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.exporter.outcome.export_result import CheckInfo
-from qexport.exporter.proof.closeness import Run, Tolerance, compare
+from qexport.exporter.proof.closeness import Allowed, Run, compare
 from qexport.exporter.proof.streamed import BUDGET, run_streamed
 from qexport.passes.portable import IDS, LOGITS, PAST, POSITIONS, WRITE, present_name
 
@@ -102,6 +102,7 @@ def decode(
     context: Mapping[str, NDArray[Any]] | None = None,
     *,
     budget: int = BUDGET,
+    rounded: bool = True,
 ) -> list[NDArray[np.float32]]:
     """Logits [batch, sequence, vocabulary] of every call.
 
@@ -110,6 +111,7 @@ def decode(
         calls: As ``plan`` makes them.
         context: Inputs that stay the same for a whole text, such as what an encoder found, one row for each text.
         budget: See ``run_streamed``.
+        rounded: The same.
     """
     ends = max(int(call.write_indices.max()) + call.ids.shape[1] for call in calls)
     columns, rng = _ROOM * -(-(ends + 1) // _ROOM), np.random.default_rng(0)
@@ -123,7 +125,7 @@ def decode(
             feed |= {cache.name or "": _noise(cache, len(call.rows), columns, rng) for cache in caches}
         feeds.append(feed)
     carried = {cache.name or "": present_name(cache.name or "") for cache in caches}
-    return [found[LOGITS] for found in run_streamed(model, feeds, carried, budget=budget)]
+    return [found[LOGITS] for found in run_streamed(model, feeds, carried, budget=budget, rounded=rounded)]
 
 
 def _noise(cache: ir.Value, rows: int, columns: int, rng: np.random.Generator) -> NDArray[Any]:
@@ -134,7 +136,7 @@ def _noise(cache: ir.Value, rows: int, columns: int, rng: np.random.Generator) -
 
 
 def compare_calls(
-    truth: NDArray[Any], calls: Sequence[Call], found: Sequence[NDArray[Any]], allowed: Tolerance
+    truth: NDArray[Any], calls: Sequence[Call], found: Sequence[NDArray[Any]], allowed: Allowed
 ) -> tuple[CheckInfo, ...]:
     """Hold the logits of calls against those of whole texts [texts, tokens, vocabulary].
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
-from qexport.calibration.running.emulate import SHORT, emulate
+from qexport.calibration.running.emulate import SHORT, emulate, widen
 from qexport.exporter.onnx_file import release_pages
 from qexport.runtime.session import Session, SessionOptions
 
@@ -47,11 +47,16 @@ class _Segment:
 
 
 def run_streamed(
-    model: ir.Model, calls: Sequence[Feeds], carried: Mapping[str, str] | None = None, *, budget: int = BUDGET
+    model: ir.Model,
+    calls: Sequence[Feeds],
+    carried: Mapping[str, str] | None = None,
+    *,
+    budget: int = BUDGET,
+    rounded: bool = True,
 ) -> list[Outputs]:
     """Run all ``calls`` in order; the graph runs as it is written, not optimized.
 
-    Types of 16 bits are emulated in float32, every result rounded to them, and leave as float32.
+    Types of 16 bits are emulated in float32, and leave as float32.
 
     Args:
         model: The model; its weights are best mapped from a file. It is not changed.
@@ -59,6 +64,7 @@ def run_streamed(
         carried: Input name to the output of the call before that it takes its value from. Such an output is not
             among those returned.
         budget: Most bytes of weights to hold at a time.
+        rounded: Whether every result of 16 bits is rounded to them.
 
     Returns:
         Of each call the outputs by name.
@@ -67,7 +73,7 @@ def run_streamed(
         BuildFailed: onnxruntime refuses the model or a call.
     """
     kept = dict(carried or {})
-    work = _in_float32(model)
+    work = _in_float32(model, rounded=rounded)
     segments = _cut(work, kept, budget)
     wanted = [name for value in work.graph.outputs if (name := value.name or "") not in kept.values()]
     values: list[Outputs] = [{name: _without_short(array) for name, array in call.items()} for call in calls]
@@ -202,12 +208,15 @@ def _open(model: ir.Model, segment: _Segment, known: Feeds) -> Session:
     return Session(proto.SerializeToString(), SessionOptions(threads=0, spin=False, optimize=False, lean=True), shared)
 
 
-def _in_float32(model: ir.Model) -> ir.Model:
+def _in_float32(model: ir.Model, *, rounded: bool) -> ir.Model:
     """The model itself, or a copy that does in float32 what was to be done in 16 bits."""
     held = (*model.graph.inputs, *model.graph.initializers.values())
     if not any(value.dtype in SHORT for value in held):
         return model
     work = model.clone()
+    if not rounded:
+        widen(work)
+        return work
     ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(work)
     emulate(work, SHORT)
     for value in work.graph.inputs:
