@@ -22,7 +22,6 @@ from qexport.cli.export import export as command
 from qexport.errors import DataInvalid, GateFailed, UsageError
 from qexport.exporter import export as road
 from qexport.exporter.doors import own_folder
-from qexport.exporter.export_options import ExportOptions
 from qexport.exporter.load import load_source
 from qexport.runtime.decoder import Decoder
 
@@ -52,7 +51,7 @@ def names(folder):
 
 
 def made(source, output, **asked):
-    return qexport.export(source, output=output, options=ExportOptions(**asked))
+    return qexport.export(source, output=output, options=qexport.ExportOptions(**asked))
 
 
 def tiny(path, **changes):
@@ -134,6 +133,15 @@ def test_decoders_are_written_in_sixteen_bits(tmp_path, dtype):
     assert {port.dtype for port in result.parts["model.onnx"].outputs if port.name == "logits"} == {"float32"}
     assert max(check.rms for check in result.verification.checks) < 0.02
     assert min(check.argmax for check in result.verification.checks) > 0.9
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["mistral", "qwen2, yarn", "qwen3, chosen windows", "bitnet, tied"])
+def test_families_pass_with_room_to_spare(tmp_path, name, dtype):
+    result = made(decoder_models.write(tmp_path / "in", decoder_models.settle(name)), tmp_path / "out", dtype=dtype)
+    for check in result.verification.checks:
+        assert check.rms < 0.8 * check.allowed_rms
+        assert check.error < 0.5 * check.allowed_error
 
 
 def test_decoders_are_written_for_scoring_where_asked(tmp_path):
