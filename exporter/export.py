@@ -16,12 +16,12 @@ from qexport.calibration.reading.spec import keeps_cache, scores_tokens
 from qexport.errors import UsageError
 from qexport.exporter.doors.origin import Origin
 from qexport.exporter.doors.torch_modules.callables import is_callable_name
-from qexport.exporter.export_options import LAYOUTS, ExportOptions
 from qexport.exporter.families.folder import CONFIG, INDEX, WEIGHTS
 from qexport.exporter.families.form import FLOATS
 from qexport.exporter.inspect import dtype_name
 from qexport.exporter.load import ONNX_FILE, count_parameters
 from qexport.exporter.onnx_file import load_onnx, save_onnx
+from qexport.exporter.options import LAYOUTS, ExportOptions
 from qexport.exporter.outcome.export_result import ExportResult, PartInfo, PortInfo, Verification
 from qexport.exporter.outcome.receipt import MANIFEST, MANIFEST_SCHEMA, files_of, tool_versions
 from qexport.exporter.proof.source import Material

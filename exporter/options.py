@@ -1,4 +1,4 @@
-"""What a caller may ask of a build, and how a build tells how far it is; light to import."""
+"""What a caller may ask of a build and of an export, and how they tell how far they are; light to import."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
+
+LAYOUTS = ("cached", "scoring")
+"""How decoders are written: with caches of keys and values, or reading whole rows."""
 
 Advance = Callable[..., None]
 """Called as ``advance()`` or ``advance(n)`` when one or ``n`` units of a stage are done."""
@@ -52,4 +55,36 @@ class BuildOptions:
     output: Path | None = None
     cache: Path | None = None
     allow_nonfinite: bool = False
+    progress: Progress = field(default_factory=Silent)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """The choices of one export.
+
+    Attributes:
+        dtype: ``float32``, ``float16`` or ``bfloat16``; when not given, float32 for Hugging Face folders, and the type
+            that everything else has already.
+        task: The head, such as ``embedding`` or ``classification``; the one that the folder was saved with when not
+            given.
+        via: Who writes the graph: ``qexport``, ``torch``, ``optimum``, or ``auto`` for whoever is at home in the
+            source.
+        inputs: Inputs of a torch module, each as ``NAME:DTYPE[DIM,...]``.
+        data: Real inputs to verify on, in a format that calibration reads.
+        text: Real text to verify on.
+        layout: ``cached``, decoders with caches of keys and values, or ``scoring``, those that read whole rows.
+        python: The interpreter that has optimum; this one when not given.
+        allow_pickle: Whether checkpoints that are pickles are read, as numbers alone.
+        progress: Who hears about stages.
+    """
+
+    dtype: str | None = None
+    task: str | None = None
+    via: str = "auto"
+    inputs: tuple[str, ...] = ()
+    data: Path | None = None
+    text: Path | None = None
+    layout: str = "cached"
+    python: Path | None = None
+    allow_pickle: bool = False
     progress: Progress = field(default_factory=Silent)

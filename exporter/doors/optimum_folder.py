@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from qexport.errors import BuildFailed, UsageError
+from qexport.exporter.doors.hub_folder import files_of
 from qexport.exporter.doors.onnx_model import open_onnx
 from qexport.exporter.doors.optimum_process import OptimumOptions, export_optimum
 from qexport.exporter.doors.origin import Origin
-from qexport.exporter.export_options import ExportOptions
 from qexport.exporter.families.folder import CONFIG, Folder
 from qexport.exporter.load import ONNX_FILE, describe, find_companions
+from qexport.exporter.options import ExportOptions
 
 
 def open_folder_in_optimum(source: str, asked: ExportOptions, scratch: Path) -> Origin:
@@ -29,12 +30,11 @@ def open_folder_in_optimum(source: str, asked: ExportOptions, scratch: Path) -> 
         raise BuildFailed(f"optimum wrote no {ONNX_FILE} but {names}", where=source, hint="leave --via out")
     path = Path(source)
     origin = open_onnx(str(files[0]), replace(asked, task=None, dtype=None), scratch)
-    weights = [path / CONFIG, *sorted(path.glob("*.safetensors"))]
     kind = Folder(path).json(CONFIG).get("model_type")
     return replace(
         origin,
         door="optimum",
-        info=describe(path, weights, origin.parts[ONNX_FILE]),
+        info=describe(path, files_of(path), origin.parts[ONNX_FILE]),
         told="the graph that optimum wrote, in onnxruntime",
         family=str(kind) if kind else None,
         task=asked.task,

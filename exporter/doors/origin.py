@@ -11,6 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.exporter.doors.inputs import Feeds
+from qexport.exporter.families.form import FLOATS
 from qexport.exporter.outcome.result import SourceInfo
 
 Reference: TypeAlias = Callable[[Mapping[str, NDArray[Any]]], Mapping[str, NDArray[Any]]]
@@ -55,3 +56,12 @@ class Origin:
     def tokenizer(self) -> Path | None:
         """The ``tokenizer.json`` among the files that travel along."""
         return next((path for path in self.companions if path.name == "tokenizer.json"), None)
+
+
+def type_of(model: ir.Model) -> ir.DataType:
+    """The float type that most of a model's weights have."""
+    sizes = dict.fromkeys(FLOATS.values(), 0)
+    for value in model.graph.initializers.values():
+        if value.dtype in sizes and value.const_value is not None:
+            sizes[value.dtype] += value.const_value.size
+    return max(sizes, key=lambda dtype: sizes[dtype])

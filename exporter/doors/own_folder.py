@@ -10,19 +10,18 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.calibration.reading.spec import keeps_cache
 from qexport.errors import UsageError
 from qexport.exporter.doors.origin import Origin
 from qexport.exporter.doors.pickled import read_pickled
-from qexport.exporter.export_options import ExportOptions
 from qexport.exporter.families.folder import INDEX, WEIGHTS, Folder
 from qexport.exporter.families.form import FLOATS, Form
 from qexport.exporter.families.vocabulary import check_vocabulary
 from qexport.exporter.families.weights import Stored, Weights
 from qexport.exporter.load import ONNX_FILE, PARTS, describe, find_companions, open_folder
+from qexport.exporter.options import ExportOptions
 from qexport.exporter.references import find_reference
 
 PICKLE = "pytorch_model.bin"
@@ -101,12 +100,3 @@ class _Pickled(Folder):
 def _stored(array: NDArray[Any], file: Path) -> Stored:
     kind = _KINDS.get(array.dtype, array.dtype.name)
     return Stored(array.shape, kind, partial(np.asarray, array), str(file))
-
-
-def type_of(model: ir.Model) -> ir.DataType:
-    """The float type that most of a model's weights have."""
-    sizes = dict.fromkeys(FLOATS.values(), 0)
-    for value in model.graph.initializers.values():
-        if value.dtype in sizes and value.const_value is not None:
-            sizes[value.dtype] += value.const_value.size
-    return max(sizes, key=lambda dtype: sizes[dtype])

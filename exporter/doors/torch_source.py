@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from qexport.calibration.reading.arrays import read_members
 from qexport.calibration.reading.data import DataSpec, InputSpec, open_dataset
 from qexport.errors import UsageError
+from qexport.exporter.doors.hub_folder import files_of
 from qexport.exporter.doors.inputs import AskedInput, parse_inputs
-from qexport.exporter.doors.origin import Origin
-from qexport.exporter.doors.own_folder import type_of
+from qexport.exporter.doors.origin import Origin, type_of
 from qexport.exporter.doors.torch_modules.module import TorchOptions, TorchSource, load_torch
-from qexport.exporter.export_options import ExportOptions
 from qexport.exporter.load import ONNX_FILE, count_parameters, describe, find_companions
+from qexport.exporter.options import ExportOptions
 from qexport.exporter.outcome.result import SourceInfo
 from qexport.safe_io import digest_bytes
 
@@ -49,8 +49,7 @@ def open_folder_in_torch(source: str, asked: ExportOptions, _scratch: Path) -> O
     _demand_plain(source, asked)
     path = Path(source)
     found = load_transformers(path, asked.task, _options(asked))
-    files = [path / "config.json", *sorted(path.glob("*.safetensors"))]
-    return _origin("torch", found, describe(path, files, found.model), find_companions(path))
+    return _origin("torch", found, describe(path, files_of(path), found.model), find_companions(path))
 
 
 def _origin(door: str, found: TorchSource, info: SourceInfo, companions: tuple[Path, ...]) -> Origin:

@@ -10,8 +10,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from qexport.exporter.build import build as build
     from qexport.exporter.export import export as export
-    from qexport.exporter.export_options import ExportOptions as ExportOptions
     from qexport.exporter.options import BuildOptions as BuildOptions
+    from qexport.exporter.options import ExportOptions as ExportOptions
     from qexport.exporter.outcome.export_result import ExportResult as ExportResult
     from qexport.exporter.outcome.result import Result as Result
     from qexport.exporter.recipe import Recipe as Recipe
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "BuildOptions": "qexport.exporter.options",
     "build": "qexport.exporter.build",
-    "ExportOptions": "qexport.exporter.export_options",
+    "ExportOptions": "qexport.exporter.options",
     "ExportResult": "qexport.exporter.outcome.export_result",
     "export": "qexport.exporter.export",
     "Recipe": "qexport.exporter.recipe",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -13,14 +13,13 @@ from numpy.typing import NDArray
 
 from qexport.errors import BuildFailed, UsageError
 from qexport.exporter.doors.inputs import AskedInput, Feeds, describe, generate, resize, sizes_for, sizes_of
+from qexport.exporter.doors.origin import Reference
 from qexport.exporter.doors.torch_modules.callables import call
+from qexport.exporter.doors.torch_modules.subject import Subject
 from qexport.exporter.doors.torch_modules.tensors import import_torch, to_array
-from qexport.exporter.doors.torch_modules.trace import Subject, export
+from qexport.exporter.doors.torch_modules.trace import export
 
 OPSETS = range(20, 25)
-
-Reference: TypeAlias = Callable[[Mapping[str, NDArray[Any]]], Feeds]
-"""Arrays by input name to arrays by output name."""
 
 
 @dataclass(frozen=True)

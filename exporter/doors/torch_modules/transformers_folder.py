@@ -15,8 +15,9 @@ from qexport.exporter.doors.hub_folder import GENERATING, architecture, demand_s
 from qexport.exporter.doors.inputs import AskedInput, Feeds, generate, sizes_for
 from qexport.exporter.doors.torch_modules.callables import told
 from qexport.exporter.doors.torch_modules.module import TorchOptions, TorchSource, export_module
+from qexport.exporter.doors.torch_modules.subject import Subject
 from qexport.exporter.doors.torch_modules.tensors import import_torch
-from qexport.exporter.doors.torch_modules.trace import Subject, quiet
+from qexport.exporter.doors.torch_modules.trace import quiet
 from qexport.exporter.steps import suggest
 
 MASK = "attention_mask"

@@ -53,7 +53,7 @@ def export(source: str, *, output: Path, as_json: bool, **asked: Unpack[Asked]) 
     """
     from qexport.cli.progress import RichProgress
     from qexport.exporter.export import export as run_export
-    from qexport.exporter.export_options import ExportOptions
+    from qexport.exporter.options import ExportOptions
     from qexport.exporter.outcome.export_summary import export_lines
 
     result = run_export(source, output=output, options=ExportOptions(**asked, progress=RichProgress()))
