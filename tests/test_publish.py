@@ -27,7 +27,7 @@ from qexport.safe_io import (
 def put(stage, name="data.bin", data=b"new"):
     """One file and the manifest that claims it."""
     stage.write_bytes(name, data)
-    stage.write_json("manifest.json", {"files": list(stage.files)})
+    stage.write_json("manifest.json", {"schema": "qexport.manifest/1", "files": list(stage.files)})
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -162,12 +162,44 @@ def test_a_strange_file_in_an_artefact_is_never_removed(tmp_path):
         put(stage)
 
 
-@pytest.mark.parametrize("manifest", ["", "{", "[]", '{"files": 3}', "{}"])
+@pytest.mark.parametrize(
+    "manifest",
+    ["", "{", "[]", "[" * 9999, '{"files": 3}', "{}", '{"files": ["work"]}', '{"schema": "npm/1", "files": {"work": 1}}'],
+)
 def test_a_manifest_of_somebody_else_is_not_ours(tmp_path, manifest):
     (tmp_path / "manifest.json").write_text(manifest)
     (tmp_path / "work").write_text("x")
     with pytest.raises(UsageError), publish(tmp_path):
         pytest.fail("the block must not run")
+    assert (tmp_path / "work").read_text() == "x"
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_a_manifest_that_is_no_file_is_not_waited_for(tmp_path, make):
+    make(tmp_path / "manifest.json")
+    with pytest.raises(UsageError, match="no build wrote"), publish(tmp_path):
+        pytest.fail("the block must not run")
+
+
+def test_a_folder_in_the_place_of_a_file_is_never_removed(tmp_path):
+    out = tmp_path / "out"
+    with publish(out) as stage:
+        put(stage)
+    (out / "data.bin").unlink()
+    (out / "data.bin").mkdir()
+    (out / "data.bin/notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"data\.bin"), publish(out):
+        pytest.fail("the block must not run")
+    assert (out / "data.bin/notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["/", "a\0b", "x" * 256, "loop", "file/out"])
+def test_what_cannot_be_a_folder_is_refused_before_the_work(tmp_path, name):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError), publish(tmp_path / name):
+        pytest.fail("the block must not run")
+    assert set(os.listdir(tmp_path)) == {"loop", "file"}
 
 
 def test_f02_the_output_must_be_a_folder_that_holds_no_input(tmp_path):
@@ -255,7 +287,8 @@ FILL = """
                 for _ in range(20):
                     sink.write(b"b" * 100)
             stage.copy(__import__("os").path.join(out, "first"), "third")
-            stage.write_json("manifest.json", {"files": sorted(stage.files), "note": "c" * 3000})
+            told = {"schema": "qexport.manifest/1", "files": sorted(stage.files), "note": "c" * 3000}
+            stage.write_json("manifest.json", told)
     except QexportError as error:
         code = error.exit_code
     try:

@@ -15,12 +15,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from qexport.errors import UsageError
-from qexport.safe_io.reading import open_beneath, open_file
+from qexport.errors import QexportError, UsageError
+from qexport.safe_io.reading import open_beneath, open_file, read_bytes
 from qexport.safe_io.translate import translated
 from qexport.safe_io.writing import Sink, beside, create, stem, sync_folder, to_json
 
 MANIFEST = "manifest.json"
+_SCHEMA = "qexport.manifest/"  # other programs have files of that name too
+_MOST_JSON = 256 << 20
 _LEFTOVER = re.compile(r"\.(?P<stem>.+)\.(?P<kind>stage|old)-[0-9a-f]{16}")
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -105,7 +107,7 @@ def publish(directory: str | os.PathLike[str], *, inputs: Iterable[str | os.Path
         ResourceExhausted: No space, no permission.
     """
     with translated(directory):
-        target = Path(os.path.realpath(directory))
+        target = _named(directory)
         target.parent.mkdir(parents=True, exist_ok=True)
         stage, lock = _open_stage(target)
     try:
@@ -119,6 +121,19 @@ def publish(directory: str | os.PathLike[str], *, inputs: Iterable[str | os.Path
     finally:
         shutil.rmtree(stage, ignore_errors=True)  # what failed, or the old content after the exchange
         os.close(lock)
+
+
+def _named(directory: str | os.PathLike[str]) -> Path:
+    """The folder itself, links followed; ``UsageError`` for what cannot be the name of one."""
+    where = os.fspath(directory)
+    if "\0" in where:
+        raise UsageError("not a name of a folder", where=where)
+    target = Path(os.path.realpath(directory))
+    if not target.name:
+        raise UsageError("the output is a mount point", where=where, hint="choose a folder inside it")
+    with suppress(FileNotFoundError):
+        os.stat(target)  # for what else it says: too long a name, a loop of links
+    return target
 
 
 def _demand_ours(target: Path, inputs: Iterable[str | os.PathLike[str]]) -> None:
@@ -137,15 +152,24 @@ def _demand_ours(target: Path, inputs: Iterable[str | os.PathLike[str]]) -> None
 
 
 def _strangers(target: Path) -> list[str]:
-    """Names in ``target`` that its manifest does not claim; all of them when there is no readable manifest."""
-    names = set(os.listdir(target)) if target.exists() else set()
-    if MANIFEST not in names:
-        return sorted(names)
+    """Names in ``target`` that its manifest does not claim; all of them when there is no readable manifest of ours.
+
+    What is claimed is a file: a folder of that name was made by somebody else.
+    """
+    if not target.exists():
+        return []
+    names = {entry.name: entry.is_file(follow_symlinks=False) for entry in os.scandir(target)}
+    claimed = {MANIFEST, *_claimed(target)} if names.get(MANIFEST) else set()
+    return sorted(name for name, is_file in names.items() if not is_file or name not in claimed)
+
+
+def _claimed(target: Path) -> set[str]:
+    """Names that a manifest of ours vouches for; none where it is another program's, or damaged."""
     try:
-        claimed = json.loads((target / MANIFEST).read_bytes())["files"]
-        return sorted(names - {MANIFEST} - set(claimed))
-    except (OSError, ValueError, KeyError, TypeError):
-        return sorted(names)
+        manifest = json.loads(read_bytes(target / MANIFEST, limit=_MOST_JSON))
+        return set(manifest["files"]) if str(manifest["schema"]).startswith(_SCHEMA) else set()
+    except (QexportError, OSError, ValueError, RecursionError, KeyError, TypeError):
+        return set()
 
 
 @contextmanager
