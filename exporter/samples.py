@@ -23,7 +23,7 @@ from qexport.calibration.reading.data import (
     open_dataset,
 )
 from qexport.calibration.reading.evaluation import open_evaluation
-from qexport.calibration.reading.spec import MASK, scores_tokens, static_batch
+from qexport.calibration.reading.spec import scores_tokens, static_batch
 from qexport.calibration.reading.tasks import Perplexity
 from qexport.calibration.reading.windows import SUFFIX as WINDOWED
 from qexport.calibration.reading.windows import WindowSource
@@ -33,7 +33,7 @@ from qexport.exporter.proof.layout import Feeds, fill
 from qexport.exporter.proof.quality import Judge, take
 from qexport.exporter.recipe import Recipe, derived_options, needs
 from qexport.exporter.steps import find_pass
-from qexport.passes.portable import MAX_POSITIONS, parse_positions
+from qexport.passes.portable import MASK, MAX_POSITIONS, parse_positions
 
 PROOF_SAMPLES = 4
 PROOF_WINDOW = 64  # samples among which different lengths are looked for

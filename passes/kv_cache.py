@@ -18,14 +18,14 @@ import onnx_ir as ir
 
 from qexport.errors import ModelInvalid
 from qexport.passes.base import Decision, Outcome, Pass
-from qexport.passes.caching.calls import MASK, Calls
+from qexport.passes.caching.calls import Calls
 from qexport.passes.caching.check import measure
 from qexport.passes.caching.parts import RefusalError, find_caches, find_ends
 from qexport.passes.caching.positions import find_stands, live_nodes
 from qexport.passes.caching.write import APPENDED, Layer, Writer
-from qexport.passes.portable import IDS, POSITIONS, WRITE
+from qexport.passes.portable import CACHED_OPSET, IDS, MASK, POSITIONS, WRITE
 
-OPSET, IR_VERSION = 24, 11
+IR_VERSION = 11  # the one of opset 24
 _HINT = "export the model from its Hugging Face folder, or with optimum's text-generation-with-past"
 
 
@@ -76,7 +76,7 @@ def to_portable(model: ir.Model) -> Outcome:
 
     work = model.clone()
     outcome = Outcome(work, False)
-    for step in (Cleanup(), RaiseOpset(OPSET), KvCache()):
+    for step in (Cleanup(), RaiseOpset(CACHED_OPSET), KvCache()):
         outcome = step(work)  # type: ignore[assignment]  # the base class promises less
         skipped = [decision for decision in outcome.decisions if decision.action == "skipped"]
         if skipped and not isinstance(step, Cleanup):
@@ -91,8 +91,8 @@ def _rewrite(model: ir.Model) -> tuple[Decision, ...]:
     """Find everything first, then edit."""
     graph = model.graph
     opset = model.opset_imports.get("", 1)
-    if opset < OPSET:
-        raise RefusalError(None, f"needs opset {OPSET}, model has {opset}")
+    if opset < CACHED_OPSET:
+        raise RefusalError(None, f"needs opset {CACHED_OPSET}, model has {opset}")
     caches = find_caches(graph)
     calls = Calls(graph, [cache.past for cache in caches], [cache.present for cache in caches])
     layers = [Layer(ends, *measure(ends, calls)) for ends in find_ends(caches)]

@@ -30,9 +30,9 @@ import qexport
 from qexport.calibration.running.execute import open_model
 from qexport.errors import DataInvalid, ModelInvalid, UnsafeInput
 from qexport.exporter.engines.engine import EngineOptions, build_engine
-from qexport.exporter.families.builder import MAX_POSITIONS
 from qexport.exporter.families.folder import Folder
 from qexport.exporter.families.vocabulary import check_vocabulary
+from qexport.passes.portable import MAX_POSITIONS
 from qexport.runtime.session import SessionOptions
 
 FAMILIES = list(CONFIGS)

@@ -12,12 +12,13 @@ from safetensors.numpy import save_file
 from stepping import checked, demand_same, engine_of, opened, ragged, same_graph, stepped
 
 from qexport.errors import ModelInvalid
-from qexport.exporter.families.builder import COPY, MAX_POSITIONS
+from qexport.exporter.families.builder import COPY
 from qexport.exporter.families.folder import Folder
 from qexport.exporter.families.form import SCORING, Form
 from qexport.exporter.families.gpt2 import build
 from qexport.exporter.load import load_model, load_source
 from qexport.exporter.references import find_reference
+from qexport.passes.portable import MAX_POSITIONS
 
 CONFIG = {
     "model_type": "gpt2",

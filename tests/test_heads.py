@@ -25,8 +25,8 @@ from safetensors.numpy import load_file, save_file
 
 from qexport.calibration.reading.spec import scores_tokens
 from qexport.errors import ModelInvalid, UnsafeInput, UsageError
-from qexport.exporter.families.labels import LABELS as LABELS_KEY
 from qexport.exporter.load import load_source
+from qexport.passes.portable import LABELS as LABELS_KEY
 
 IDS = [[5, 14, 15, 9, 26, 7], [31, 8, 20, 40, 6, 11]]
 SAMPLE = feeds("bert", IDS, [6, 3])

@@ -15,10 +15,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from qexport.errors import ModelInvalid
-from qexport.exporter.families.builder import MAX_POSITIONS
 from qexport.exporter.load import load_model, load_source
 from qexport.passes.cleanup import Cleanup
 from qexport.passes.fuse_rms_norm import FuseRMSNorm
+from qexport.passes.portable import MAX_POSITIONS
 from qexport.passes.raise_opset import RaiseOpset
 
 CONFIG = {

@@ -8,10 +8,10 @@ import onnx_ir as ir
 import pytest
 
 from qexport.errors import ModelInvalid, UsageError
-from qexport.exporter.families.builder import MAX_POSITIONS
 from qexport.exporter.load import load_source
 from qexport.exporter.recipe import Recipe, load_recipe, override
 from qexport.exporter.samples import calibration_passes, longest, open_samples
+from qexport.passes.portable import MAX_POSITIONS
 
 ARRAYS = "g (float[n, 4] x) => (float[n, 4] y) { y = Relu(x) }"
 TOKENS = """g (int64[{n}, s] input_ids, int64[{n}, s] attention_mask) => (int64[{n}, s] y) {{

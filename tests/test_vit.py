@@ -14,9 +14,9 @@ from stepping import checked, same_graph
 from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.engines.engine import EngineOptions, build_engine, load_module
 from qexport.exporter.families.form import SCORING, Form
-from qexport.exporter.families.labels import LABELS
 from qexport.exporter.load import load_model, open_folder
 from qexport.exporter.references import find_reference
+from qexport.passes.portable import LABELS
 
 CLASSIFIER, LAYERS = "ViTForImageClassification", "ViTModel"
 CONFIG = {

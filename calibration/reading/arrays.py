@@ -22,8 +22,9 @@ import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
-from qexport.calibration.reading.spec import MASK, MAX_SAMPLE_BYTES, InputSpec, Sample, describe, describe_all
+from qexport.calibration.reading.spec import MAX_SAMPLE_BYTES, InputSpec, Sample, describe, describe_all
 from qexport.errors import DataInvalid, ResourceExhausted, UnsafeInput
+from qexport.passes.portable import MASK
 from qexport.safe_io import open_file
 
 LABELS = "labels"

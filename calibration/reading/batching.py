@@ -10,8 +10,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.calibration.reading.spec import MASK, Sample, sample_digest
+from qexport.calibration.reading.spec import Sample, sample_digest
 from qexport.errors import UsageError
+from qexport.passes.portable import MASK
 
 Batch: TypeAlias = tuple[list[int], dict[str, NDArray[Any]]]  # positions of the samples, input name to [batch, ...]
 Signature: TypeAlias = tuple[tuple[str, str, tuple[int, ...]], ...]  # per input: name, type, shape; -1 may be padded

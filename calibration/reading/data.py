@@ -14,19 +14,11 @@ from numpy.typing import NDArray
 
 from qexport.calibration.reading.arrays import open_arrays, read_members
 from qexport.calibration.reading.images import PIXELS, open_folder, open_pixels
-from qexport.calibration.reading.spec import (
-    MASK,
-    DataSpec,
-    ImageSpec,
-    InputSpec,
-    Sample,
-    Source,
-    input_specs,
-    sample_digest,
-)
+from qexport.calibration.reading.spec import DataSpec, ImageSpec, InputSpec, Sample, Source, input_specs, sample_digest
 from qexport.calibration.reading.text import READERS, open_text
 from qexport.calibration.reading.windows import open_windows
 from qexport.errors import DataInvalid, IntegrityError, QexportError, ResourceExhausted
+from qexport.passes.portable import MASK, TYPES
 
 __all__ = [
     "DataSpec",
@@ -46,7 +38,7 @@ Opener: TypeAlias = Callable[[Path, tuple[InputSpec, ...], DataSpec, Path | None
 Stamp: TypeAlias = tuple[tuple[int, int, int], ...]  # per file: inode, size, time of last change in ns
 
 MAX_SAMPLES = 1_000_000
-_ALL_ALIKE = {MASK, "token_type_ids"}  # inputs that are constant in sound data
+_ALL_ALIKE = {MASK, TYPES}  # inputs that are constant in sound data
 
 
 class Dataset(Protocol):

@@ -15,12 +15,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from qexport.errors import ModelInvalid
-from qexport.passes.portable import PAST, POSITIONS, WRITE
+from qexport.passes.portable import IDS, LABELS, LOGITS, PAST, POSITIONS, WRITE
 
 Sample: TypeAlias = dict[str, NDArray[Any]]  # one sample: input name to array, no batch axis, padding trimmed
 
-IDS, MASK, LOGITS = "input_ids", "attention_mask", "logits"  # names that tell what inputs and outputs are
-LABELS = "qexport.labels"  # metadata of a model with classes: their names, a JSON list in the order of the scores
 MAX_SAMPLE_BYTES = 256 << 20
 
 

@@ -10,8 +10,8 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.calibration.reading.spec import IDS, LOGITS, MASK
 from qexport.errors import BuildFailed, DataInvalid
+from qexport.passes.portable import IDS, LOGITS, MASK
 
 Feeds: TypeAlias = Mapping[str, NDArray[Any]]  # input name to [batch, ...]
 Better: TypeAlias = Literal["higher", "lower"]

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.calibration.reading.spec import IDS, MASK, DataSpec, InputSpec, Sample, describe_all
+from qexport.calibration.reading.spec import DataSpec, InputSpec, Sample, describe_all
 from qexport.errors import DataInvalid, QexportError
+from qexport.passes.portable import IDS, MASK, TYPES
 from qexport.safe_io import open_file, read_bytes
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ MAX_TOKENIZER_BYTES = 256 << 20
 MAKERS: dict[str, Callable[[Encoding], list[int]]] = {
     IDS: lambda encoding: encoding.ids,
     MASK: lambda encoding: encoding.attention_mask,
-    "token_type_ids": lambda encoding: encoding.type_ids,
+    TYPES: lambda encoding: encoding.type_ids,
 }
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qexport.calibration.reading.spec import MASK, DataSpec, InputSpec, Sample
+from qexport.calibration.reading.spec import DataSpec, InputSpec, Sample
 from qexport.calibration.reading.text import MAKERS, choose_tokenizer, load_tokenizer, padded, text_length
 from qexport.errors import DataInvalid, UsageError
+from qexport.passes.portable import MASK
 from qexport.safe_io import read_bytes
 
 if TYPE_CHECKING:

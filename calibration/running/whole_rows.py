@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from qexport.calibration.reading.spec import IDS, is_state, keeps_cache
-from qexport.passes.portable import POSITIONS, PRESENT, WRITE
+from qexport.calibration.reading.spec import is_state, keeps_cache
+from qexport.passes.portable import IDS, POSITIONS, PRESENT, WRITE
 
 
 def read_whole_rows(work: ir.Model) -> None:

@@ -11,14 +11,14 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.calibration.reading.spec import IDS, LOGITS, MASK, keeps_cache
+from qexport.calibration.reading.spec import keeps_cache
 from qexport.calibration.running.execute import open_model
 from qexport.errors import BuildFailed, UsageError
 from qexport.exporter.doors.origin import Origin, Reference, type_of
 from qexport.exporter.families.form import FLOATS
 from qexport.exporter.load import ONNX_FILE, load_source
 from qexport.exporter.options import ExportOptions
-from qexport.passes.portable import PAST, POSITIONS
+from qexport.passes.portable import IDS, LOGITS, MASK, PAST, POSITIONS
 
 _LENGTHS = (128, 96, 64, 48, 32, 16, 8)  # tokens
 

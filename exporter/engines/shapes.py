@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from qexport.calibration.reading.spec import IDS, keeps_cache
+from qexport.calibration.reading.spec import keeps_cache
 from qexport.errors import UsageError
 from qexport.exporter.engines.profiles import Profile, check_profile, derive_profile
 from qexport.exporter.recipe import Recipe
 from qexport.exporter.samples import Samples, longest, positions
-from qexport.passes.portable import past_name
+from qexport.passes.portable import COLUMNS, IDS, past_name
 
-COLUMNS = "max_seq"  # what the length of caches is called in the portable layout
 DEFAULT_COLUMNS = 2048
 STEP = 8  # tokens of the widest step: one, or a draft that is verified
 

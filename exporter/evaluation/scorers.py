@@ -9,10 +9,9 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.calibration.reading.spec import IDS, LOGITS, MASK
 from qexport.errors import ModelInvalid
 from qexport.exporter.admit import admit_file
-from qexport.passes.portable import MAX_POSITIONS, PAST, WRITE, parse_positions
+from qexport.passes.portable import IDS, LOGITS, MASK, MAX_POSITIONS, PAST, WRITE, parse_positions
 from qexport.runtime.decoder import Decoder
 from qexport.runtime.session import Port, Session, SessionOptions
 

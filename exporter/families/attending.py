@@ -22,10 +22,21 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.exporter.families.builder import GraphBuilder
-from qexport.passes.portable import CACHED_OPSET
+from qexport.passes.portable import (
+    CACHED_OPSET,
+    COLUMNS,
+    IDS,
+    KINDS,
+    LOGITS,
+    MASK,
+    MASKED,
+    POSITIONS,
+    WRITE,
+    past_name,
+    present_name,
+)
 
 SCORING_OPSET = 20  # what TensorRT 10.3 reads
-MASKED = -10000.0  # stands in for masked scores; exp() of it is 0 and it fits float16
 Heads: TypeAlias = tuple[ir.Value, ir.Value, ir.Value]  # query, key, value [batch, heads, sequence, head size]
 
 
@@ -78,9 +89,7 @@ class Scoring:
 
     def __init__(self, g: GraphBuilder, geometry: Geometry) -> None:
         self.g, self.geometry = g, geometry
-        self.ids, self._real = (
-            g.input(name, ir.DataType.INT64, ("batch", "sequence")) for name in ("input_ids", "attention_mask")
-        )
+        self.ids, self._real = (g.input(name, ir.DataType.INT64, ("batch", "sequence")) for name in (IDS, MASK))
         self._length = g.op("model", "Shape", self.ids, start=1, end=2)
         self._masks: dict[int | None, ir.Value] = {}
         self._turns: tuple[ir.Value, ir.Value] | None = None
@@ -150,7 +159,7 @@ class Scoring:
 
     def finish(self, logits: ir.Value, vocabulary: int) -> None:
         """Logits only."""
-        self.g.output(logits, "logits", ir.DataType.FLOAT, ("batch", "sequence", vocabulary))
+        self.g.output(logits, LOGITS, ir.DataType.FLOAT, ("batch", "sequence", vocabulary))
 
 
 class Cached:
@@ -159,9 +168,9 @@ class Cached:
     def __init__(self, g: GraphBuilder, geometry: Geometry) -> None:
         self.g, self.geometry = g, geometry
         self.ids, self.positions = (
-            g.input(name, ir.DataType.INT64, ("batch", "sequence")) for name in ("input_ids", "position_ids")
+            g.input(name, ir.DataType.INT64, ("batch", "sequence")) for name in (IDS, POSITIONS)
         )
-        self._places = g.input("write_indices", ir.DataType.INT64, ("batch",))
+        self._places = g.input(WRITE, ir.DataType.INT64, ("batch",))
         self._present: list[tuple[ir.Value, str]] = []
         self._masks: dict[int | None, ir.Value] = {}
         self._past: ir.Value | None = None
@@ -206,28 +215,28 @@ class Cached:
     def _cache(self, part: str, layer: int) -> ir.Value:
         if layer == 0 and part == "key" and self._past is not None:
             return self._past
-        sizes = ("batch", self.geometry.key_heads, "max_seq", self.geometry.dim)
-        return self.g.input(f"past_key_values.{layer}.{part}", self.g.dtype, sizes)
+        sizes = ("batch", self.geometry.key_heads, COLUMNS, self.geometry.dim)
+        return self.g.input(past_name(layer, part), self.g.dtype, sizes)
 
     def attend(self, scope: str, heads: Heads, scale: float, mask: ir.Value) -> ir.Value:
         """Write the new keys and values into the caches, and look at all of them."""
         query, *new = heads
         layer = len(self._present) // 2
-        keys, values = (self._written(scope, part, layer, x) for part, x in zip(("key", "value"), new, strict=True))
+        keys, values = (self._written(scope, part, layer, x) for part, x in zip(KINDS, new, strict=True))
         context = self.g.op(scope, "Attention", query, keys, values, mask, scale=scale)
         return merge_heads(self.g, scope, context, self.geometry)
 
     def _written(self, scope: str, part: str, layer: int, x: ir.Value) -> ir.Value:
         cache = self._cache(part, layer)
         present = self.g.op(f"{scope}.{part}", "TensorScatter", cache, x, self._places, axis=-2, mode="linear")
-        self._present.append((present, f"present.{layer}.{part}"))
+        self._present.append((present, present_name(past_name(layer, part))))
         return present
 
     def finish(self, logits: ir.Value, vocabulary: int) -> None:
         """Logits, then the caches."""
-        self.g.output(logits, "logits", ir.DataType.FLOAT, ("batch", "sequence", vocabulary))
+        self.g.output(logits, LOGITS, ir.DataType.FLOAT, ("batch", "sequence", vocabulary))
         for value, name in self._present:
-            self.g.output(value, name, self.g.dtype, ("batch", self.geometry.key_heads, "max_seq", self.geometry.dim))
+            self.g.output(value, name, self.g.dtype, ("batch", self.geometry.key_heads, COLUMNS, self.geometry.dim))
 
 
 def _allowed(

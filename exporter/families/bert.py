@@ -16,6 +16,7 @@ from qexport.exporter.families.encoder import ANCHOR, KINDS, OPSET, EncoderConfi
 from qexport.exporter.families.folder import Folder
 from qexport.exporter.families.form import SCORING, Form
 from qexport.exporter.families.heads import Classifier, Trunk, finish, open_head
+from qexport.passes.portable import IDS, MASK, TYPES
 
 CLASSIFIER = Classifier("pooler.dense", "Tanh", "classifier")
 
@@ -32,7 +33,7 @@ def build(config: dict[str, object], folder: Folder, form: Form = SCORING) -> ir
     shape = BertConfig.model_validate(config)
     g = GraphBuilder("bert", OPSET, folder.weights(ANCHOR), form)
     head = open_head(Trunk(config, folder, g.weights, shape.hidden_size, CLASSIFIER), form.task)
-    ids, mask, types = inputs(g, "input_ids", "attention_mask", "token_type_ids")
+    ids, mask, types = inputs(g, IDS, MASK, TYPES)
 
     def kinds() -> ir.Value:
         table = g.parameter(f"{KINDS}.weight", (shape.type_vocab_size, shape.hidden_size))

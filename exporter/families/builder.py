@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.exporter.families.form import SCORING, Form
-from qexport.exporter.families.weights import Array, Stored, Weights, as_float32
+from qexport.exporter.families.weights import Array, Stored, Weights, as_float32, demand_finite
 from qexport.passes.portable import MAX_POSITIONS
 
 COPY = "qexport.copy_of"  # meta of an initializer: the weight that it repeats
@@ -70,7 +70,7 @@ class GraphBuilder:
         if name in self.graph.initializers:
             return self.graph.initializers[name]
         found = self.weights.check(stored or name, shape)
-        read = partial(_read, found, change, self.dtype, name)
+        read = partial(_read, found, change, self.dtype, name, finite=self.weights.finite)
         if not self.form.lazy:
             return self._register(name, read())
         changed = shape if change is None else change(np.broadcast_to(np.float32(0), shape)).shape
@@ -123,9 +123,11 @@ class GraphBuilder:
         return self.op(scope, "Mul", self.op(scope, "Div", x, root), gamma)
 
 
-def _read(found: Stored, change: Change | None, dtype: ir.DataType, name: str) -> ir.Tensor[Any]:
+def _read(found: Stored, change: Change | None, dtype: ir.DataType, name: str, *, finite: bool) -> ir.Tensor[Any]:
     array = as_float32(found.read())
-    with np.errstate(over="ignore"):  # infinities are admission's to judge
+    if finite:
+        demand_finite(array, dtype.numpy(), name, found.where)
+    with np.errstate(over="ignore"):
         if change is not None:
             array = change(array)  # by itself, so that no more than two of its size are in memory
         array = array.astype(dtype.numpy(), copy=False)

@@ -12,11 +12,10 @@ from typing import TypeAlias
 
 import onnx_ir as ir
 
-from qexport.exporter.families.attending import MASKED, Geometry, Heads, merge_heads, split_heads
+from qexport.exporter.families.attending import Geometry, Heads, merge_heads, split_heads
 from qexport.exporter.families.builder import GraphBuilder
+from qexport.passes.portable import KINDS, MASKED, cross_name
 
-SOURCE_MASK = "encoder_attention_mask"
-KINDS = ("key", "value")
 Pair: TypeAlias = tuple[ir.Value, ir.Value]  # key, value [batch, heads, encoder_sequence, head size]
 
 
@@ -47,13 +46,8 @@ def project(g: GraphBuilder, scope: str, hidden: ir.Value, width: int, geometry:
     return key, value
 
 
-def cross_name(layer: int, kind: str) -> str:
-    """Output of the encoder and input of the decoder."""
-    return f"cross_key_values.{layer}.{kind}"
-
-
 def cross_sizes(geometry: Geometry) -> tuple[str | int, ...]:
-    """Their shape."""
+    """Shape of the keys and values of a source."""
     return "batch", geometry.heads, "encoder_sequence", geometry.dim
 
 

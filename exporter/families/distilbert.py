@@ -16,6 +16,7 @@ from qexport.exporter.families.encoder import ANCHOR, OPSET, EncoderConfig, Name
 from qexport.exporter.families.folder import Folder
 from qexport.exporter.families.form import SCORING, Form
 from qexport.exporter.families.heads import Classifier, Trunk, finish, open_head
+from qexport.passes.portable import IDS, MASK
 
 CLASSIFIER = Classifier("pre_classifier", "Relu", "classifier")
 NAMES = Names(
@@ -48,6 +49,6 @@ def build(config: dict[str, object], folder: Folder, form: Form = SCORING) -> ir
     shape = DistilBertConfig.model_validate({**config, "layer_norm_eps": EPSILON})
     g = GraphBuilder("distilbert", OPSET, folder.weights(ANCHOR), form)
     head = open_head(Trunk(config, folder, g.weights, shape.hidden_size, CLASSIFIER), form.task)
-    ids, mask = inputs(g, "input_ids", "attention_mask")
+    ids, mask = inputs(g, IDS, MASK)
     hidden = encode(g, shape, NAMES, embed(g, shape, ids), mask)
     return finish(g, head, (hidden, mask), shape.max_position_embeddings)

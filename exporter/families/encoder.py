@@ -15,10 +15,10 @@ import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qexport.exporter.families.builder import GraphBuilder
+from qexport.passes.portable import MASKED
 
 OPSET = 20  # the first with Gelu, and what TensorRT 10.3 reads
 ANCHOR = "embeddings.word_embeddings.weight"  # what stands before it in the file stands before every name
-MASKED = -10000.0  # added to masked scores; exp() of it is 0 and it fits float16
 POSITIONS = "embeddings.position_embeddings.weight"
 KINDS = "embeddings.token_type_embeddings"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qexport.errors import IntegrityError, ModelInvalid, UnsafeInput, UsageError
-from qexport.exporter.families.weights import Weights, read_headers
+from qexport.exporter.families.weights import Stored, Weights, read_headers
 from qexport.safe_io import read_bytes
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -25,36 +25,40 @@ class Folder:
     Attributes:
         path: The folder.
         used: The files that were asked for, in that order; together they are the model.
+        finite: Whether weights with NaN or infinity are refused.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, finite: bool = True) -> None:
         self.path = path
         self.used: list[Path] = []
+        self.finite = finite
 
     def has(self, name: str) -> bool:
-        """Whether there is a file of this name."""
-        return (self.path / name).is_file()
+        """Whether there is something of this name; ``file`` tells whether it is a file."""
+        return os.path.lexists(self.path / name)
 
     def file(self, name: str) -> Path:
         """A file that the model is made of.
 
         Raises:
             UsageError: It is missing.
-            UnsafeInput: It lies outside of the folder; see ``demand_inside``.
+            UnsafeInput: It lies outside of the folder, see ``demand_inside``; or it is a FIFO, a device or a folder.
         """
         file = self.path / name
         demand_inside(file, self.path)
-        if not file.is_file():
+        if not os.path.isfile(file):
+            if os.path.exists(file):
+                raise UnsafeInput("not a regular file", where=str(file), hint="FIFOs, devices and folders are not read")
             hint = f"a Hugging Face folder has {CONFIG} and {WEIGHTS}"
             raise UsageError(f"the folder has no {name}", where=str(self.path), hint=hint)
         self.used.append(file)
         return file
 
     def json(self, name: str) -> Any:
-        """The content of a JSON file; ``ModelInvalid`` when it is none."""
+        """The content of a JSON file; ``ModelInvalid`` when it is none, or says something twice."""
         file = self.file(name)
         try:
-            return json.loads(read_bytes(file, limit=_MOST_JSON))
+            return json.loads(read_bytes(file, limit=_MOST_JSON), object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
             raise ModelInvalid(f"not JSON: {error}", where=str(file)) from error
 
@@ -66,20 +70,18 @@ class Folder:
             UnsafeInput: They are a pickle, or lie outside of the folder.
             ModelInvalid: A file is missing or broken, or does not hold what the index says.
         """
-        if self.has(WEIGHTS):
-            return Weights(read_headers([self.file(WEIGHTS)]), anchor, str(self.path / WEIGHTS))
-        if self.has(INDEX):
-            return Weights(read_headers(self._shards()), anchor, str(self.path / INDEX))
-        pickle = next((name for name in PICKLES if self.has(name)), None)
+        if self.has(INDEX) and not self.has(WEIGHTS):
+            return Weights(self._sharded(), anchor, str(self.path / INDEX), finite=self.finite)
+        pickle = None if self.has(WEIGHTS) else next((name for name in PICKLES if self.has(name)), None)
         if pickle is not None:
             hint = "save them as safetensors: model.save_pretrained(folder)"
             raise UnsafeInput(
                 f"the weights are a pickle, which is not read ({pickle})", where=str(self.path), hint=hint
             )
-        return Weights(read_headers([self.file(WEIGHTS)]), anchor, str(self.path / WEIGHTS))
+        return Weights(read_headers([self.file(WEIGHTS)]), anchor, str(self.path / WEIGHTS), finite=self.finite)
 
-    def _shards(self) -> list[Path]:
-        """The files that the index names, in order."""
+    def _sharded(self) -> dict[str, Stored]:
+        """The tensors of all files that the index names, each in the file where it says so."""
         index, where = self.json(INDEX), str(self.path / INDEX)
         placed = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(placed, dict) or not placed or not all(isinstance(name, str) for name in placed.values()):
@@ -87,13 +89,27 @@ class Folder:
         names = sorted(set(placed.values()))
         for name in names:
             demand_inside(self.path / name, self.path)
-        lost = [name for name in names if not self.has(name)]
+        lost = [name for name in names if not os.path.exists(self.path / name)]
         if lost:
             hint = "download the folder again; every file that the index names is needed"
             raise ModelInvalid(
                 f"{len(lost)} of {len(names)} weight files are missing: {', '.join(lost[:4])}", where=where, hint=hint
             )
-        return [self.file(name) for name in names]
+        found = read_headers([self.file(name) for name in names])
+        for tensor, name in placed.items():
+            if tensor not in found or found[tensor].where != str(self.path / name):
+                hint = "the files are of different downloads or saves: fetch the folder again"
+                raise ModelInvalid(f"{name} has no tensor {tensor!r}, as the index says", where=where, hint=hint)
+        return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dictionary of pairs; two readers could take a setting that is there twice for either value."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
 
 
 def demand_inside(file: Path, folder: Path) -> None:
@@ -102,6 +118,8 @@ def demand_inside(file: Path, folder: Path) -> None:
     A folder from elsewhere could otherwise make its companions links to private files, and they are copied to the
     artefact. The Hugging Face cache keeps ``snapshots/REVISION/FILE`` as links to ``blobs/DIGEST`` beside them.
     """
+    if "\0" in str(file):
+        raise UnsafeInput("not the name of a file", where=str(file))
     root, real = (Path(os.path.realpath(path)) for path in (folder, file))
     allowed = [root, *(above.parent.parent / "blobs" for above in (root, *root.parents) if _is_snapshot(above))]
     if not any(place in real.parents for place in allowed):
@@ -121,3 +139,17 @@ def check_blob(file: Path, digest: str) -> None:
         raise IntegrityError(
             f"the content does not have the digest {name} that the cache names it by", where=str(file), hint=hint
         )
+
+
+_CODE = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+"""Where transformers looks for ``auto_map``, beside config.json."""
+
+
+def demand_no_code(folder: Path, config: Any) -> None:
+    """Raise ``UnsafeInput`` where transformers would run Python files of the folder or of the hub."""
+    names = [name for name in _CODE if os.path.lexists(folder / name)]
+    for name, settings in [(CONFIG, config), *((name, Folder(folder).json(name)) for name in names)]:
+        if isinstance(settings, dict) and settings.get("auto_map"):
+            hint = "if the family needs none of it, take auto_map out of the file; or hand over a torch module"
+            what = f"{name} asks to run code that came with the model (auto_map), which never happens"
+            raise UnsafeInput(what, where=str(folder / name), hint=hint)

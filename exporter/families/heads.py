@@ -27,6 +27,7 @@ from qexport.exporter.families.labels import label_notes
 from qexport.exporter.families.pooling import MODULES, Dense, Modules, read_modules, read_pooling
 from qexport.exporter.families.vectors import POOLINGS, apply, first_position, in_float32, normalize, where_seen
 from qexport.exporter.families.weights import Weights, read_headers
+from qexport.passes.portable import LOGITS
 
 ARCHITECTURES = {
     "ForSequenceClassification": "classification",
@@ -143,7 +144,7 @@ def _classification(trunk: Trunk, _modules: Modules) -> Head:
     def write(g: GraphBuilder, hidden: ir.Value, _mask: ir.Value) -> None:
         first = g.op(names.dense, "Gather", hidden, first_position(g), axis=1)
         inner = g.op(names.dense, names.activation, g.linear(names.dense, first, (width, width)))
-        g.output(g.linear(names.last, inner, (count, width)), "logits", FLOAT, ("batch", count))
+        g.output(g.linear(names.last, inner, (count, width)), LOGITS, FLOAT, ("batch", count))
 
     return Head(write, _labels(trunk, count))
 
@@ -153,7 +154,7 @@ def _token_classification(trunk: Trunk, _modules: Modules) -> Head:
 
     def write(g: GraphBuilder, hidden: ir.Value, _mask: ir.Value) -> None:
         logits = g.linear(TOKEN_CLASSIFIER, hidden, (count, trunk.width))
-        g.output(logits, "logits", FLOAT, ("batch", "sequence", count))
+        g.output(logits, LOGITS, FLOAT, ("batch", "sequence", count))
 
     return Head(write, _labels(trunk, count))
 

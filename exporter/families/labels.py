@@ -6,10 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from qexport.calibration.reading.spec import LABELS
 from qexport.errors import ModelInvalid
+from qexport.passes.portable import LABELS
 
-__all__ = ["LABELS", "label_notes"]
 
 def label_notes(config: Mapping[str, Any], where: str, count: int) -> dict[str, str]:
     """Metadata that name the labels in the order of their ``count`` logits: as in config.json, numbered without it.

@@ -18,6 +18,7 @@ from qexport.exporter.families.folder import Folder
 from qexport.exporter.families.form import SCORING, Form
 from qexport.exporter.families.heads import Classifier, Trunk, finish, open_head
 from qexport.exporter.families.weights import Array
+from qexport.passes.portable import IDS, MASK
 
 CLASSIFIER = Classifier("classifier.dense", "Tanh", "classifier.out_proj")
 
@@ -46,7 +47,7 @@ def build(config: dict[str, object], folder: Folder, form: Form = SCORING) -> ir
     shape = RobertaConfig.model_validate(config)
     g = GraphBuilder("roberta", OPSET, folder.weights(ANCHOR), form)
     head = open_head(Trunk(config, folder, g.weights, shape.hidden_size, CLASSIFIER), form.task)
-    ids, mask = inputs(g, "input_ids", "attention_mask")
+    ids, mask = inputs(g, IDS, MASK)
 
     def kinds() -> ir.Value:
         return g.parameter(f"{KINDS}.weight", (shape.type_vocab_size, shape.hidden_size), _first_row)

@@ -21,13 +21,10 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from qexport.exporter.families.attending import MASKED, Cached, Heads, opset_for
+from qexport.exporter.families.attending import Cached, Heads, opset_for
 from qexport.exporter.families.builder import COPY, GraphBuilder, transposed
 from qexport.exporter.families.cross import (
-    KINDS,
-    SOURCE_MASK,
     Pair,
-    cross_name,
     cross_sizes,
     given,
     look,
@@ -38,6 +35,7 @@ from qexport.exporter.families.cross import (
 from qexport.exporter.families.folder import Folder
 from qexport.exporter.families.form import SCORING, Form
 from qexport.exporter.families.t5_layers import TABLES, Side, T5Config, biases, run_stack
+from qexport.passes.portable import IDS, KINDS, LOGITS, MASK, MASKED, SOURCE_MASK, WANTED, cross_name
 
 HEAD = "lm_head.weight"
 
@@ -53,9 +51,7 @@ def build_encoder(config: dict[str, object], folder: Folder, form: Form) -> ir.M
     """Build the encoder that belongs to the decoder of ``build`` in the portable layout."""
     shape = T5Config.model_validate(config)
     g = GraphBuilder("t5_encoder", opset_for(cached=form.cached), folder.weights(TABLES[0]), form)
-    ids, real = (
-        g.input(name, ir.DataType.INT64, ("batch", "encoder_sequence")) for name in ("input_ids", "attention_mask")
-    )
+    ids, real = (g.input(name, ir.DataType.INT64, ("batch", "encoder_sequence")) for name in (IDS, MASK))
     hidden = _encode(g, shape, (ids, real))
     pairs = [_pair(g, shape, hidden, layer) for layer in range(shape.num_decoder_layers)]
     g.output(hidden, "last_hidden_state", ir.DataType.FLOAT, ("batch", "encoder_sequence", shape.d_model))
@@ -66,10 +62,8 @@ def build_encoder(config: dict[str, object], folder: Folder, form: Form) -> ir.M
 
 
 def _plain(g: GraphBuilder, shape: T5Config) -> ir.Model:
-    ids, real = (
-        g.input(name, ir.DataType.INT64, ("batch", "encoder_sequence")) for name in ("input_ids", "attention_mask")
-    )
-    wanted = g.input("decoder_input_ids", ir.DataType.INT64, ("batch", "decoder_sequence"))
+    ids, real = (g.input(name, ir.DataType.INT64, ("batch", "encoder_sequence")) for name in (IDS, MASK))
+    wanted = g.input(WANTED, ir.DataType.INT64, ("batch", "decoder_sequence"))
     hidden = _encode(g, shape, (ids, real))
     places = _counted(g, "decoder", wanted)
     bias = biases(g, shape, "decoder", places)
@@ -82,7 +76,7 @@ def _plain(g: GraphBuilder, shape: T5Config) -> ir.Model:
 
     side = Side("decoder", shape.num_decoder_layers, attend, (pair, source_mask(g, real)))
     logits = _logits(g, shape, run_stack(g, shape, side, wanted))
-    g.output(logits, "logits", ir.DataType.FLOAT, ("batch", "decoder_sequence", shape.vocab_size))
+    g.output(logits, LOGITS, ir.DataType.FLOAT, ("batch", "decoder_sequence", shape.vocab_size))
     return g.finish()
 
 

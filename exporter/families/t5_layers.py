@@ -12,10 +12,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from qexport.exporter.families.attending import MASKED, Geometry, Heads, split_heads
+from qexport.exporter.families.attending import Geometry, Heads, split_heads
 from qexport.exporter.families.builder import GraphBuilder
 from qexport.exporter.families.cross import Pair, look
 from qexport.exporter.families.weights import Array
+from qexport.passes.portable import MASKED
 
 MOST_DISTANCE = 1 << 16  # bound of the table of distances, which no weight bears out
 TABLES = ("shared.weight", "decoder.embed_tokens.weight", "encoder.embed_tokens.weight")

@@ -23,6 +23,7 @@ from qexport.exporter.families.folder import CONFIG, Folder
 from qexport.exporter.families.form import SCORING, Form
 from qexport.exporter.families.labels import label_notes
 from qexport.exporter.families.weights import Weights
+from qexport.passes.portable import LOGITS
 
 ARCHITECTURES = ("ViTForImageClassification", "ViTModel")
 ANCHOR = "embeddings.patch_embeddings.projection.weight"
@@ -88,7 +89,7 @@ def build(config: dict[str, object], folder: Folder, form: Form = SCORING) -> ir
         labels = next(iter(weights.shape(f"{CLASSIFIER}.weight")), 0)
         notes = label_notes(config, str(folder.path / CONFIG), labels)
         logits = g.linear(CLASSIFIER, _first(g, CLASSIFIER, hidden), (labels, shape.hidden_size))
-        g.output(logits, "logits", FLOAT, ("batch", labels))
+        g.output(logits, LOGITS, FLOAT, ("batch", labels))
     else:
         _features(g, shape, hidden)
     model = g.finish()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.errors import ModelInvalid
+from qexport.errors import ModelInvalid, QexportError
+from qexport.exporter.admit.kinds import SAFETENSORS, find_kind
+from qexport.safe_io import open_file
 
 Array = NDArray[Any]
 FLOATS = ("F32", "F16", "BF16", "F64")  # numpy knows bfloat16 since onnx_ir has loaded ml_dtypes
@@ -40,10 +44,15 @@ class Weights:
     Names are as ``anchor`` has them: what stands before it in the checkpoint (``bert.`` in one with a head) is left
     away, and LayerNorm's old ``gamma`` and ``beta`` are ``weight`` and ``bias``. Tensors that stand outside of that
     prefix, those of a head, keep their names.
+
+    Attributes:
+        where: The file, or the index of the files.
+        prefix: What is left away.
+        finite: Whether a graph may not have NaN or infinity among its weights.
     """
 
-    def __init__(self, stored: Mapping[str, Stored], anchor: str, where: str) -> None:
-        self.where = where
+    def __init__(self, stored: Mapping[str, Stored], anchor: str, where: str, *, finite: bool = True) -> None:
+        self.where, self.finite = where, finite
         self.prefix = _prefix(stored, anchor, where)
         self._stored: dict[str, Stored] = {}
         for name in sorted(stored, key=lambda name: name.startswith(self.prefix)):
@@ -93,6 +102,18 @@ def as_float32(array: Array) -> Array:
         return array.astype(np.float32, copy=False)
 
 
+def demand_finite(array: Array, dtype: np.dtype[Any], name: str, where: str) -> None:
+    """Raise ``ModelInvalid`` where a weight holds NaN, infinity, or numbers that ``dtype`` does not reach."""
+    most = float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]  # ml_dtypes does not type it
+    least, greatest = (float(array.min()), float(array.max())) if array.size else (0.0, 0.0)
+    if -most <= least and greatest <= most:
+        return
+    if math.isfinite(least) and math.isfinite(greatest):
+        what = f"weight {name!r} reaches {max(-least, greatest):.3g}, {dtype.name} ends at {most:.3g}"
+        raise ModelInvalid(what, where=where, hint="export the model in bfloat16 or float32")
+    raise ModelInvalid(f"NaN or infinity in weight {name!r}", where=where, hint="train or save the model again")
+
+
 def read_headers(files: Sequence[Path]) -> dict[str, Stored]:
     """What the safetensors files hold, by name; no tensor is read.
 
@@ -113,8 +134,18 @@ def read_headers(files: Sequence[Path]) -> dict[str, Stored]:
                     shape = tuple(view.get_shape())
                     found[name] = Stored(shape, view.get_dtype(), _reader(path, name), str(path))
         except (SafetensorError, OSError) as error:
-            raise ModelInvalid(f"not a safetensors file: {error}", where=str(path)) from error
+            raise _told(path, error) from error
     return found
+
+
+def _told(path: Path, error: Exception) -> QexportError:
+    """What is wrong with a file that is no safetensors file; what it is instead, where its first bytes tell."""
+    hint = "fetch the folder again; in a clone of a repository, run: git lfs pull"
+    with open_file(path) as file:
+        kind = find_kind(file.read(1024))
+    if kind is None or kind.name == SAFETENSORS:
+        return ModelInvalid(f"not a safetensors file: {error}", where=str(path), hint=hint)
+    return kind.error(f"not a safetensors file but {kind.name}", where=str(path), hint=hint)
 
 
 def _reader(path: Path, name: str) -> Callable[[], Array]:

@@ -9,12 +9,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.calibration.reading.spec import MASK
 from qexport.calibration.running.execute import open_model
 from qexport.errors import BuildFailed
 from qexport.exporter.proof.marks import marks
 from qexport.passes.base import Pass
 from qexport.passes.pipeline import Step
+from qexport.passes.portable import MASK
 
 TOLERANCE = 1e-5  # relative L2 distance of an output; float32 rounding of a deep model stays a decade below
 HALF_TOLERANCE = 5e-3  # for models that compute in float16 or bfloat16, whose every step rounds to 5e-4 or 4e-3

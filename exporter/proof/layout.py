@@ -9,8 +9,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.calibration.reading.spec import MASK, Sample
+from qexport.calibration.reading.spec import Sample
 from qexport.errors import ModelInvalid
+from qexport.passes.portable import MASK
 from qexport.runtime.session import Session
 
 BATCH = 16

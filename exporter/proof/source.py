@@ -13,10 +13,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.calibration.reading.data import DataSpec, ImageSpec, open_dataset
-from qexport.calibration.reading.spec import IDS, MASK, InputSpec, Sample, input_specs
+from qexport.calibration.reading.spec import InputSpec, Sample, input_specs
 from qexport.calibration.reading.text import MAKERS, load_tokenizer
 from qexport.errors import DataInvalid, UsageError
 from qexport.exporter.doors.inputs import AskedInput, Feeds, generate, sizes_for
+from qexport.passes.portable import IDS, MASK, TYPES, WANTED
 from qexport.safe_io import read_text
 
 PROSE = (
@@ -123,7 +124,7 @@ def find_samples(known: Material, model: ir.Model) -> Found:
         _demand_one(known)
         return Found(known.data.name, tuple(_dataset(known, inputs, known.positions or 128)))
     names = {one.name for one in inputs}
-    if IDS in names and names <= {*MAKERS, "decoder_input_ids"}:
+    if IDS in names and names <= {*MAKERS, WANTED}:
         return _sentences(known, inputs)
     _demand_no_text(known)
     asked = tuple(_asked(value) for value in model.graph.inputs)
@@ -145,13 +146,13 @@ def _sentences(known: Material, inputs: tuple[InputSpec, ...]) -> Found:
     encoded = [tokenizer.encode(line) for line in lines]
     rows = []
     for one, other in zip(encoded, encoded[1:] + encoded[:1], strict=True):
-        made = {"decoder_input_ids": other.ids, **{key: make(one) for key, make in MAKERS.items()}}
+        made = {WANTED: other.ids, **{key: make(one) for key, make in MAKERS.items()}}
         rows.append({entry.name: np.array(made[entry.name], entry.dtype) for entry in inputs})
     return Found(name, tuple(rows))
 
 
 def _made_up(inputs: tuple[InputSpec, ...], ids: Ids) -> Sample:
-    values: Mapping[str, Ids] = {MASK: np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    values: Mapping[str, Ids] = {MASK: np.ones_like(ids), TYPES: np.zeros_like(ids)}
     return {entry.name: values.get(entry.name, ids).astype(entry.dtype) for entry in inputs}
 
 

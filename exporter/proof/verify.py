@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.calibration.reading.batching import batches
-from qexport.calibration.reading.spec import IDS, LOGITS, MASK, Sample, input_specs, keeps_cache, static_batch
+from qexport.calibration.reading.spec import Sample, input_specs, keeps_cache, static_batch
 from qexport.exporter.doors.inputs import Feeds
 from qexport.exporter.doors.origin import Origin
 from qexport.exporter.outcome.export_result import CheckInfo, Verification
@@ -19,6 +19,7 @@ from qexport.exporter.proof.decoding import Call, compare_calls, decode, plan
 from qexport.exporter.proof.layout import fill
 from qexport.exporter.proof.source import Found, Material, find_samples, find_texts
 from qexport.exporter.proof.streamed import run_streamed
+from qexport.passes.portable import IDS, LOGITS, MASK, SOURCE_MASK, WANTED
 
 MODEL, ENCODER = "model.onnx", "encoder.onnx"
 Outputs: TypeAlias = dict[str, NDArray[Any]]
@@ -89,7 +90,7 @@ def _alone(sample: Sample, rows: int | None) -> Feeds:
 def _visible(outputs: Mapping[str, NDArray[Any]], feeds: Feeds) -> dict[str, NDArray[Any]]:
     """Outputs with zeros where the mask hides a position: nobody reads them."""
     mask = feeds.get(MASK)
-    if mask is None or mask.ndim != 2 or "decoder_input_ids" in feeds:
+    if mask is None or mask.ndim != 2 or WANTED in feeds:
         return dict(outputs)
     shown = mask != 0
     return {
@@ -110,7 +111,7 @@ def _decoder(written: Mapping[str, ir.Model], origin: Origin, known: Material, f
     whole, sent = _padded(texts), {}
     if ENCODER in written:
         sent = _padded([row[IDS] for row in find_texts(known, ENCODED).rows])
-        whole = {**sent, "decoder_input_ids": whole[IDS]}
+        whole = {**sent, WANTED: whole[IDS]}
     calls = plan(texts)
     logits = _decoded(written, calls, sent)
     allowed = tolerances(origin.dtype)
@@ -130,7 +131,7 @@ def _decoded(
         (encoded,) = run_streamed(written[ENCODER], [sent], rounded=rounded)
         read = {value.name for value in written[MODEL].graph.inputs}
         context = {name: array for name, array in encoded.items() if name in read}
-        context["encoder_attention_mask"] = sent[MASK]
+        context[SOURCE_MASK] = sent[MASK]
     return decode(written[MODEL], calls, context, rounded=rounded)
 
 

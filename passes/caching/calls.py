@@ -10,9 +10,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.passes import match
-from qexport.passes.portable import IDS, POSITIONS
+from qexport.passes.portable import IDS, MASK, POSITIONS
 
-MASK = "attention_mask"
 Arrays: TypeAlias = Mapping[ir.Value, NDArray[Any]]
 
 

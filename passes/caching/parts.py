@@ -9,8 +9,7 @@ import onnx_ir as ir
 
 from qexport.passes import match
 from qexport.passes.base import Decision
-from qexport.passes.caching.calls import MASK
-from qexport.passes.portable import IDS, POSITIONS
+from qexport.passes.portable import IDS, LOGITS, MASK, POSITIONS
 
 MERGED = "use_cache_branch"
 _SHAPES = ("Shape", "Size")
@@ -78,9 +77,7 @@ def find_caches(graph: ir.Graph) -> list[Cache]:
         raise RefusalError(None, f"no decoder with caches and {IDS}")
     rest = [value for value in graph.outputs if value not in {cache.present for cache in caches}]
     if len(rest) != 1:
-        raise RefusalError(
-            next((value for value in rest if value.name != "logits"), None), "not just logits and caches"
-        )
+        raise RefusalError(next((value for value in rest if value.name != LOGITS), None), "not just logits and caches")
     return caches
 
 

@@ -12,11 +12,20 @@ import onnx_ir as ir
 from qexport.passes import match
 from qexport.passes.caching.parts import Cache, Ends
 from qexport.passes.caching.positions import Stand, replacement
-from qexport.passes.portable import IDS, KINDS, LOGITS, POSITIONS, WRITE, past_name, present_name
+from qexport.passes.portable import (
+    COLUMNS,
+    IDS,
+    KINDS,
+    LOGITS,
+    MASKED,
+    POSITIONS,
+    WRITE,
+    past_name,
+    present_name,
+)
 
 APPENDED = "_appended"
 """What the names of caches and values of the old layout end in while both are there."""
-MASKED = -10000.0  # exp() of it is 0 and it fits float16
 _ROW = ("batch", "sequence")
 
 
@@ -72,7 +81,7 @@ class Writer:
 
     def _scatter(self, cache: Cache, name: str) -> ir.Value:
         """A cache input, and the node that writes into it."""
-        shape, dtype = ("batch", cache.heads, "max_seq", cache.dim), cache.past.dtype
+        shape, dtype = ("batch", cache.heads, COLUMNS, cache.dim), cache.past.dtype
         assert dtype is not None
         past = _input(name, dtype, shape)
         node = ir.node("TensorScatter", [past, cache.new, self.indices], {"axis": -2, "mode": "linear"})

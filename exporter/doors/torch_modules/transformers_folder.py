@@ -19,8 +19,7 @@ from qexport.exporter.doors.torch_modules.subject import Subject
 from qexport.exporter.doors.torch_modules.tensors import import_torch
 from qexport.exporter.doors.torch_modules.trace import quiet
 from qexport.exporter.steps import suggest
-
-MASK = "attention_mask"
+from qexport.passes.portable import IDS, MASK, TYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +126,8 @@ def _loaded(path: Path, task: Task) -> tuple[Any, Sequence[str]]:
 def _inputs(module: Any, where: str) -> tuple[AskedInput, ...]:
     """The inputs of a model that reads text or images."""
     config, ids = module.config, np.dtype(np.int64)
-    if module.main_input_name == "input_ids":
-        top = {"input_ids": config.vocab_size - 1, MASK: 1, "token_type_ids": getattr(config, "type_vocab_size", 1) - 1}
+    if module.main_input_name == IDS:
+        top = {IDS: config.vocab_size - 1, MASK: 1, TYPES: getattr(config, "type_vocab_size", 1) - 1}
         taken = inspect.signature(module.forward).parameters
         return tuple(
             AskedInput(name, ids, ("batch", "sequence"), (0, most))
