@@ -13,10 +13,10 @@ from typing import Any, TypeAlias
 import onnx_ir as ir
 from pydantic import ValidationError
 
-from qexport.errors import ModelInvalid, UnsafeInput, UsageError
+from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.admit import Limits
 from qexport.exporter.families.builder import COPY
-from qexport.exporter.families.folder import CONFIG, INDEX, WEIGHTS, Folder, check_blob, demand_inside
+from qexport.exporter.families.folder import CONFIG, INDEX, WEIGHTS, Folder, check_blob, demand_inside, demand_no_code
 from qexport.exporter.families.form import SCORING, Form
 from qexport.exporter.onnx_file import read_onnx
 from qexport.exporter.outcome.result import SourceInfo
@@ -108,7 +108,7 @@ def load_source(path: str | Path, limits: Limits | None = None, *, cached: bool 
     if (place / ONNX_FILE).is_file() and not any((place / name).exists() for name in (WEIGHTS, INDEX)):
         place /= ONNX_FILE
     folder = place if place.is_dir() else place.parent
-    model, files = _load_folder(place, cached=cached) if place.is_dir() else _load_file(place, limits)
+    model, files = _load_folder(place, limits, cached=cached) if place.is_dir() else _load_file(place, limits)
     return Source(place, model, describe(place, files, model), find_companions(folder))
 
 
@@ -144,8 +144,9 @@ def _load_file(path: Path, limits: Limits | None) -> tuple[ir.Model, list[Path]]
     return model, [path, *sorted({path.parent / location for location in external})]
 
 
-def _load_folder(path: Path, *, cached: bool) -> tuple[ir.Model, list[Path]]:
+def _load_folder(path: Path, limits: Limits | None, *, cached: bool) -> tuple[ir.Model, list[Path]]:
     config, folder, build = open_folder(path)
+    folder.finite = not (limits or Limits()).allow_nonfinite
     form = replace(SCORING, cached=cached and config["model_type"] not in PARTS)
     return build(config, folder, form), folder.used
 
@@ -162,21 +163,11 @@ def open_folder(path: Path) -> tuple[dict[str, Any], Folder, Builder]:
     config = folder.json(CONFIG)
     if not isinstance(config, dict):
         raise ModelInvalid("not a dictionary of settings", where=str(where))
-    _demand_no_code(path, config)
+    demand_no_code(path, config)
     if config.get("quantization_config"):
         hint = "start from the checkpoint that the weights were quantized from; recipes quantize it anew"
         raise ModelInvalid("the weights are quantized (quantization_config)", where=str(where), hint=hint)
     return config, folder, _family(config, where)
-
-
-def _demand_no_code(path: Path, config: dict[str, Any]) -> None:
-    """Raise ``UnsafeInput`` where transformers would run Python files of the folder or of the hub."""
-    names = [name for name in ("tokenizer_config.json",) if (path / name).exists()]
-    for name, settings in [(CONFIG, config), *((name, Folder(path).json(name)) for name in names)]:
-        if isinstance(settings, dict) and settings.get("auto_map"):
-            hint = "if the family needs none of it, take auto_map out of the file; or hand over a torch module"
-            what = f"{name} asks to run code that came with the model (auto_map), which never happens"
-            raise UnsafeInput(what, where=str(path / name), hint=hint)
 
 
 def _family(config: dict[str, Any], where: Path) -> Builder:

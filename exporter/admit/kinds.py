@@ -21,6 +21,8 @@ class Kind:
 _EXPORT = "export the model to ONNX first"
 _PICKLE = "a pickle runs code when it is read; export the model to ONNX, or save the weights as safetensors"
 
+SAFETENSORS = "a safetensors file"
+
 KINDS = tuple(
     Kind(re.compile(pattern, re.DOTALL | re.IGNORECASE), name, *rest)
     for pattern, name, *rest in (
@@ -31,7 +33,7 @@ KINDS = tuple(
         (rb"\s*<(!doctype html|html|head|body|script)", "an HTML page", "a login or error page was saved; fetch again"),
         (rb"\s*<\?xml", "an XML file (OpenVINO?)", _EXPORT),
         (rb"[fv]trt|.{4}\{.*[fv]trt", "a TensorRT engine", "give the ONNX model that it was built from"),
-        (rb".{8}\{\"", "a safetensors file", "give the folder with config.json, or an ONNX model"),
+        (rb".{8}\{\"", SAFETENSORS, "give the folder with config.json, or an ONNX model"),
         (rb"\s*[\[{]\s*[\"{\]}]", "a JSON file", "give the .onnx file beside it"),
         (rb".{4}ORTM", "an onnxruntime .ort file", "give the ONNX model that it was made from"),
         (rb".{4}TFL3", "a TensorFlow Lite file", _EXPORT),
@@ -44,8 +46,13 @@ KINDS = tuple(
 )
 
 
+def find_kind(head: bytes) -> Kind | None:
+    """The first kind whose pattern starts ``head``, the first KiB of a file."""
+    return next((kind for kind in KINDS if kind.pattern.match(head)), None)
+
+
 def refuse_other_kinds(head: bytes) -> None:
-    """Raise the error of the first kind whose pattern starts ``head`` (the first KiB of the file)."""
-    for kind in KINDS:
-        if kind.pattern.match(head):
-            raise kind.error(f"not an ONNX model but {kind.name}", hint=kind.hint)
+    """Raise the error of the kind that ``head`` is of."""
+    kind = find_kind(head)
+    if kind is not None:
+        raise kind.error(f"not an ONNX model but {kind.name}", hint=kind.hint)

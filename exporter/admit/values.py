@@ -76,7 +76,9 @@ def check_finite(subject: Subject) -> None:
             bad.append(where)
     if bad:
         names = "; ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-        raise ModelInvalid(f"NaN or Inf in {names}", hint="train or export again, or allow it with --allow-nonfinite")
+        raise ModelInvalid(
+            f"NaN or Inf in {names}", hint="train or export again; qexport build takes it with --allow-nonfinite"
+        )
 
 
 def _acceptable(tensor: TensorProto, root: Path | None) -> bool:
