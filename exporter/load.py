@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -103,7 +104,7 @@ def load_source(path: str | Path, limits: Limits | None = None, *, cached: bool 
         IntegrityError: A file of such a cache is not what its name says.
     """
     place = Path(path)
-    if not place.exists():
+    if not os.path.exists(path):
         raise UsageError("no such file or folder", where=str(place), hint="give an .onnx file or a Hugging Face folder")
     if (place / ONNX_FILE).is_file() and not any((place / name).exists() for name in (WEIGHTS, INDEX)):
         place /= ONNX_FILE

@@ -82,7 +82,7 @@ def test_weights_that_no_output_needs_may_be_missing(electra, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("fields", "error", "said"),
     [
-        ({"auto_map": {"AutoModel": "code.Model"}}, UnsafeInput, "code of its own"),
+        ({"auto_map": {"AutoModel": "code.Model"}}, UnsafeInput, "asks to run code"),
         ({"architectures": ["ElectraForCausalLM"]}, ModelInvalid, "generates.*--via optimum"),
         ({"is_encoder_decoder": True}, ModelInvalid, "generates"),
         ({"model_type": "nothing-known"}, ModelInvalid, "transformers cannot read it"),

@@ -53,9 +53,10 @@ class TextSource:
                 yield self._encode(_text(record, column, f"{self.files[0]}: line {line}"), line)
 
     def _encode(self, text: str, line: int) -> Sample:
-        encoding = self.tokenizer.encode(text)
+        where = f"{self.files[0]}: line {line}"
+        encoding = encode(self.tokenizer, text, where)
         if not encoding.ids:
-            raise DataInvalid("the text has no tokens", where=f"{self.files[0]}: line {line}")
+            raise DataInvalid("the text has no tokens", where=where)
         return {entry.name: padded(MAKERS[entry.name](encoding), entry) for entry in self.inputs}
 
 
@@ -117,6 +118,15 @@ def load_tokenizer(path: Path, max_length: int | None) -> Tokenizer:
             f"cannot be read as a tokenizer: {error}", where=str(path), hint="expected a tokenizer.json"
         ) from error
     return tokenizer
+
+
+def encode(tokenizer: Tokenizer, text: str, where: str) -> Encoding:
+    """Tokenize; ``DataInvalid`` where the tokenizer has no token for a part of the text."""
+    try:
+        return tokenizer.encode(text)
+    except Exception as error:  # of no class of its own
+        hint = "use the tokenizer that the model was trained with"
+        raise DataInvalid(f"the tokenizer cannot read the text: {error}", where=where, hint=hint) from error
 
 
 def read_scores(path: Path) -> NDArray[np.float64]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qexport.calibration.reading.spec import DataSpec, InputSpec, Sample
-from qexport.calibration.reading.text import MAKERS, choose_tokenizer, load_tokenizer, padded, text_length
+from qexport.calibration.reading.text import MAKERS, choose_tokenizer, encode, load_tokenizer, padded, text_length
 from qexport.errors import DataInvalid, UsageError
 from qexport.passes.portable import MASK
 from qexport.safe_io import read_bytes
@@ -35,7 +35,7 @@ class WindowSource:
     tokenizer: Tokenizer
 
     def __iter__(self) -> Iterator[Sample]:
-        encoding = self.tokenizer.encode(read_running_text(self.files[0]))
+        encoding = encode(self.tokenizer, read_running_text(self.files[0]), str(self.files[0]))
         tokens = {entry: MAKERS[entry.name](encoding) for entry in self.inputs}
         for start in range(0, len(encoding.ids) - self.shortest + 1, self.size):
             yield {entry.name: padded(ids[start : start + self.size], entry) for entry, ids in tokens.items()}

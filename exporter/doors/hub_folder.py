@@ -7,7 +7,7 @@ from typing import Any
 
 from qexport.errors import ModelInvalid, UnsafeInput, UsageError
 from qexport.exporter.doors.pickled import SUFFIXES
-from qexport.exporter.families.folder import CONFIG, Folder, demand_inside
+from qexport.exporter.families.folder import CONFIG, Folder, demand_inside, demand_no_code
 
 GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForSeq2SeqLM")
 """How classes of models that generate text end."""
@@ -29,9 +29,7 @@ def demand_safe(path: Path) -> dict[str, Any]:
     files = sorted(file for file in path.rglob("*") if not file.is_dir())
     for file in files:
         demand_inside(file, path)
-    if "auto_map" in config:
-        hint = "code from a model folder is never run; export the module yourself as file.py:callable"
-        raise UnsafeInput("the model brings code of its own (auto_map)", where=str(path / CONFIG), hint=hint)
+    demand_no_code(path, config)
     if not any(file.suffix == ".safetensors" for file in path.iterdir()):
         pickle = next((file.name for file in files if file.suffix in SUFFIXES), None)
         if pickle is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.calibration.reading.text import load_tokenizer
+from qexport.calibration.reading.text import encode, load_tokenizer
 from qexport.calibration.reading.windows import read_running_text
 from qexport.errors import DataInvalid
 from qexport.exporter.load import COMPANIONS
@@ -42,7 +42,7 @@ def read_tokens(model: Path, text: Path, most: int | None) -> Tokens:
     written = read_running_text(text)
     if not written:
         raise DataInvalid("holds no text", where=str(text))
-    encoding = tokenizer.encode(written)
+    encoding = encode(tokenizer, written, str(text))
     sizes = byte_sizes(written, [end for _, end in encoding.offsets])
     vocabulary = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     return Tokens(np.array(encoding.ids[:most], np.int64), sizes[:most], vocabulary)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from qexport.calibration.reading.data import DataSpec, ImageSpec, open_dataset
 from qexport.calibration.reading.spec import InputSpec, Sample, input_specs
-from qexport.calibration.reading.text import MAKERS, load_tokenizer
+from qexport.calibration.reading.text import MAKERS, encode, load_tokenizer
 from qexport.errors import DataInvalid, UsageError
 from qexport.exporter.doors.inputs import AskedInput, Feeds, generate, sizes_for
 from qexport.passes.portable import IDS, MASK, TYPES, WANTED
@@ -103,7 +103,7 @@ def find_texts(known: Material, lengths: Sequence[int] = DECODED) -> Found:
         made = tuple({IDS: rng.integers(0, known.vocabulary or 2, length)} for length in wanted)
         return Found("token numbers", made, made_up=True)
     name, text = _running(known)
-    ids = np.array(load_tokenizer(known.tokenizer, None).encode(text).ids, np.int64)
+    ids = np.array(encode(load_tokenizer(known.tokenizer, None), text, name).ids, np.int64)
     if len(ids) < len(wanted) * 2:
         raise DataInvalid(f"the text has {len(ids)} tokens, too few", where=name, hint="give a page of text")
     whole, ends = sum(wanted), np.cumsum([0, *wanted])
@@ -143,7 +143,7 @@ def _sentences(known: Material, inputs: tuple[InputSpec, ...]) -> Found:
         return Found("token numbers", tuple(rows), made_up=True)
     tokenizer = load_tokenizer(known.tokenizer, limit)
     name, lines = _lines(known)
-    encoded = [tokenizer.encode(line) for line in lines]
+    encoded = [encode(tokenizer, line, name) for line in lines]
     rows = []
     for one, other in zip(encoded, encoded[1:] + encoded[:1], strict=True):
         made = {WANTED: other.ids, **{key: make(one) for key, make in MAKERS.items()}}
@@ -159,7 +159,12 @@ def _made_up(inputs: tuple[InputSpec, ...], ids: Ids) -> Sample:
 def _dataset(known: Material, inputs: tuple[InputSpec, ...], length: int) -> list[Sample]:
     assert known.data is not None
     spec = DataSpec(max_length=length, image=ImageSpec())  # of pixels any will do, both sides see the same
-    return list(islice(open_dataset(known.data, inputs, spec, tokenizer=known.tokenizer), SENTENCES))
+    samples = list(islice(open_dataset(known.data, inputs, spec, tokenizer=known.tokenizer), SENTENCES))
+    for place, ids in ((place, sample[IDS]) for place, sample in enumerate(samples) if IDS in sample):
+        if known.vocabulary is not None and ids.size and not 0 <= ids.min() <= ids.max() < known.vocabulary:
+            what = f"token numbers from {ids.min()} to {ids.max()}, the model has words 0 to {known.vocabulary - 1}"
+            raise DataInvalid(what, where=f"{known.data}: sample {place}, {IDS}")
+    return samples
 
 
 # ---------------------------------------------------------------- text

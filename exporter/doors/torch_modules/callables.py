@@ -67,7 +67,7 @@ def _guarded(source: str, action: Callable[[], Any]) -> Any:
     except ModuleNotFoundError as error:
         hint = f"install what has {error.name!r}"
         raise EnvironmentMismatch(f"module {error.name!r} is missing", where=source, hint=hint) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # exit() would end this program with a code of its own
         raise UsageError(f"its code failed: {told(error)}", where=source) from error
 
 

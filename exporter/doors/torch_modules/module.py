@@ -122,6 +122,9 @@ def _arrays(module: Any, examples: Any, where: str) -> Feeds:
         return {}
     if isinstance(examples, torch.Tensor):
         examples = (examples,)
+    if not isinstance(examples, Mapping | tuple | list):
+        what = f"the examples are of type {type(examples).__name__!r}"
+        raise UsageError(what, where=where, hint="return a dict or tuple of tensors beside the module")
     if not isinstance(examples, Mapping):
         names = _parameters(module)
         examples = {(names[i] if i < len(names) else f"input_{i}"): each for i, each in enumerate(examples)}
