@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,23 @@ from pydantic import ValidationError
 from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.admit import Limits
 from qexport.exporter.families.builder import COPY
-from qexport.exporter.families.folder import CONFIG, INDEX, WEIGHTS, Folder, check_blob, demand_inside, demand_no_code
+from qexport.exporter.families.folder import (
+    CONFIG,
+    INDEX,
+    TOKENIZER,
+    WEIGHTS,
+    Folder,
+    check_blob,
+    demand_inside,
+    demand_no_code,
+)
 from qexport.exporter.families.form import SCORING, Form
 from qexport.exporter.onnx_file import read_onnx
 from qexport.exporter.outcome.result import SourceInfo
 from qexport.safe_io import digest_bytes, digest_file
+
+ONNX_FILE = "model.onnx"  # as in an artefact of ours, or in a folder that another exporter wrote
+ENCODER_FILE = "encoder.onnx"  # beside it, where a decoder reads what an encoder found
 
 FAMILIES = {
     "bert": "qexport.exporter.families.bert:build",
@@ -41,12 +53,11 @@ FAMILIES = {
 }
 """``model_type`` of config.json to the function ``(config, folder) -> Model`` that builds the graph."""
 
-PARTS = {kind: {"encoder.onnx": "qexport.exporter.families.t5:build_encoder"} for kind in ("mt5", "t5")}
+PARTS = {kind: {ENCODER_FILE: "qexport.exporter.families.t5:build_encoder"} for kind in ("mt5", "t5")}
 """``model_type`` to further files of the portable layout and what builds them, as in ``FAMILIES``."""
 
-ONNX_FILE = "model.onnx"  # as in an artefact of ours, or in a folder that another exporter wrote
 COMPANIONS = (
-    "tokenizer.json",
+    TOKENIZER,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -84,7 +95,7 @@ class Source:
     @property
     def tokenizer(self) -> Path | None:
         """The ``tokenizer.json`` that came with the model."""
-        return next((path for path in self.companions if path.name == COMPANIONS[0]), None)
+        return find_tokenizer(self.companions)
 
 
 def load_model(path: str | Path) -> ir.Model:
@@ -119,6 +130,11 @@ def find_companions(folder: Path) -> tuple[Path, ...]:
     for companion in companions:
         demand_inside(companion, folder)
     return companions
+
+
+def find_tokenizer(companions: Iterable[Path]) -> Path | None:
+    """The ``tokenizer.json`` among the files that travel with a model."""
+    return next((path for path in companions if path.name == TOKENIZER), None)
 
 
 def describe(place: Path, files: Sequence[Path], model: ir.Model) -> SourceInfo:

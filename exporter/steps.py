@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
 import json
 import math
 import typing
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 from pydantic import TypeAdapter, ValidationError
 
 from qexport.errors import UsageError
+from qexport.exporter.lookup import look_up
 
 if TYPE_CHECKING:
     from qexport.passes.base import Pass
@@ -70,8 +70,7 @@ class LazyTable(Mapping[str, "type[Pass]"]):
         self._homes = dict(homes)
 
     def __getitem__(self, name: str) -> type[Pass]:
-        module, _, attribute = self._homes[name].partition(":")
-        found: type[Pass] = getattr(importlib.import_module(module), attribute)
+        found: type[Pass] = look_up(self._homes[name])
         return found
 
     def __contains__(self, name: object) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from qexport.exporter.doors.torch_modules.callables import is_callable_name
 from qexport.exporter.families.folder import CONFIG, INDEX, WEIGHTS
 from qexport.exporter.families.form import FLOATS
 from qexport.exporter.load import ONNX_FILE
+from qexport.exporter.lookup import look_up
 from qexport.exporter.options import LAYOUTS, ExportOptions
 
 DOORS = {
@@ -29,8 +29,7 @@ VIAS = ("auto", "qexport", "torch", "optimum")
 
 def open_origin(door: str, source: str | Path, asked: ExportOptions, scratch: Path) -> Origin:
     """Go through a door; ``scratch`` is an empty folder that is there for as long as the export."""
-    module, _, name = DOORS[door].partition(":")
-    origin: Origin = getattr(importlib.import_module(module), name)(str(source), asked, scratch)
+    origin: Origin = look_up(DOORS[door])(str(source), asked, scratch)
     return origin
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from qexport.exporter.doors.inputs import Feeds
 from qexport.exporter.families.form import FLOATS
+from qexport.exporter.load import find_tokenizer
 from qexport.exporter.outcome.result import SourceInfo
 
 Reference: TypeAlias = Callable[[Mapping[str, NDArray[Any]]], Mapping[str, NDArray[Any]]]
@@ -55,7 +56,7 @@ class Origin:
     @property
     def tokenizer(self) -> Path | None:
         """The ``tokenizer.json`` among the files that travel along."""
-        return next((path for path in self.companions if path.name == "tokenizer.json"), None)
+        return find_tokenizer(self.companions)
 
 
 def type_of(model: ir.Model) -> ir.DataType:

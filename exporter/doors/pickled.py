@@ -11,17 +11,29 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 from numpy.typing import NDArray
 
 from qexport.errors import ModelInvalid, UnsafeInput
 from qexport.exporter.doors.torch_modules.tensors import import_torch, to_array
+from qexport.exporter.families.folder import Folder
+from qexport.exporter.families.weights import Stored, Weights
 from qexport.safe_io import open_file
 
+PICKLE = "pytorch_model.bin"
 SUFFIXES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl"})
+_KINDS = {
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float16): "F16",
+    np.dtype(ml_dtypes.bfloat16): "BF16",
+    np.dtype(np.float64): "F64",
+}
 _INNER = ("state_dict", "model_state_dict", "model")  # where training scripts put the weights beside other things
 _GLOBAL = re.compile(r"GLOBAL ([\w.]+)|module '?([\w.]+)'?")
 
@@ -90,3 +102,28 @@ def _array(name: str, tensor: Any, where: str) -> NDArray[Any]:
     except (TypeError, RuntimeError, ValueError) as error:
         what = f"tensor {name!r} cannot be an array: it is {tensor.dtype}, {tensor.layout}, on {tensor.device}"
         raise ModelInvalid(what, where=where, hint="save it dense, in a float or integer type") from error
+
+
+# ---------------------------------------------------------------- folders
+
+
+class PickledFolder(Folder):
+    """A folder whose weights are a pickle that a person has allowed; it is read as numbers alone."""
+
+    def __init__(self, path: Path, used: list[Path]) -> None:
+        super().__init__(path)
+        self.used += used
+        self._held: dict[str, Stored] | None = None
+
+    def weights(self, anchor: str) -> Weights:
+        """A reader of the tensors in the pickle."""
+        file = self.file(PICKLE)
+        if self._held is None:
+            arrays = read_pickled(file, allow_pickle=True)
+            self._held = {name: _stored(array, file) for name, array in arrays.items()}
+        return Weights(self._held, anchor, str(file))
+
+
+def _stored(array: NDArray[Any], file: Path) -> Stored:
+    kind = _KINDS.get(array.dtype, array.dtype.name)
+    return Stored(array.shape, kind, partial(np.asarray, array), str(file))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from qexport.calibration.reading.text import encode, load_tokenizer
 from qexport.calibration.reading.windows import read_running_text
 from qexport.errors import DataInvalid
-from qexport.exporter.load import COMPANIONS
+from qexport.exporter.families.folder import TOKENIZER
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ def read_tokens(model: Path, text: Path, most: int | None) -> Tokens:
     Raises:
         DataInvalid: There is no tokenizer, no text, or it is not UTF-8.
     """
-    path = model.parent / COMPANIONS[0]
+    path = model.parent / TOKENIZER
     if not path.is_file():
         raise DataInvalid("no tokenizer", where=str(path), hint="put the model's tokenizer.json beside it")
     tokenizer = load_tokenizer(path, None)

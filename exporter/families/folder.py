@@ -13,6 +13,7 @@ from qexport.exporter.families.weights import Stored, Weights, read_headers
 from qexport.safe_io import read_bytes
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TOKENIZER = "tokenizer.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 _MOST_JSON = 8 << 20

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from qexport.calibration.reading.text import load_tokenizer
 from qexport.errors import DataInvalid
-from qexport.exporter.families.folder import Folder, demand_inside
-
-TOKENIZER = "tokenizer.json"
+from qexport.exporter.families.folder import TOKENIZER, Folder, demand_inside
 
 
 def check_vocabulary(folder: Folder, vocab_size: int) -> None:

@@ -13,6 +13,7 @@ from qexport.calibration.reading.batching import batches
 from qexport.calibration.reading.spec import Sample, input_specs, keeps_cache, static_batch
 from qexport.exporter.doors.inputs import Feeds
 from qexport.exporter.doors.origin import Origin
+from qexport.exporter.load import ENCODER_FILE, ONNX_FILE
 from qexport.exporter.outcome.export_result import CheckInfo, Verification
 from qexport.exporter.proof.closeness import Allowed, Run, compare, tolerances
 from qexport.exporter.proof.decoding import Call, compare_calls, decode, plan
@@ -21,7 +22,6 @@ from qexport.exporter.proof.source import Found, Material, find_samples, find_te
 from qexport.exporter.proof.streamed import run_streamed
 from qexport.passes.portable import IDS, LOGITS, MASK, SOURCE_MASK, WANTED
 
-MODEL, ENCODER = "model.onnx", "encoder.onnx"
 Outputs: TypeAlias = dict[str, NDArray[Any]]
 ENCODED = (17, 29, 8)  # tokens that an encoder reads for the rows of its decoder
 
@@ -33,7 +33,7 @@ def verify(written: Mapping[str, ir.Model], origin: Origin, known: Material) -> 
         GateFailed: They differ by more than the type allows.
         DataInvalid: Inputs that were given do not fit.
     """
-    model = written[MODEL]
+    model = written[ONNX_FILE]
     if keeps_cache(model):
         found = find_texts(known)
         checks = _decoder(written, origin, known, found)
@@ -109,7 +109,7 @@ def _decoder(written: Mapping[str, ir.Model], origin: Origin, known: Material, f
     """The calls of ``proof.decoding``; behind an encoder on what it made of other texts."""
     texts = [row[IDS] for row in found.rows]
     whole, sent = _padded(texts), {}
-    if ENCODER in written:
+    if ENCODER_FILE in written:
         sent = _padded([row[IDS] for row in find_texts(known, ENCODED).rows])
         whole = {**sent, WANTED: whole[IDS]}
     calls = plan(texts)
@@ -128,11 +128,11 @@ def _decoded(
 ) -> list[NDArray[np.float32]]:
     context: Feeds = {}
     if sent:
-        (encoded,) = run_streamed(written[ENCODER], [sent], rounded=rounded)
-        read = {value.name for value in written[MODEL].graph.inputs}
+        (encoded,) = run_streamed(written[ENCODER_FILE], [sent], rounded=rounded)
+        read = {value.name for value in written[ONNX_FILE].graph.inputs}
         context = {name: array for name, array in encoded.items() if name in read}
         context[SOURCE_MASK] = sent[MASK]
-    return decode(written[MODEL], calls, context, rounded=rounded)
+    return decode(written[ONNX_FILE], calls, context, rounded=rounded)
 
 
 def _padded(rows: list[NDArray[Any]]) -> Feeds:

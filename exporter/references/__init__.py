@@ -6,7 +6,6 @@ are read one at a time.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from qexport.exporter.families.folder import Folder
 from qexport.exporter.families.form import Form
+from qexport.exporter.lookup import look_up
 
 Feeds: TypeAlias = Mapping[str, NDArray[Any]]
 Reference: TypeAlias = Callable[[Feeds], dict[str, NDArray[Any]]]
@@ -40,6 +40,5 @@ REFERENCES = {
 
 def find_reference(config: dict[str, Any], folder: Folder, form: Form) -> Reference:
     """The reference of a folder whose family is known."""
-    module, _, name = REFERENCES[config["model_type"]].partition(":")
-    found: Reference = getattr(importlib.import_module(module), name)(config, folder, form)
+    found: Reference = look_up(REFERENCES[config["model_type"]])(config, folder, form)
     return found
