@@ -31,7 +31,7 @@ def open_own_folder(source: str, asked: ExportOptions, _scratch: Path) -> Origin
     path = Path(source)
     config, folder, build = open_folder(path)
     if asked.allow_pickle and not (folder.has(WEIGHTS) or folder.has(INDEX)) and folder.has(PICKLE):
-        folder = PickledFolder(path, folder.used)
+        folder = PickledFolder(path, folder.used, allow_pickle=asked.allow_pickle)
     dtype = FLOATS[asked.dtype or "float32"]
     form = Form(dtype, cached=asked.layout == "cached", lazy=True, task=asked.task)
     parts = {ONNX_FILE: build(config, folder, form)}

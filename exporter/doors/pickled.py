@@ -110,16 +110,17 @@ def _array(name: str, tensor: Any, where: str) -> NDArray[Any]:
 class PickledFolder(Folder):
     """A folder whose weights are a pickle that a person has allowed; it is read as numbers alone."""
 
-    def __init__(self, path: Path, used: list[Path]) -> None:
+    def __init__(self, path: Path, used: list[Path], *, allow_pickle: bool) -> None:
         super().__init__(path)
         self.used += used
         self._held: dict[str, Stored] | None = None
+        self._allow_pickle = allow_pickle
 
     def weights(self, anchor: str) -> Weights:
         """A reader of the tensors in the pickle."""
         file = self.file(PICKLE)
         if self._held is None:
-            arrays = read_pickled(file, allow_pickle=True)
+            arrays = read_pickled(file, allow_pickle=self._allow_pickle)
             self._held = {name: _stored(array, file) for name, array in arrays.items()}
         return Weights(self._held, anchor, str(file))
 
