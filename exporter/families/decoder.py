@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import onnx_ir as ir
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from qexport.errors import ModelInvalid
 from qexport.exporter.families.attending import Attending, Geometry, attending, opset_for, split_heads
@@ -21,19 +21,18 @@ from qexport.exporter.families.builder import COPY, GraphBuilder, transposed
 from qexport.exporter.families.folder import Folder
 from qexport.exporter.families.form import Form
 from qexport.exporter.families.rotary import Rope, attention_factor, rotary_angles, spell_out_rope
+from qexport.exporter.families.settings import Settings
 from qexport.exporter.families.weights import Weights
 
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MOST_POSITIONS, MOST_DIM = 1 << 18, 1 << 9  # bounds of the rotary tables, which no weight bears out
 
 
-class DecoderConfig(BaseModel):
+class DecoderConfig(Settings):
     """The fields of config.json that shape the graph; others are ignored, unsupported values refused.
 
     A family restricts the values of fields, and says by class attributes what its layers have.
     """
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
 
     query_key_norms: ClassVar[bool] = False
     """Whether queries and keys are normalized, each head by itself, before they are rotated."""

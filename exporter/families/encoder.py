@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import onnx_ir as ir
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from qexport.exporter.families.builder import GraphBuilder
+from qexport.exporter.families.settings import Settings
 from qexport.passes.portable import MASKED
 
 OPSET = 20  # the first with Gelu, and what TensorRT 10.3 reads
@@ -23,10 +24,8 @@ POSITIONS = "embeddings.position_embeddings.weight"
 KINDS = "embeddings.token_type_embeddings"
 
 
-class EncoderConfig(BaseModel):
+class EncoderConfig(Settings):
     """The fields of config.json that shape the graph; others are ignored, unsupported values refused."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
 
     hidden_size: int = Field(gt=0)
     num_hidden_layers: int = Field(gt=0)

@@ -13,12 +13,13 @@ from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from qexport.exporter.families.attending import Attending, Geometry, attending, opset_for, split_heads
 from qexport.exporter.families.builder import COPY, Change, GraphBuilder, transposed
 from qexport.exporter.families.folder import Folder
 from qexport.exporter.families.form import SCORING, Form
+from qexport.exporter.families.settings import Settings
 from qexport.exporter.families.weights import Array
 
 TABLE, PLACES, HEAD = "wte.weight", "wpe.weight", "lm_head.weight"
@@ -33,13 +34,11 @@ ACTIVATIONS = {
 """By ``activation_function``: operator and attributes."""
 
 
-class GPT2Config(BaseModel):
+class GPT2Config(Settings):
     """The fields of config.json that shape the graph; others are ignored, unsupported values refused.
 
     ``reorder_and_upcast_attn`` is one of those ignored: it only says in which type training sums.
     """
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
 
     model_type: Literal["gpt2"]
     vocab_size: int = Field(gt=0)

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from qexport.errors import ModelInvalid, UnsafeInput
 from qexport.exporter.families.folder import CONFIG, PICKLES, WEIGHTS, Folder
+from qexport.exporter.families.settings import Settings
 
 MODULES, POOLING = "modules.json", "1_Pooling"
 KNOWN_MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
@@ -129,9 +130,7 @@ def _modes(config: Any) -> list[str]:
     return [str(mode) for mode in named] if isinstance(named, list) else [str(named)]
 
 
-class _DenseConfig(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
+class _DenseConfig(Settings):
     in_features: int = Field(gt=0)
     out_features: int = Field(gt=0)
     bias: bool = True

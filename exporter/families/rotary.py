@@ -8,21 +8,21 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from qexport.exporter.families.settings import Settings
 
 Frequencies = NDArray[np.floating[Any]]  # [pairs], radians per position
 
 _NEED_A_FACTOR = ("linear", "dynamic", "llama3")
 
 
-class Rope(BaseModel):
+class Rope(Settings):
     """How positions become angles: ``rope_parameters``, or the older ``rope_scaling`` with ``rope_theta`` beside it.
 
     ``rope_type`` says how frequencies are scaled, see ``SCALINGS``; the fields behind ``factor`` belong to some types.
     ``partial_rotary_factor`` is the part of each head, from its start, that is turned at all.
     """
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
 
     rope_type: Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"] = "default"
     rope_theta: float = Field(default=10000.0, gt=1)

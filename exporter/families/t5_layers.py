@@ -10,11 +10,12 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from qexport.exporter.families.attending import Geometry, Heads, split_heads
 from qexport.exporter.families.builder import GraphBuilder
 from qexport.exporter.families.cross import Pair, look
+from qexport.exporter.families.settings import Settings
 from qexport.exporter.families.weights import Array
 from qexport.passes.portable import MASKED
 
@@ -23,14 +24,12 @@ TABLES = ("shared.weight", "decoder.embed_tokens.weight", "encoder.embed_tokens.
 """Names that savers have for the one table of embeddings."""
 
 
-class T5Config(BaseModel):
+class T5Config(Settings):
     """The fields of config.json that shape the graph; others are ignored, unsupported values refused.
 
     ``tie_word_embeddings: false`` says of T5 that logits are not scaled, as T5 1.1 has it. transformers 5 writes
     ``scale_decoder_outputs`` instead, and ``tie_word_embeddings: true`` always. mT5 never scales.
     """
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
 
     model_type: Literal["t5", "mt5"]
     vocab_size: int = Field(gt=0)

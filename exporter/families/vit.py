@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.families.attending import split_heads
@@ -22,6 +22,7 @@ from qexport.exporter.families.encoder import OPSET, activate
 from qexport.exporter.families.folder import CONFIG, Folder
 from qexport.exporter.families.form import SCORING, Form
 from qexport.exporter.families.labels import label_notes
+from qexport.exporter.families.settings import Settings
 from qexport.exporter.families.weights import Weights
 from qexport.passes.portable import LOGITS
 
@@ -32,10 +33,8 @@ TASKS = ("embedding", "classification")
 FLOAT = ir.DataType.FLOAT
 
 
-class VitConfig(BaseModel):
+class VitConfig(Settings):
     """The fields of config.json that shape the graph; others are ignored, unsupported values refused."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
 
     model_type: Literal["vit"]
     hidden_size: int = Field(default=768, gt=0)
