@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
+import folders
 import numpy as np
-from safetensors.numpy import save_file
-
-from qexport.exporter.families.form import SCORING
-from qexport.exporter.load import open_folder
-from qexport.exporter.references import find_reference
 
 BASE = {
     "hidden_size": 32,
@@ -81,19 +75,9 @@ def weights(config):
 
 def write(path, config, tensors=None):
     """A folder with a checkpoint."""
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(config))
-    save_file(weights(config) if tensors is None else tensors, path / "model.safetensors")
-    return path
-
-
-def made(path, form=SCORING):
-    """The graph."""
-    config, folder, build = open_folder(path)
-    return build(config, folder, form)
+    return folders.save(path, config, weights(config) if tensors is None else tensors)
 
 
 def truth_of(path, ids):
     """What the reference says."""
-    config, folder, _ = open_folder(path)
-    return find_reference(config, folder, SCORING)({"input_ids": ids})["logits"]
+    return folders.truth_of(path, {"input_ids": ids})["logits"]

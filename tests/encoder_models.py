@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 
+import folders
 import numpy as np
-from helpers import session
 from safetensors.numpy import save_file
 
-from qexport.exporter.families.folder import Folder
 from qexport.exporter.families.form import Form
-from qexport.exporter.load import open_folder
-from qexport.exporter.references import find_reference
 
 WIDTH, INNER, WORDS, LABELS, PLACES = 32, 64, 50, 3, 20
 SHARED = {"vocab_size": WORDS, "max_position_embeddings": PLACES}
@@ -106,14 +103,10 @@ def settings(family, task="embedding", **changes):
 
 def write(path, family, task="embedding", weights=None, **changes):
     """Save one; returns its folder."""
-    path.mkdir()
     config = settings(family, task, **changes)
     if "classification" in task and "id2label" not in changes:
         config["id2label"] = {str(number): f"L{number}" for number in range(LABELS)}
-    (path / "config.json").write_text(json.dumps(config))
-    file = path / "model.safetensors"
-    save_file(tensors(family, task) if weights is None else weights, file, metadata={"format": "pt"})
-    return path
+    return folders.save(path, config, tensors(family, task) if weights is None else weights, {"format": "pt"})
 
 
 def listed(path, *modules, pooling="mean", dense=()):
@@ -154,17 +147,9 @@ def feeds(family, ids, lengths=None):
 
 def graph(path, **form):
     """The graph of a folder."""
-    config, folder, build = open_folder(path)
-    return build(config, folder, Form(**form))
+    return folders.graph_of(path, Form(**form))
 
 
 def truth(path, sample, **form):
     """What the reference answers."""
-    config = json.loads((path / "config.json").read_text())
-    return find_reference(config, Folder(path), Form(**form))(sample)
-
-
-def answer(model, sample):
-    """What onnxruntime makes of the graph, by name."""
-    running = session(model)
-    return dict(zip([value.name for value in running.get_outputs()], running.run(None, sample), strict=True))
+    return folders.truth_of(path, sample, Form(**form))

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+import qexport
 import qexport.cli
 from qexport.calibration.reading.data import sample_digest
 
@@ -53,6 +54,11 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
     code = qexport.cli.run(list(arguments))
     told = capsys.readouterr()
     return code, told.out, told.err
+
+
+def exported(source: str | Path, output: Path, **asked: object) -> qexport.ExportResult:
+    """Export with these options."""
+    return qexport.export(source, output=output, options=qexport.ExportOptions(**asked))
 
 
 def session(model, path=None):

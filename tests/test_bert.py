@@ -3,13 +3,13 @@ import json
 import math
 import os
 
+import folders
 import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -62,10 +62,7 @@ def folder(tmp_path):
 
 
 def write(path, config=CONFIG, tensors=None):
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(config))
-    save_file(weights() if tensors is None else tensors, path / "model.safetensors")
-    return path
+    return folders.save(path, config, weights() if tensors is None else tensors)
 
 
 def session(model):

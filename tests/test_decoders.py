@@ -8,7 +8,8 @@ import weakref
 import numpy as np
 import onnx_ir as ir
 import pytest
-from decoder_models import BASE, CASES, MIXED, made, settle, shapes, truth_of, weights, write
+from decoder_models import BASE, CASES, MIXED, settle, shapes, truth_of, weights, write
+from folders import graph_of
 from helpers import session
 from stepping import checked, demand_same, engine_of, opened, ragged, same_graph, stepped
 
@@ -36,18 +37,18 @@ def answer(model, ids=IDS, mask=None):
 
 
 def test_the_plain_graph_computes_what_the_reference_does(folder):
-    model = made(folder)
+    model = graph_of(folder)
     checked(model)
     demand_same(answer(model), truth_of(folder, IDS))
 
 
 def test_pieces_steps_and_a_draft_taken_back_give_the_logits_of_the_whole_row(folder):
-    demand_same(stepped(opened(made(folder, CACHED)), IDS[0]), truth_of(folder, IDS)[0])
+    demand_same(stepped(opened(graph_of(folder, CACHED)), IDS[0]), truth_of(folder, IDS)[0])
 
 
 def test_rows_of_different_lengths_give_the_logits_of_each_alone(folder):
     truth = truth_of(folder, IDS)
-    for row, found in enumerate(ragged(opened(made(folder, CACHED)), IDS)):
+    for row, found in enumerate(ragged(opened(graph_of(folder, CACHED)), IDS)):
         demand_same(found, truth[row, : len(found)])
 
 
@@ -59,24 +60,24 @@ def test_logits_are_those_of_transformers(folder):
     with torch.no_grad():
         truth = original(torch.tensor(IDS)).logits.numpy()
     demand_same(truth_of(folder, IDS), truth)
-    demand_same(answer(made(folder)), truth)
-    demand_same(stepped(opened(made(folder, CACHED)), IDS[1]), truth[1])
+    demand_same(answer(graph_of(folder)), truth)
+    demand_same(stepped(opened(graph_of(folder, CACHED)), IDS[1]), truth[1])
 
 
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("name", KINDS)
 def test_read_late_weights_are_the_same(tmp_path, name, cached):
     folder = write(tmp_path / "m", settle(name))
-    assert same_graph(*(made(folder, Form(cached=cached, lazy=lazy)) for lazy in (False, True)))
+    assert same_graph(*(graph_of(folder, Form(cached=cached, lazy=lazy)) for lazy in (False, True)))
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_logits_of_float16_are_near(tmp_path, name):
     folder = write(tmp_path / "m", settle(name))
     truth = truth_of(folder, IDS)
-    decoder = opened(made(folder, HALF))
+    decoder = opened(graph_of(folder, HALF))
     assert decoder.signature.dtype == np.float16
-    plain = answer(made(folder, Form(ir.DataType.FLOAT16)))
+    plain = answer(graph_of(folder, Form(ir.DataType.FLOAT16)))
     for found, wanted in ((stepped(decoder, IDS[0]), truth[0]), (plain, truth)):
         assert 1e-5 < np.linalg.norm(found - wanted) / np.linalg.norm(wanted) < 1e-2
 
@@ -85,13 +86,13 @@ def test_the_logits_of_float16_are_near(tmp_path, name):
 @pytest.mark.parametrize("name", KINDS)
 def test_the_decoder_builds_for_rtx(tmp_path, name):
     pytest.importorskip("tensorrt_rtx")
-    model = made(write(tmp_path / "m", settle(name)), HALF)
+    model = graph_of(write(tmp_path / "m", settle(name)), HALF)
     assert engine_of(model, {"batch": (1, 1, 2), "sequence": (1, 1, 8)}).plan
 
 
 @pytest.mark.parametrize("form", [SCORING, CACHED], ids=["plain", "cached"])
 def test_what_lies_before_the_window_of_every_layer_changes_nothing_and_what_lies_in_it_does(tmp_path, form):
-    model = made(write(tmp_path / "m", settle("mistral", num_hidden_layers=2)), form)  # 6 + 6 - 1 positions
+    model = graph_of(write(tmp_path / "m", settle("mistral", num_hidden_layers=2)), form)  # 6 + 6 - 1 positions
     other = IDS.copy()
     other[:, 9] = (other[:, 9] + 1) % 50
     if form.cached:
@@ -109,17 +110,17 @@ def test_what_lies_before_the_window_of_every_layer_changes_nothing_and_what_lie
 def test_layers_without_a_window_see_everything(tmp_path):
     config = settle("qwen2, chosen windows")
     few, all_of_them = (
-        answer(made(write(tmp_path / name, {**config, **changes})))
+        answer(graph_of(write(tmp_path / name, {**config, **changes})))
         for name, changes in (("few", {}), ("all", {"use_sliding_window": False, "layer_types": None}))
     )
     np.testing.assert_allclose(few[:, :4], all_of_them[:, :4], atol=1e-5)
     assert (np.abs(few[:, 5:] - all_of_them[:, 5:]).max(-1) > 1e-3).all()
-    one_window = answer(made(write(tmp_path / "mistral", settle("qwen2, late windows", max_window_layers=0))))
+    one_window = answer(graph_of(write(tmp_path / "mistral", settle("qwen2, late windows", max_window_layers=0))))
     assert np.abs(one_window[:, -1] - few[:, -1]).max() > 1e-3
 
 
 def test_padding_changes_nothing(tmp_path):
-    model = made(write(tmp_path / "m", settle("qwen3, chosen windows")))
+    model = graph_of(write(tmp_path / "m", settle("qwen3, chosen windows")))
     other, mask = IDS.copy(), np.ones_like(IDS)
     other[:, 20:], mask[:, 20:] = 7, 0
     np.testing.assert_allclose(answer(model, other, mask)[:, :20], answer(model)[:, :20], atol=1e-5)
@@ -154,7 +155,7 @@ def test_the_reference_fills_in_what_is_left_out_as_the_graph_does(tmp_path):
     for kind in ("mistral", "bitnet"):
         config = {key: value for key, value in settle(kind, **changes).items() if value is not None}
         path = write(tmp_path / kind, config)
-        demand_same(answer(made(path)), truth_of(path, IDS))
+        demand_same(answer(graph_of(path)), truth_of(path, IDS))
 
 
 def test_every_decoder_has_a_reference():
@@ -217,12 +218,12 @@ def test_a_model_without_its_head_is_refused_in_words(tmp_path):
 
 def test_a_tied_model_saved_by_the_name_of_its_layers_is_built(tmp_path):
     config = settle("qwen2", architectures=["Qwen2Model"])
-    demand_same(answer(made(write(tmp_path / "m", config))), truth_of(tmp_path / "m", IDS))
+    demand_same(answer(graph_of(write(tmp_path / "m", config))), truth_of(tmp_path / "m", IDS))
 
 
 def test_the_config_is_never_written_to(tmp_path):
     folder = write(tmp_path / "m", settle("qwen2, yarn"))
-    made(folder)
+    graph_of(folder)
     truth_of(folder, IDS)
     assert json.loads((folder / "config.json").read_text()) == {**BASE, **CASES["qwen2, yarn"]}
     assert "sliding_window" in MIXED

@@ -14,7 +14,6 @@ from encoder_models import (
     SUFFIXES,
     TASKS,
     WORDS,
-    answer,
     feeds,
     graph,
     kind,
@@ -22,6 +21,7 @@ from encoder_models import (
     truth,
     write,
 )
+from folders import answers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -58,17 +58,17 @@ def test_the_graph_computes_what_the_definition_says(tmp_path, family, task):
     path = write(tmp_path / "model", family, task)
     model, sample = graph(path), feeds(family, IDS, LENGTHS)
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
-    close(answer(model, sample), truth(path, sample), sample["attention_mask"], rtol=1e-4, atol=2e-6)
+    close(answers(model, sample), truth(path, sample), sample["attention_mask"], rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_changes_nothing(tmp_path, family, task):
     model = graph(write(tmp_path / "model", family, task))
-    together = answer(model, feeds(family, IDS, LENGTHS))
+    together = answers(model, feeds(family, IDS, LENGTHS))
     for row, length in enumerate(LENGTHS):
         sample = feeds(family, IDS, LENGTHS)
-        alone = answer(model, {name: array[row : row + 1, :length] for name, array in sample.items()})
+        alone = answers(model, {name: array[row : row + 1, :length] for name, array in sample.items()})
         for name, array in alone.items():
             padded = together[name][row : row + 1]
             whole = "sequence" in str(model.graph.outputs[0].shape) and array.ndim == 3
@@ -88,7 +88,7 @@ def test_transformers_answers_the_same(tmp_path, family, task):
         out = theirs.eval()(**{name: torch.from_numpy(array) for name, array in sample.items()})
     name = TENSORS_OF.get(task, "logits")
     expected, mask = {name: out[name].numpy()}, sample["attention_mask"]
-    for found in (answer(graph(path), sample), truth(path, sample)):
+    for found in (answers(graph(path), sample), truth(path, sample)):
         close({name: found[name]}, expected, mask, rtol=1e-4, atol=1e-5)
 
 
@@ -100,7 +100,7 @@ def test_the_longest_sequence_is_told_and_runs(tmp_path, family):
     padding = CONFIGS[family].get("pad_token_id", 0)
     assert most == (PLACES - padding - 1 if kind(family) == "roberta" else PLACES)
     sample = feeds(family, [list(range(10, 10 + most))])
-    close(answer(model, sample), truth(path, sample), sample["attention_mask"], rtol=1e-4, atol=2e-6)
+    close(answers(model, sample), truth(path, sample), sample["attention_mask"], rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -148,12 +148,12 @@ def test_half_precision_comes_close_and_leaves_as_float32(tmp_path, family, task
     expected, mask = truth(path, sample), sample["attention_mask"]
     close(rounded(model, sample), expected, mask, rtol=tolerance, atol=tolerance)
     if dtype == "float16":  # which onnxruntime runs without a detour
-        close(answer(model, sample), expected, mask, rtol=tolerance, atol=tolerance)
+        close(answers(model, sample), expected, mask, rtol=tolerance, atol=tolerance)
 
 
 def test_an_empty_row_is_zeros_in_half_precision(tmp_path):
     model = graph(write(tmp_path / "model", "bert"), dtype=ir.DataType.FLOAT16)
-    sentence = answer(model, feeds("bert", IDS, [6, 0, 2]))["sentence_embedding"]
+    sentence = answers(model, feeds("bert", IDS, [6, 0, 2]))["sentence_embedding"]
     assert np.isfinite(sentence).all()
     np.testing.assert_array_equal(sentence[1], 0)
 
@@ -205,8 +205,8 @@ def test_a_roberta_of_two_token_types_has_the_first(tmp_path):
     two = write(tmp_path / "two", "roberta", weights=weights, type_vocab_size=2)
     sample = feeds("roberta", IDS, LENGTHS)
     np.testing.assert_array_equal(
-        answer(graph(two), sample)["last_hidden_state"],
-        answer(graph(write(tmp_path / "one", "roberta")), sample)["last_hidden_state"],
+        answers(graph(two), sample)["last_hidden_state"],
+        answers(graph(write(tmp_path / "one", "roberta")), sample)["last_hidden_state"],
     )
 
 
@@ -214,7 +214,7 @@ def test_a_roberta_of_two_token_types_has_the_first(tmp_path):
 def test_activations_are_those_of_the_name(tmp_path, activation):
     path = write(tmp_path / "model", "distilbert", activation=activation)
     sample = feeds("distilbert", IDS, LENGTHS)
-    close(answer(graph(path), sample), truth(path, sample), sample["attention_mask"], rtol=1e-4, atol=2e-6)
+    close(answers(graph(path), sample), truth(path, sample), sample["attention_mask"], rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -222,7 +222,7 @@ def test_checkpoints_in_half_precision_are_read(tmp_path, dtype):
     kind_of = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16
     weights = {name: array.astype(kind_of) for name, array in tensors("roberta").items()}
     path, sample = write(tmp_path / "model", "roberta", weights=weights), feeds("roberta", IDS, LENGTHS)
-    close(answer(graph(path), sample), truth(path, sample), sample["attention_mask"], rtol=1e-4, atol=2e-6)
+    close(answers(graph(path), sample), truth(path, sample), sample["attention_mask"], rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize(("family", "task"), [("roberta", "classification"), ("distilbert", "embedding")])
@@ -247,7 +247,7 @@ def test_minilm_is_what_the_definition_says(minilm):
     ids = rng.integers(1000, 30000, (3, 24))
     mask = np.array([[1] * 24, [1] * 9 + [0] * 15, [1] * 2 + [0] * 22])
     sample = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-    close(answer(graph(minilm, lazy=True), sample), truth(minilm, sample), mask, rtol=1e-4, atol=5e-6)
+    close(answers(graph(minilm, lazy=True), sample), truth(minilm, sample), mask, rtol=1e-4, atol=5e-6)
 
 
 # ---------------------------------------------------------------- vocabulary

@@ -7,18 +7,15 @@ import json
 import shutil
 from pathlib import Path
 
-import click
 import decoder_models
 import encoder_models
 import numpy as np
 import onnx
 import pytest
-from helpers import call, save_model
-from test_t5 import write as write_t5
-from test_vit import write as write_vit
+import t5_models
+import vit_models
+from helpers import call, exported, save_model
 
-import qexport
-from qexport.cli.export import export as command
 from qexport.errors import DataInvalid, GateFailed, UsageError
 from qexport.exporter import export as road
 from qexport.exporter.doors import own_folder
@@ -30,28 +27,10 @@ STORIES = ROOT / "samples/decoder/stories260k"
 RESNET = ROOT / "samples/resnet20"
 APPENDED = ROOT / "tests/models/llama_past_optimum.onnx"
 FILES = {"model.onnx", "manifest.json", "export.json"}
-FLAGS = {
-    "-o": "out",
-    "--dtype": "float16",
-    "--task": "embedding",
-    "--via": "torch",
-    "--input": "x:float32[batch,3]",
-    "--data": "samples.npz",
-    "--text": "prose.txt",
-    "--layout": "scoring",
-    "--python": "python",
-    "--allow-pickle": None,
-    "--json": None,
-    "--debug": None,
-}
 
 
 def names(folder):
     return {path.name for path in folder.iterdir()}
-
-
-def made(source, output, **asked):
-    return qexport.export(source, output=output, options=qexport.ExportOptions(**asked))
 
 
 def tiny(path, **changes):
@@ -105,7 +84,7 @@ def test_a_decoder_leaves_in_the_portable_layout_with_a_receipt(capsys, tmp_path
 
 
 def test_what_was_written_decodes(tmp_path):
-    made(STORIES, tmp_path / "out")
+    exported(STORIES, tmp_path / "out")
     ids = np.arange(3, 23)[None]
     decoder = Decoder(tmp_path / "out/model.onnx")
     truth = decoder_models.truth_of(STORIES, ids)
@@ -126,7 +105,7 @@ def test_the_summary_says_what_was_held_against_what(capsys, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_decoders_are_written_in_sixteen_bits(tmp_path, dtype):
-    result = made(STORIES, tmp_path / "out", dtype=dtype)
+    result = exported(STORIES, tmp_path / "out", dtype=dtype)
     caches = [port for port in result.parts["model.onnx"].inputs if port.name.startswith("past")]
     assert len(caches) == 10
     assert {port.dtype for port in caches} == {dtype}
@@ -138,21 +117,21 @@ def test_decoders_are_written_in_sixteen_bits(tmp_path, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", ["mistral", "qwen2, yarn", "qwen3, chosen windows", "bitnet, tied"])
 def test_families_pass_with_room_to_spare(tmp_path, name, dtype):
-    result = made(decoder_models.write(tmp_path / "in", decoder_models.settle(name)), tmp_path / "out", dtype=dtype)
+    result = exported(decoder_models.write(tmp_path / "in", decoder_models.settle(name)), tmp_path / "out", dtype=dtype)
     for check in result.verification.checks:
         assert check.rms < 0.8 * check.allowed_rms
         assert check.error < 0.5 * check.allowed_error
 
 
 def test_decoders_are_written_for_scoring_where_asked(tmp_path):
-    result = made(STORIES, tmp_path / "out", layout="scoring")
+    result = exported(STORIES, tmp_path / "out", layout="scoring")
     assert result.layout == "scoring"
     assert [port.name for port in result.parts["model.onnx"].inputs] == ["input_ids", "attention_mask"]
     assert result.verification.data == "eight sentences of prose"
 
 
 def test_minilm_is_exported_without_torch(tmp_path, minilm):
-    result = made(minilm, tmp_path / "out")
+    result = exported(minilm, tmp_path / "out")
     assert (result.layout, result.family) == ("plain", "bert")
     assert {check.output for check in result.verification.checks} == {"last_hidden_state", "sentence_embedding"}
     assert max(check.error for check in result.verification.checks) < 1e-5
@@ -165,7 +144,7 @@ def test_minilm_is_exported_without_torch(tmp_path, minilm):
 @pytest.mark.parametrize("task", encoder_models.TASKS)
 def test_the_head_of_an_encoder_is_chosen(tmp_path, task):
     folder = encoder_models.write(tmp_path / "in", "roberta", task)
-    result = made(folder, tmp_path / "out", task=task)
+    result = exported(folder, tmp_path / "out", task=task)
     assert result.task == task
     assert result.verification.made_up
     outputs = {port.name for port in result.parts["model.onnx"].outputs}
@@ -173,7 +152,7 @@ def test_the_head_of_an_encoder_is_chosen(tmp_path, task):
 
 
 def test_an_encoder_decoder_leaves_in_two_parts(tmp_path):
-    result = made(write_t5(tmp_path / "in"), tmp_path / "out")
+    result = exported(t5_models.write(tmp_path / "in"), tmp_path / "out")
     assert set(result.parts) == {"model.onnx", "encoder.onnx"}
     assert FILES | {"encoder.onnx", "config.json"} == names(tmp_path / "out")
     assert result.layout == "cached"
@@ -181,13 +160,13 @@ def test_an_encoder_decoder_leaves_in_two_parts(tmp_path):
 
 
 def test_a_vision_model_is_verified_on_made_up_pictures_and_says_so(tmp_path):
-    result = made(write_vit(tmp_path / "in"), tmp_path / "out")
+    result = exported(vit_models.write(tmp_path / "in"), tmp_path / "out")
     assert result.verification.data == "smooth pictures"
     assert "made up" in result.warnings[0]
 
 
 def test_a_file_of_another_exporter_comes_out_as_it_is(tmp_path):
-    result = made(RESNET / "resnet20.onnx", tmp_path / "out", data=RESNET / "test.npz")
+    result = exported(RESNET / "resnet20.onnx", tmp_path / "out", data=RESNET / "test.npz")
     assert (result.door, result.layout, result.warnings) == ("onnx", "plain", ())
     assert result.verification.data == "test.npz"
     assert [check.what for check in result.verification.checks] == ["a batch of 8", "4 samples, each alone"]
@@ -195,7 +174,7 @@ def test_a_file_of_another_exporter_comes_out_as_it_is(tmp_path):
 
 
 def test_a_decoder_of_another_exporter_gets_the_portable_layout(tmp_path):
-    result = made(APPENDED, tmp_path / "out")
+    result = exported(APPENDED, tmp_path / "out")
     assert (result.door, result.layout) == ("onnx", "cached")
     assert result.verification.made_up
     assert len(result.verification.checks) == 5
@@ -203,28 +182,28 @@ def test_a_decoder_of_another_exporter_gets_the_portable_layout(tmp_path):
 
 @pytest.mark.parametrize("name", ["opt_past_optimum", "gpt2_past_optimum", "llama_past_dynamo23"])
 def test_its_rows_are_as_long_as_it_has_positions(tmp_path, name):
-    made(ROOT / f"tests/models/{name}.onnx", tmp_path / "out")
+    exported(ROOT / f"tests/models/{name}.onnx", tmp_path / "out")
     assert (tmp_path / "out/model.onnx").exists()
 
 
 def test_an_export_can_be_exported_again(tmp_path):
-    made(STORIES, tmp_path / "one")
-    result = made(tmp_path / "one", tmp_path / "two")
+    exported(STORIES, tmp_path / "one")
+    result = exported(tmp_path / "one", tmp_path / "two")
     assert (result.door, result.layout) == ("onnx", "cached")
     one, two = (load_source(tmp_path / name).model for name in ("one", "two"))
     assert [node.op_type for node in one.graph] == [node.op_type for node in two.graph]
 
 
 def test_an_earlier_export_is_replaced(tmp_path):
-    made(STORIES, tmp_path / "out")
-    result = made(tiny(tmp_path / "in"), tmp_path / "out")
+    exported(STORIES, tmp_path / "out")
+    result = exported(tiny(tmp_path / "in"), tmp_path / "out")
     assert result.family == "mistral"
     assert names(tmp_path / "out") == FILES | {"config.json"}
 
 
 def test_weights_beyond_a_size_lie_in_a_file_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(road, "INLINE", 1000)
-    result = made(STORIES, tmp_path / "out")
+    result = exported(STORIES, tmp_path / "out")
     assert result.files["model.onnx.data"].bytes > 1_000_000
     assert load_source(tmp_path / "out").info.parameters == result.parts["model.onnx"].parameters
 
@@ -235,20 +214,20 @@ def test_weights_beyond_a_size_lie_in_a_file_of_their_own(tmp_path, monkeypatch)
 def test_text_of_a_person_is_what_is_read(tmp_path):
     text = tmp_path / "prose.txt"
     text.write_text("Once there was a tree that wanted to be a ship.\n" * 30)
-    assert made(STORIES, tmp_path / "one", text=text).verification.data == "prose.txt"
-    assert made(STORIES, tmp_path / "two", text=text, layout="scoring").verification.data == "prose.txt"
+    assert exported(STORIES, tmp_path / "one", text=text).verification.data == "prose.txt"
+    assert exported(STORIES, tmp_path / "two", text=text, layout="scoring").verification.data == "prose.txt"
 
 
 def test_token_numbers_of_a_person_are_what_is_read(tmp_path):
     rows = np.random.default_rng(0).integers(3, 500, (4, 50))
     np.savez(tmp_path / "ids.npz", input_ids=rows)
-    result = made(STORIES, tmp_path / "out", data=tmp_path / "ids.npz")
+    result = exported(STORIES, tmp_path / "out", data=tmp_path / "ids.npz")
     assert result.verification.data == "ids.npz"
     assert "step of 21, up to 50 tokens" in {check.what for check in result.verification.checks}
 
 
 def test_without_a_tokenizer_token_numbers_are_made_up_and_a_warning_says_so(tmp_path):
-    result = made(tiny(tmp_path / "in"), tmp_path / "out")
+    result = exported(tiny(tmp_path / "in"), tmp_path / "out")
     assert result.verification.made_up
     assert "token numbers" in result.warnings[0]
 
@@ -269,19 +248,19 @@ def test_a_tokenizer_with_more_words_than_the_model_is_refused_at_the_start(tmp_
     tokenizer(folder, 51)
     monkeypatch.setattr(road, "verify", None)
     with pytest.raises(DataInvalid, match="numbers up to 50"):
-        made(folder, tmp_path / "out")
+        exported(folder, tmp_path / "out")
     tokenizer(folder, 50)
     monkeypatch.undo()
     (tmp_path / "prose.txt").write_text(" ".join(str(n % 50) for n in range(300)))
-    assert not made(folder, tmp_path / "out", text=tmp_path / "prose.txt").verification.made_up
+    assert not exported(folder, tmp_path / "out", text=tmp_path / "prose.txt").verification.made_up
 
 
 def test_too_little_text_and_two_sources_of_it_are_refused(tmp_path):
     (tmp_path / "prose.txt").write_text("a")
     with pytest.raises(DataInvalid, match="too few"):
-        made(STORIES, tmp_path / "out", text=tmp_path / "prose.txt")
+        exported(STORIES, tmp_path / "out", text=tmp_path / "prose.txt")
     with pytest.raises(UsageError, match="exclude each other"):
-        made(STORIES, tmp_path / "out", text=tmp_path / "prose.txt", data=tmp_path / "prose.txt")
+        exported(STORIES, tmp_path / "out", text=tmp_path / "prose.txt", data=tmp_path / "prose.txt")
 
 
 # ---------------------------------------------------------------- nothing is published
@@ -297,7 +276,7 @@ real_reference = own_folder.find_reference
 @pytest.mark.parametrize("layout", ["cached", "scoring"])
 def test_an_export_that_differs_from_its_source_is_not_published(capsys, tmp_path, monkeypatch, layout):
     out = tmp_path / "out"
-    made(STORIES, out)
+    exported(STORIES, out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     monkeypatch.setattr(own_folder, "find_reference", wrong)
     code, told, err = call(capsys, "export", str(STORIES), "-o", str(out), "--layout", layout, "--json")
@@ -317,7 +296,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch, stage):
 
     monkeypatch.setattr(road, stage, stop)
     with pytest.raises(KeyboardInterrupt):
-        made(STORIES, tmp_path / "deep/out")
+        exported(STORIES, tmp_path / "deep/out")
     assert names(tmp_path / "deep") == set()
 
 
@@ -374,75 +353,3 @@ def test_a_missing_shard_is_named(capsys, tmp_path):
     code, _, err = call(capsys, "export", str(folder), "-o", str(tmp_path / "out"))
     assert code == 3
     assert "model-00001-of-00002.safetensors" in err
-
-
-# ---------------------------------------------------------------- the command
-
-
-def test_the_documented_flags_are_the_flags_of_export():
-    known = {name for option in command.params for name in option.opts if name.startswith("-")}
-    assert known - {"--output"} == set(FLAGS)
-
-
-@pytest.mark.parametrize("one", FLAGS)
-@pytest.mark.parametrize("other", FLAGS)
-def test_every_pair_of_flags_parses(one, other):
-    given = [word for flag in {"-o": 0, one: 0, other: 0} for word in (flag, FLAGS[flag]) if word is not None]
-    with click.Context(command) as context:
-        command.parse_args(context, ["SOURCE", *given])
-    assert context.params["output"] == Path("out")
-
-
-# ---------------------------------------------------------------- torch
-
-
-@pytest.fixture
-def torch():
-    return pytest.importorskip("torch")
-
-
-MODULE = """
-import torch
-
-def make():
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
-"""
-
-
-@pytest.mark.torch
-def test_a_torch_module_is_exported_with_its_described_inputs(capsys, tmp_path, torch):
-    (tmp_path / "net.py").write_text(MODULE)
-    np.savez(tmp_path / "x.npz", x=np.random.default_rng(0).standard_normal((20, 8)).astype(np.float32))
-    source, given = f"{tmp_path / 'net.py'}:make", ["--input", "x:float32[batch,8]", "--data", str(tmp_path / "x.npz")]
-    code, told, err = call(capsys, "export", source, *given, "-o", str(tmp_path / "out"), "--json")
-    assert code == 0, err
-    result = json.loads(told)
-    assert (result["door"], result["layout"]) == ("torch", "plain")
-    assert result["parts"]["model.onnx"]["inputs"] == [{"name": "x", "dtype": "float32", "shape": ["batch", 8]}]
-    assert result["verification"]["reference"] == "the torch module itself"
-    assert result["verification"]["checks"][0]["what"] == "4 batches" or result["verification"]["checks"][0]["numbers"]
-    for wrong_flags in (["--dtype", "float16"], ["--task", "x"], ["--text", "x.txt"]):
-        code, _, err = call(capsys, "export", source, *given, *wrong_flags, "-o", str(tmp_path / "other"))
-        assert code == 2, err
-
-
-@pytest.mark.torch
-def test_a_pickled_checkpoint_is_read_where_a_person_allows_it(tmp_path, torch):
-    folder = tiny(tmp_path / "in")
-    weights = decoder_models.weights(json.loads((folder / "config.json").read_text()))
-    truth = made(folder, tmp_path / "safe")
-    torch.save({name: torch.from_numpy(array) for name, array in weights.items()}, folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    result = made(folder, tmp_path / "out", allow_pickle=True)
-    assert result.files["model.onnx"].digest == truth.files["model.onnx"].digest
-    assert result.source.bytes > truth.source.bytes / 2
-
-
-@pytest.mark.torch
-def test_an_encoder_is_exported_by_way_of_transformers(tmp_path, torch):
-    pytest.importorskip("transformers")
-    folder = encoder_models.write(tmp_path / "in", "bert")
-    result = made(folder, tmp_path / "out", via="torch")
-    assert result.door == "torch"
-    assert [port.name for port in result.parts["model.onnx"].outputs] == ["last_hidden_state"]

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
-
+import folders
 import numpy as np
 import onnx_ir as ir
 import pytest
+from folders import graph_of
 from helpers import session
-from safetensors.numpy import save_file
 from stepping import checked, demand_same, engine_of, opened, ragged, same_graph, stepped
 
 from qexport.errors import ModelInvalid
 from qexport.exporter.families.builder import COPY
-from qexport.exporter.families.folder import Folder
-from qexport.exporter.families.form import SCORING, Form
-from qexport.exporter.families.gpt2 import build
+from qexport.exporter.families.form import Form
 from qexport.exporter.load import load_model, load_source
-from qexport.exporter.references import find_reference
 from qexport.passes.portable import MAX_POSITIONS
 
 CONFIG = {
@@ -63,22 +59,11 @@ def weights(config, prefix="transformer."):
 
 def write(path, tensors=None, **changes):
     config = CONFIG | changes
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(config))
-    save_file(weights(config) if tensors is None else tensors, path / "model.safetensors")
-    return path
-
-
-def read(path):
-    return json.loads((path / "config.json").read_text()), Folder(path)
-
-
-def made(path, form=SCORING):
-    return build(*read(path), form)
+    return folders.save(path, config, weights(config) if tensors is None else tensors)
 
 
 def truth_of(path, ids=IDS):
-    return find_reference(*read(path), SCORING)({"input_ids": ids})["logits"]
+    return folders.truth_of(path, {"input_ids": ids})["logits"]
 
 
 def answer(model, ids=IDS, mask=None):
@@ -101,18 +86,18 @@ def folder(tmp_path, request):
 
 
 def test_the_plain_graph_computes_what_the_reference_does(folder):
-    model = made(folder)
+    model = graph_of(folder)
     checked(model)
     demand_same(answer(model), truth_of(folder))
 
 
 def test_pieces_steps_and_a_draft_taken_back_give_the_logits_of_the_whole_row(folder):
-    demand_same(stepped(opened(made(folder, CACHED)), IDS[0]), truth_of(folder)[0])
+    demand_same(stepped(opened(graph_of(folder, CACHED)), IDS[0]), truth_of(folder)[0])
 
 
 def test_rows_of_different_lengths_give_the_logits_of_each_alone(folder):
     truth = truth_of(folder)
-    for row, found in enumerate(ragged(opened(made(folder, CACHED)), IDS)):
+    for row, found in enumerate(ragged(opened(graph_of(folder, CACHED)), IDS)):
         demand_same(found, truth[row, : len(found)])
 
 
@@ -124,8 +109,8 @@ def test_logits_are_those_of_transformers(folder):
     with torch.no_grad():
         truth = original(torch.tensor(IDS)).logits.numpy()
     demand_same(truth_of(folder), truth)
-    demand_same(answer(made(folder)), truth)
-    decoder = opened(made(folder, CACHED))
+    demand_same(answer(graph_of(folder)), truth)
+    decoder = opened(graph_of(folder, CACHED))
     demand_same(stepped(decoder, IDS[1]), truth[1])
     for row, found in enumerate(ragged(decoder, IDS)):
         demand_same(found, truth[row, : len(found)])
@@ -134,22 +119,22 @@ def test_logits_are_those_of_transformers(folder):
 @pytest.mark.parametrize("cached", [False, True])
 def test_read_late_weights_are_the_same(tmp_path, cached):
     folder = write(tmp_path / "m")
-    assert same_graph(*(made(folder, Form(cached=cached, lazy=lazy)) for lazy in (False, True)))
+    assert same_graph(*(graph_of(folder, Form(cached=cached, lazy=lazy)) for lazy in (False, True)))
 
 
 def test_the_logits_of_float16_are_near(tmp_path):
     folder = write(tmp_path / "m")
     truth = truth_of(folder)
     half = Form(ir.DataType.FLOAT16, cached=True)
-    decoder = opened(made(folder, half))
+    decoder = opened(graph_of(folder, half))
     assert decoder.signature.dtype == np.float16
     assert 1e-6 < np.abs(stepped(decoder, IDS[0]) - truth[0]).max() / np.abs(truth).max() < 5e-3
-    plain = made(folder, Form(ir.DataType.FLOAT16))
+    plain = graph_of(folder, Form(ir.DataType.FLOAT16))
     assert np.abs(answer(plain) - truth).max() / np.abs(truth).max() < 5e-3
 
 
 def test_padding_changes_nothing(tmp_path):
-    model = made(write(tmp_path / "m"))
+    model = graph_of(write(tmp_path / "m"))
     other, mask = IDS.copy(), np.ones_like(IDS)
     other[:, 20:], mask[:, 20:] = 7, 0
     np.testing.assert_allclose(answer(model, other, mask)[:, :20], answer(model)[:, :20], atol=1e-5)
@@ -162,7 +147,7 @@ def test_old_checkpoints_without_prefix_and_with_the_masks_of_attention_are_read
     old = write(tmp_path / "old", weights(CONFIG, prefix="") | masks, n_ctx=40)
     new = write(tmp_path / "new")
     np.testing.assert_array_equal(truth_of(old), truth_of(new))
-    assert same_graph(made(old), made(new))
+    assert same_graph(graph_of(old), graph_of(new))
 
 
 def test_names_sizes_and_metadata_are_those_of_the_checkpoint(tmp_path):
@@ -181,7 +166,7 @@ def test_names_sizes_and_metadata_are_those_of_the_checkpoint(tmp_path):
 @pytest.mark.parametrize("dtype", [ir.DataType.FLOAT16, ir.DataType.BFLOAT16])
 def test_the_decoder_builds_for_rtx(tmp_path, dtype):
     pytest.importorskip("tensorrt_rtx")
-    model = made(write(tmp_path / "m"), Form(dtype, cached=True))
+    model = graph_of(write(tmp_path / "m"), Form(dtype, cached=True))
     assert engine_of(model, {"batch": (1, 1, 2), "sequence": (1, 1, 8)}).plan
 
 

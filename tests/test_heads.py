@@ -12,7 +12,6 @@ from encoder_models import (
     LABELS,
     TASKS,
     WIDTH,
-    answer,
     feeds,
     graph,
     listed,
@@ -21,6 +20,7 @@ from encoder_models import (
     truth,
     write,
 )
+from folders import answers
 from safetensors.numpy import load_file, save_file
 
 from qexport.calibration.reading.spec import scores_tokens
@@ -61,7 +61,7 @@ def unit(x):
 
 
 def hidden(path):
-    return answer(graph(path, task="embedding"), SAMPLE)["last_hidden_state"]
+    return answers(graph(path, task="embedding"), SAMPLE)["last_hidden_state"]
 
 
 # ---------------------------------------------------------------- which
@@ -147,7 +147,7 @@ def test_labels_that_are_not_those_of_the_weights_are_refused(tmp_path, names):
 
 def test_colbert_vectors_are_projected_of_length_one_and_zero_behind_the_row(tmp_path):
     path = write(tmp_path / "model", "bert", "multi-vector")
-    vectors = answer(graph(path), SAMPLE)["token_embeddings"]
+    vectors = answers(graph(path), SAMPLE)["token_embeddings"]
     expected = unit(hidden(path) @ tensors("bert", "multi-vector")["linear.weight"].T)
     expected[1, 3:] = 0
     assert vectors.dtype == np.float32
@@ -159,7 +159,7 @@ def test_colbert_vectors_are_projected_of_length_one_and_zero_behind_the_row(tmp
 def test_dense_modules_without_a_pooling_are_colbert_too(tmp_path, function):
     path, one, two, bias = write(tmp_path / "model", "bert"), normal(16, WIDTH), normal(8, 16), normal(16)
     listed(path, "Transformer", "Dense", "Dense", dense=[(function, one, bias), (IDENTITY, two)])
-    vectors = answer(graph(path), SAMPLE)["token_embeddings"]
+    vectors = answers(graph(path), SAMPLE)["token_embeddings"]
     expected = unit(FUNCTIONS[function](hidden(path) @ one.T + bias) @ two.T)
     expected[1, 3:] = 0
     np.testing.assert_allclose(vectors, expected, atol=1e-5)
@@ -173,7 +173,7 @@ def test_the_weights_of_dense_modules_belong_to_the_digest_and_may_be_lazy(tmp_p
         listed(path, "Transformer", "Dense", dense=[(IDENTITY, factor * np.eye(8, WIDTH, dtype=np.float32))])
         found.append(load_source(path).info.digest)
     assert found[0] == found[2] != found[1]
-    eager, lazy = (answer(graph(path, lazy=flag), SAMPLE)["token_embeddings"] for flag in (False, True))
+    eager, lazy = (answers(graph(path, lazy=flag), SAMPLE)["token_embeddings"] for flag in (False, True))
     np.testing.assert_array_equal(eager, lazy)
 
 
@@ -185,7 +185,7 @@ def test_the_weights_of_dense_modules_belong_to_the_digest_and_may_be_lazy(tmp_p
 def test_dense_modules_behind_the_pooling_change_the_sentence(tmp_path, pooling, last):
     path, weight, bias = write(tmp_path / "model", "bert"), normal(12, WIDTH), normal(12)
     listed(path, "Transformer", "Pooling", "Dense", *last, pooling=pooling, dense=[(TANH, weight, bias)])
-    found, tokens = answer(graph(path), SAMPLE), hidden(path)
+    found, tokens = answers(graph(path), SAMPLE), hidden(path)
     mean = np.stack([tokens[0].mean(0), tokens[1, :3].mean(0)]) if pooling == "mean_tokens" else tokens[:, 0]
     np.testing.assert_allclose(found["sentence_embedding"], unit(np.tanh(mean @ weight.T + bias)), atol=1e-5)
     np.testing.assert_allclose(found["sentence_embedding"], truth(path, SAMPLE)["sentence_embedding"], atol=1e-5)
@@ -194,7 +194,7 @@ def test_dense_modules_behind_the_pooling_change_the_sentence(tmp_path, pooling,
 def test_dense_modules_in_half_precision(tmp_path):
     path, weight = write(tmp_path / "model", "bert"), normal(12, WIDTH)
     listed(path, "Transformer", "Pooling", "Dense", pooling="mean_tokens", dense=[(TANH, weight, normal(12))])
-    found = answer(graph(path, dtype=ir.DataType.FLOAT16), SAMPLE)["sentence_embedding"]
+    found = answers(graph(path, dtype=ir.DataType.FLOAT16), SAMPLE)["sentence_embedding"]
     np.testing.assert_allclose(found, truth(path, SAMPLE)["sentence_embedding"], atol=5e-3)
 
 
@@ -284,4 +284,4 @@ def test_colbert_of_torch_is_the_same(tmp_path):
         out = encoder(**{name: torch.from_numpy(array) for name, array in SAMPLE.items()}).last_hidden_state
         out = torch.nn.functional.linear(out, torch.from_numpy(stored["linear.weight"]))
         out = torch.nn.functional.normalize(out * torch.from_numpy(SAMPLE["attention_mask"])[..., None], dim=2)
-    np.testing.assert_allclose(answer(graph(path), SAMPLE)["token_embeddings"], out.numpy(), atol=1e-5)
+    np.testing.assert_allclose(answers(graph(path), SAMPLE)["token_embeddings"], out.numpy(), atol=1e-5)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
+import folders
 import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from safetensors.numpy import save_file
 
 from qexport.errors import ModelInvalid
 from qexport.exporter.load import load_model, load_source
@@ -74,10 +73,7 @@ def weights(config):
 
 
 def write(path, config, tensors=None):
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(config))
-    save_file(weights(config) if tensors is None else tensors, path / "model.safetensors")
-    return path
+    return folders.save(path, config, weights(config) if tensors is None else tensors)
 
 
 def session(model):

@@ -164,7 +164,16 @@ def test_a_strange_file_in_an_artefact_is_never_removed(tmp_path):
 
 @pytest.mark.parametrize(
     "manifest",
-    ["", "{", "[]", "[" * 9999, '{"files": 3}', "{}", '{"files": ["work"]}', '{"schema": "npm/1", "files": {"work": 1}}'],
+    [
+        "",
+        "{",
+        "[]",
+        "[" * 9999,
+        '{"files": 3}',
+        "{}",
+        '{"files": ["work"]}',
+        '{"schema": "npm/1", "files": {"work": 1}}',
+    ],
 )
 def test_a_manifest_of_somebody_else_is_not_ours(tmp_path, manifest):
     (tmp_path / "manifest.json").write_text(manifest)

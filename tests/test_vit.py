@@ -4,91 +4,29 @@ from __future__ import annotations
 
 import json
 
+import folders
 import numpy as np
 import onnx_ir as ir
 import pytest
-from helpers import session
-from safetensors.numpy import save_file
+from folders import answers, graph_of
 from stepping import checked, same_graph
+from vit_models import CLASSIFIER, CONFIG, LABELLED, weights, write
 
 from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.engines.engine import EngineOptions, build_engine, load_module
 from qexport.exporter.families.form import SCORING, Form
 from qexport.exporter.load import load_model, open_folder
-from qexport.exporter.references import find_reference
 from qexport.passes.portable import LABELS
 
-CLASSIFIER, LAYERS = "ViTForImageClassification", "ViTModel"
-CONFIG = {
-    "model_type": "vit",
-    "architectures": [LAYERS],
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-5,
-    "image_size": 16,
-    "patch_size": 8,
-    "num_channels": 3,
-    "qkv_bias": True,
-}
-LABELLED = {"architectures": [CLASSIFIER], "id2label": {"0": "cat", "1": "dog", "2": "Bär"}}
 HALF = Form(ir.DataType.FLOAT16)
 
 
-def weights(config, *, pooler=True, prefix="vit."):
-    rng, width, inner = np.random.default_rng(0), config["hidden_size"], config["intermediate_size"]
-    sizes, patch = (
-        (size, size) if isinstance(size, int) else size for size in (config["image_size"], config["patch_size"])
-    )
-    patches = (sizes[0] // patch[0]) * (sizes[1] // patch[1])
-    shapes = {
-        "embeddings.cls_token": (1, 1, width),
-        "embeddings.position_embeddings": (1, patches + 1, width),
-        "embeddings.patch_embeddings.projection.weight": (width, config["num_channels"], *patch),
-        "embeddings.patch_embeddings.projection.bias": (width,),
-    }
-    linears = {"pooler.dense": (20, width)} if pooler else {}
-    norms = ["layernorm"]
-    for layer in range(config["num_hidden_layers"]):
-        scope = f"encoder.layer.{layer}"
-        linears |= {f"{scope}.attention.attention.{part}": (width, width) for part in ("query", "key", "value")}
-        linears |= {f"{scope}.attention.output.dense": (width, width), f"{scope}.output.dense": (width, inner)}
-        linears[f"{scope}.intermediate.dense"] = (inner, width)
-        norms += [f"{scope}.layernorm_before", f"{scope}.layernorm_after"]
-    for name, shape in linears.items():
-        shapes[f"{name}.weight"] = shape
-        if config["qkv_bias"] or ".attention.attention." not in name:
-            shapes[f"{name}.bias"] = shape[:1]
-    shapes |= {f"{name}.{part}": (width,) for name in norms for part in ("weight", "bias")}
-    shapes = {prefix + name: shape for name, shape in shapes.items()}
-    if config["architectures"] == [CLASSIFIER]:
-        shapes |= {"classifier.weight": (3, width), "classifier.bias": (3,)}
-    return {name: (0.3 * rng.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()}
-
-
-def write(path, tensors=None, **changes):
-    config = CONFIG | changes
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(config))
-    save_file(weights(config) if tensors is None else tensors, path / "model.safetensors")
-    return path
-
-
-def made(path, form=SCORING):
-    config, folder, build = open_folder(path)
-    return build(config, folder, form)
-
-
 def truth_of(path, pixels, form=SCORING):
-    config, folder, _ = open_folder(path)
-    return find_reference(config, folder, form)({"pixel_values": pixels})
+    return folders.truth_of(path, {"pixel_values": pixels}, form)
 
 
 def answer(model, pixels):
-    names = [value.name for value in model.graph.outputs]
-    return dict(zip(names, session(model).run(names, {"pixel_values": pixels}), strict=True))
+    return answers(model, {"pixel_values": pixels})
 
 
 def images(model):
@@ -118,7 +56,7 @@ def demand_same(found, truth, most=1e-5):
 
 
 def test_the_graph_computes_what_the_reference_does(folder):
-    model = made(folder)
+    model = graph_of(folder)
     checked(model)
     pixels = images(model)
     demand_same(answer(model, pixels), truth_of(folder, pixels))
@@ -129,7 +67,7 @@ def test_outputs_are_those_of_transformers(folder):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     name = open_folder(folder)[0]["architectures"][0]
     original = getattr(transformers, name).from_pretrained(folder, pooler_output_size=20).eval()
-    model = made(folder)
+    model = graph_of(folder)
     pixels = images(model)
     with torch.no_grad():
         truth = original(torch.tensor(pixels))
@@ -139,7 +77,7 @@ def test_outputs_are_those_of_transformers(folder):
 
 def test_a_model_without_a_pooler_gives_the_class_token(tmp_path):
     path = write(tmp_path / "m", weights(CONFIG, pooler=False, prefix=""))
-    model = made(path)
+    model = graph_of(path)
     found = answer(model, images(model))
     demand_same(found, truth_of(path, images(model)))
     np.testing.assert_array_equal(found["cls_embedding"], found["last_hidden_state"][:, 0])
@@ -147,7 +85,7 @@ def test_a_model_without_a_pooler_gives_the_class_token(tmp_path):
 
 def test_the_layers_below_a_head_are_given_where_asked_for(tmp_path):
     path, form = write(tmp_path / "m", **LABELLED), Form(task="embedding")
-    model = made(path, form)
+    model = graph_of(path, form)
     pixels = images(model)
     demand_same(answer(model, pixels), truth_of(path, pixels, form))
     assert LABELS not in model.metadata_props
@@ -162,10 +100,10 @@ def test_labels_are_kept_in_the_order_of_their_logits(tmp_path):
 
 def test_float16_is_near_and_lazy_weights_are_the_same(tmp_path):
     path = write(tmp_path / "m")
-    model = made(path, HALF)
+    model = graph_of(path, HALF)
     assert {value.dtype for value in (*model.graph.inputs, *model.graph.outputs)} == {ir.DataType.FLOAT}
     demand_same(answer(model, images(model)), truth_of(path, images(model)), most=1e-2)
-    assert same_graph(made(path), made(path, Form(lazy=True)))
+    assert same_graph(graph_of(path), graph_of(path, Form(lazy=True)))
 
 
 @pytest.mark.rtx
@@ -173,7 +111,7 @@ def test_float16_builds_for_rtx(tmp_path):
     pytest.importorskip("tensorrt_rtx")
     profile = {"pixel_values": ((1, 3, 16, 16), (2, 3, 16, 16), (4, 3, 16, 16))}
     options = EngineOptions(profiles=(profile,), compute_capabilities=("8.6",))
-    content = checked(made(write(tmp_path / "m", **LABELLED), HALF))
+    content = checked(graph_of(write(tmp_path / "m", **LABELLED), HALF))
     assert build_engine(content, load_module("tensorrt_rtx"), options).plan
 
 
@@ -203,4 +141,4 @@ def test_labels_that_are_not_those_of_the_logits_are_refused(tmp_path):
 
 def test_a_task_that_there_is_not_is_refused(tmp_path):
     with pytest.raises(UsageError, match="unknown task 'detection'"):
-        made(write(tmp_path / "m"), Form(task="detection"))
+        graph_of(write(tmp_path / "m"), Form(task="detection"))

@@ -1,0 +1,39 @@
+"""The flags of ``qexport export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import pytest
+
+from qexport.cli.export import export as command
+
+FLAGS = {
+    "-o": "out",
+    "--dtype": "float16",
+    "--task": "embedding",
+    "--via": "torch",
+    "--input": "x:float32[batch,3]",
+    "--data": "samples.npz",
+    "--text": "prose.txt",
+    "--layout": "scoring",
+    "--python": "python",
+    "--allow-pickle": None,
+    "--json": None,
+    "--debug": None,
+}
+
+
+def test_the_documented_flags_are_the_flags_of_export():
+    known = {name for option in command.params for name in option.opts if name.startswith("-")}
+    assert known - {"--output"} == set(FLAGS)
+
+
+@pytest.mark.parametrize("one", FLAGS)
+@pytest.mark.parametrize("other", FLAGS)
+def test_every_pair_of_flags_parses(one, other):
+    given = [word for flag in {"-o": 0, one: 0, other: 0} for word in (flag, FLAGS[flag]) if word is not None]
+    with click.Context(command) as context:
+        command.parse_args(context, ["SOURCE", *given])
+    assert context.params["output"] == Path("out")
