@@ -170,6 +170,12 @@ def test_the_decoder_builds_for_rtx(tmp_path, dtype):
     assert engine_of(model, {"batch": (1, 1, 2), "sequence": (1, 1, 8)}).plan
 
 
+def test_a_class_with_another_head_is_refused(tmp_path):
+    folder = write(tmp_path / "m", architectures=["GPT2ForSequenceClassification"])
+    with pytest.raises(ModelInvalid, match="'GPT2ForSequenceClassification' is not built from model_type 'gpt2'"):
+        load_model(folder)
+
+
 BAD = {
     "heads": ({"n_head": 5}, "5 heads do not divide n_embd 32"),
     "no layers": ({"n_layer": 0}, "n_layer"),

@@ -206,6 +206,12 @@ def test_the_plain_graph_builds_for_rtx(tmp_path):
     assert engine_of(build(*read(write(tmp_path / "m", num_layers=1, num_decoder_layers=1))), SIZES).plan
 
 
+@pytest.mark.parametrize("name", ["T5ForSequenceClassification", "T5EncoderModel"])
+def test_a_class_with_another_head_is_refused(tmp_path, name):
+    with pytest.raises(ModelInvalid, match=f"'{name}' is not built from model_type 't5'"):
+        load_model(write(tmp_path / "m", architectures=[name]))
+
+
 BAD = {
     "feed forward": ({"feed_forward_proj": "gated-tanh"}, "feed_forward_proj"),
     "no layers": ({"num_layers": 0}, "num_layers"),

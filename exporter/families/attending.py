@@ -129,8 +129,7 @@ class Scoring:
         if window in self._masks:
             return self._masks[window]
         g, scope = self.g, "mask" if window is None else f"mask_{window}"
-        zero, one = (g.weight(f"{scope}/{name}", np.array(n, np.int64)) for name, n in (("first", 0), ("next", 1)))
-        keys = g.op(scope, "Range", zero, g.op(scope, "Squeeze", self._length), one)
+        keys = g.count(scope, g.op(scope, "Squeeze", self._length))
         queries = g.op(scope, "Unsqueeze", keys, g.constant("axis_1", [1]))
         real = g.op(scope, "Unsqueeze", self._real, g.constant("axes_1_2", [1, 2]))
         real = g.op(scope, "Cast", real, to=ir.DataType.BOOL)
@@ -209,8 +208,7 @@ class Cached:
         if self._past is None:
             self._past = self._cache("key", 0)
         count = g.op(scope, "Squeeze", g.op(scope, "Shape", self._past, start=2, end=3))
-        zero, one = (g.weight(f"{scope}/{name}", np.array(n, np.int64)) for name, n in (("first", 0), ("next", 1)))
-        return g.op(scope, "Range", zero, count, one)
+        return g.count(scope, count)
 
     def _cache(self, part: str, layer: int) -> ir.Value:
         if layer == 0 and part == "key" and self._past is not None:

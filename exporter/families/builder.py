@@ -105,6 +105,24 @@ class GraphBuilder:
         product = self.op(scope, "MatMul", x, self.parameter(f"{scope}.weight", shape, transposed))
         return self.op(scope, "Add", product, self.parameter(f"{scope}.bias", shape[:1])) if bias else product
 
+    def head(
+        self, name: str, shape: tuple[int, int], table: str | None = None, *, stored: str | None = None
+    ) -> ir.Value:
+        """The matrix [width, vocabulary] that makes logits, of ``name`` [vocabulary, width].
+
+        Where embeddings are tied a copy of their ``table``, which quantizes like any other weight; ``stored`` is what
+        the checkpoint calls that table, where it calls it otherwise.
+        """
+        head = self.parameter(name, shape, transposed, stored=stored or table)
+        if table is not None:
+            head.meta[COPY] = table
+        return head
+
+    def count(self, scope: str, length: ir.Value) -> ir.Value:
+        """0, 1, ... below ``length``, which has no axes."""
+        zero, one = (self.weight(f"{scope}/{name}", np.array(n, np.int64)) for name, n in (("first", 0), ("next", 1)))
+        return self.op(scope, "Range", zero, length, one)
+
     def layer_norm(self, scope: str, x: ir.Value, width: int, epsilon: float) -> ir.Value:
         """LayerNormalization over the last axis, of size ``width``."""
         gamma, beta = (self.parameter(f"{scope}.{part}", (width,)) for part in ("weight", "bias"))

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from qexport.errors import ModelInvalid
 from qexport.exporter.families.attending import Attending, Geometry, attending, opset_for, split_heads
-from qexport.exporter.families.builder import COPY, GraphBuilder, transposed
+from qexport.exporter.families.builder import GraphBuilder
 from qexport.exporter.families.folder import Folder
 from qexport.exporter.families.form import Form
 from qexport.exporter.families.rotary import Rope, attention_factor, rotary_angles, spell_out_rope
@@ -116,7 +116,8 @@ def build_decoder(shape: DecoderConfig, folder: Folder, form: Form) -> ir.Model:
     for index in range(shape.num_hidden_layers):
         hidden = layer(index, hidden)
     hidden = g.rms_norm("model.norm", hidden, shape.hidden_size, shape.rms_norm_eps)
-    see.finish(g.op("lm_head", "MatMul", hidden, _head(g, shape)), shape.vocab_size)
+    head = g.head(HEAD, (shape.vocab_size, shape.hidden_size), TABLE if shape.tie_word_embeddings else None)
+    see.finish(g.op("lm_head", "MatMul", hidden, head), shape.vocab_size)
     return g.finish(shape.max_position_embeddings)
 
 
@@ -127,15 +128,6 @@ def _demand_head(shape: DecoderConfig, weights: Weights) -> None:
         lost = "its names lack 'model.'" if bare else f"{HEAD!r} is missing, and tie_word_embeddings is false"
         hint = "save the model with its head: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(other)"
         raise ModelInvalid(f"a base model without the head that makes logits: {lost}", where=weights.where, hint=hint)
-
-
-def _head(g: GraphBuilder, shape: DecoderConfig) -> ir.Value:
-    """The output matrix [hidden, vocabulary]; of tied embeddings a copy, which quantizes like any other weight."""
-    stored = TABLE if shape.tie_word_embeddings else HEAD
-    head = g.parameter(HEAD, (shape.vocab_size, shape.hidden_size), transposed, stored=stored)
-    if shape.tie_word_embeddings:
-        head.meta[COPY] = TABLE
-    return head
 
 
 def _silu(g: GraphBuilder, scope: str, x: ir.Value) -> ir.Value:

@@ -16,22 +16,16 @@ import onnx_ir as ir
 from pydantic import Field, model_validator
 
 from qexport.exporter.families.attending import Attending, Geometry, attending, opset_for, split_heads
-from qexport.exporter.families.builder import COPY, Change, GraphBuilder, transposed
+from qexport.exporter.families.builder import Change, GraphBuilder
+from qexport.exporter.families.encoder import activate
 from qexport.exporter.families.folder import Folder
 from qexport.exporter.families.form import SCORING, Form
 from qexport.exporter.families.settings import Settings
 from qexport.exporter.families.weights import Array
 
+ARCHITECTURES = ("GPT2LMHeadModel", "GPT2Model")
 TABLE, PLACES, HEAD = "wte.weight", "wpe.weight", "lm_head.weight"
 PARTS = ("query", "key", "value")  # columns of c_attn, in this order
-
-ACTIVATIONS = {
-    "gelu_new": ("Gelu", {"approximate": "tanh"}),
-    "gelu_pytorch_tanh": ("Gelu", {"approximate": "tanh"}),
-    "gelu": ("Gelu", {"approximate": "none"}),
-    "relu": ("Relu", {}),
-}
-"""By ``activation_function``: operator and attributes."""
 
 
 class GPT2Config(Settings):
@@ -87,17 +81,9 @@ def build(config: dict[str, object], folder: Folder, form: Form = SCORING) -> ir
     for index in range(shape.n_layer):
         hidden = _layer(g, shape, see, (index, hidden))
     hidden = g.layer_norm("ln_f", hidden, shape.n_embd, shape.layer_norm_epsilon)
-    see.finish(g.op("lm_head", "MatMul", hidden, _head(g, shape)), shape.vocab_size)
+    head = g.head(HEAD, (shape.vocab_size, shape.n_embd), TABLE if shape.tie_word_embeddings else None)
+    see.finish(g.op("lm_head", "MatMul", hidden, head), shape.vocab_size)
     return g.finish(shape.n_positions)
-
-
-def _head(g: GraphBuilder, shape: GPT2Config) -> ir.Value:
-    """The output matrix [n_embd, vocabulary]; of tied embeddings a copy, which quantizes like any other weight."""
-    stored = TABLE if shape.tie_word_embeddings else HEAD
-    head = g.parameter(HEAD, (shape.vocab_size, shape.n_embd), transposed, stored=stored)
-    if shape.tie_word_embeddings:
-        head.meta[COPY] = TABLE
-    return head
 
 
 def _layer(g: GraphBuilder, shape: GPT2Config, see: Attending, at: tuple[int, ir.Value]) -> ir.Value:
@@ -115,8 +101,7 @@ def _layer(g: GraphBuilder, shape: GPT2Config, see: Attending, at: tuple[int, ir
     hidden = g.op(f"{scope}.attn", "Add", hidden, _product(g, f"{scope}.attn.c_proj", context, (width, width)))
     x = g.layer_norm(f"{scope}.ln_2", hidden, width, epsilon)
     inner = _product(g, f"{scope}.mlp.c_fc", x, (width, shape.inner))
-    kind, attributes = ACTIVATIONS[shape.activation_function]
-    inner = g.op(f"{scope}.mlp.act", kind, inner, **attributes)
+    inner = activate(g, f"{scope}.mlp.act", inner, shape.activation_function)
     return g.op(f"{scope}.mlp", "Add", hidden, _product(g, f"{scope}.mlp.c_proj", inner, (shape.inner, width)))
 
 

@@ -18,11 +18,10 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import onnx_ir as ir
 
 from qexport.exporter.families.attending import Cached, Heads, opset_for
-from qexport.exporter.families.builder import COPY, GraphBuilder, transposed
+from qexport.exporter.families.builder import GraphBuilder
 from qexport.exporter.families.cross import (
     Pair,
     cross_sizes,
@@ -34,9 +33,16 @@ from qexport.exporter.families.cross import (
 )
 from qexport.exporter.families.folder import Folder
 from qexport.exporter.families.form import SCORING, Form
-from qexport.exporter.families.t5_layers import TABLES, Side, T5Config, biases, run_stack
+from qexport.exporter.families.t5_layers import TABLES, Side, T5Config, biases, run_stack, stored_table
 from qexport.passes.portable import IDS, KINDS, LOGITS, MASK, MASKED, SOURCE_MASK, WANTED, cross_name
 
+ARCHITECTURES = (
+    "T5ForConditionalGeneration",
+    "T5WithLMHeadModel",
+    "T5Model",
+    "MT5ForConditionalGeneration",
+    "MT5Model",
+)
 HEAD = "lm_head.weight"
 
 
@@ -112,9 +118,8 @@ def _encode(g: GraphBuilder, shape: T5Config, inputs: Pair) -> ir.Value:
 
 def _counted(g: GraphBuilder, scope: str, ids: ir.Value) -> Pair:
     """Positions from 0 on, as keys [sequence] and queries [sequence, 1]."""
-    zero, one = (g.weight(f"{scope}/{name}", np.array(n, np.int64)) for name, n in (("first", 0), ("next", 1)))
     length = g.op(scope, "Squeeze", g.op(scope, "Shape", ids, start=1, end=2))
-    keys = g.op(scope, "Range", zero, length, one)
+    keys = g.count(scope, length)
     return keys, g.op(scope, "Unsqueeze", keys, g.constant("axis_last", [-1]))
 
 
@@ -127,9 +132,7 @@ def _logits(g: GraphBuilder, shape: T5Config, hidden: ir.Value) -> ir.Value:
     """With a head of its own where the file has one; else with a copy of the embeddings, as transformers does."""
     if shape.scale_decoder_outputs:
         hidden = g.op("lm_head", "Mul", hidden, g.constant("head_scale", 1.0 / math.sqrt(shape.d_model)))
-    sizes, own = (shape.vocab_size, shape.d_model), HEAD in g.weights or not shape.tie_word_embeddings
-    stored = HEAD if own else next((name for name in TABLES if name in g.weights), TABLES[0])
-    head = g.parameter(HEAD, sizes, transposed, stored=stored)
-    if not own:
-        head.meta[COPY] = TABLES[0]
+    sizes = (shape.vocab_size, shape.d_model)
+    own = HEAD in g.weights or not shape.tie_word_embeddings
+    head = g.head(HEAD, sizes) if own else g.head(HEAD, sizes, TABLES[0], stored=stored_table(g))
     return g.op("lm_head", "MatMul", hidden, head)

@@ -93,8 +93,7 @@ class Side:
 
 def run_stack(g: GraphBuilder, shape: T5Config, side: Side, ids: ir.Value) -> ir.Value:
     """Tokens [batch, sequence] to [batch, sequence, d_model]."""
-    name = next((name for name in TABLES if name in g.weights), TABLES[0])
-    table = g.parameter(TABLES[0], (shape.vocab_size, shape.d_model), stored=name)
+    table = g.parameter(TABLES[0], (shape.vocab_size, shape.d_model), stored=stored_table(g))
     hidden = g.op(f"{side.name}.embed_tokens", "Gather", table, ids)
     for index in range(side.layers):
         scope = f"{side.name}.block.{index}.layer"
@@ -103,6 +102,11 @@ def run_stack(g: GraphBuilder, shape: T5Config, side: Side, ids: ir.Value) -> ir
             hidden = _cross(g, shape, f"{scope}.1", hidden, (side.source[0](index), side.source[1]))
         hidden = _feed_forward(g, shape, f"{scope}.{1 if side.source is None else 2}", hidden)
     return g.rms_norm(f"{side.name}.final_layer_norm", hidden, shape.d_model, shape.layer_norm_epsilon)
+
+
+def stored_table(g: GraphBuilder) -> str:
+    """What the checkpoint calls the table of embeddings."""
+    return next((name for name in TABLES if name in g.weights), TABLES[0])
 
 
 def _attention(g: GraphBuilder, shape: T5Config, scope: str, hidden: ir.Value, attend: Attend) -> ir.Value:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-import numpy as np
 import onnx_ir as ir
 from pydantic import Field, field_validator, model_validator
 
@@ -23,6 +22,7 @@ from qexport.exporter.families.folder import CONFIG, Folder
 from qexport.exporter.families.form import SCORING, Form
 from qexport.exporter.families.labels import label_notes
 from qexport.exporter.families.settings import Settings
+from qexport.exporter.families.vectors import first_position
 from qexport.exporter.families.weights import Weights
 from qexport.passes.portable import LOGITS
 
@@ -154,7 +154,7 @@ def _attention(g: GraphBuilder, shape: VitConfig, scope: str, x: ir.Value) -> ir
 
 def _first(g: GraphBuilder, scope: str, hidden: ir.Value) -> ir.Value:
     """The class token, [batch, hidden]."""
-    return g.op(scope, "Gather", hidden, g.weight("first_position", np.array(0, np.int64)), axis=1)
+    return g.op(scope, "Gather", hidden, first_position(g), axis=1)
 
 
 def _features(g: GraphBuilder, shape: VitConfig, hidden: ir.Value) -> None:
