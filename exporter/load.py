@@ -23,11 +23,13 @@ from qexport.exporter.families.folder import (
     TOKENIZER,
     WEIGHTS,
     Folder,
+    architecture,
     check_blob,
     demand_inside,
     demand_no_code,
 )
 from qexport.exporter.families.form import SCORING, Form
+from qexport.exporter.families.settings import misfit
 from qexport.exporter.onnx_file import read_onnx
 from qexport.exporter.outcome.result import SourceInfo
 from qexport.safe_io import digest_bytes, digest_file
@@ -198,9 +200,9 @@ def _family(config: dict[str, Any], where: Path) -> Builder:
         )
     name, _, function = FAMILIES[kind].partition(":")
     module = importlib.import_module(name)
-    built, asked = getattr(module, "ARCHITECTURES", None), config.get("architectures")
-    if built and isinstance(asked, list) and asked and asked[0] not in built:
-        what = f"architectures: {asked[0]!r} is not built from model_type {kind!r}"
+    built, asked = getattr(module, "ARCHITECTURES", None), architecture(config)
+    if built and asked and asked not in built:
+        what = f"architectures: {asked!r} is not built from model_type {kind!r}"
         raise ModelInvalid(what, where=str(where), hint=f"built: {', '.join(built)}")
     return partial(_build, getattr(module, function), where)
 
@@ -210,9 +212,7 @@ def _build(build: Builder, where: Path, config: dict[str, Any], folder: Folder, 
     try:
         return build(config, folder, form)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "(all)"
-        raise ModelInvalid(f"field {field!r}: {first['msg'].lower()}", where=str(where)) from error
+        raise misfit(error, str(where)) from error
 
 
 def count_parameters(model: ir.Model) -> int:

@@ -42,9 +42,3 @@ def demand_safe(path: Path) -> dict[str, Any]:
 def files_of(path: Path) -> list[Path]:
     """The files of a folder that the model was read from."""
     return [path / CONFIG, *sorted(path.glob("*.safetensors"))]
-
-
-def architecture(config: dict[str, Any]) -> str:
-    """The class that the model was saved as; empty where the config does not tell."""
-    named = config.get("architectures")
-    return str(named[0]) if isinstance(named, list) and named else ""

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from qexport.errors import BuildFailed, EnvironmentMismatch, NativeCrash, QexportError, ResourceExhausted, UsageError
-from qexport.exporter.doors.hub_folder import architecture, demand_safe
+from qexport.exporter.doors.hub_folder import demand_safe
+from qexport.exporter.families.folder import architecture
 
 TIMEOUT = 3600.0
 _MODULE = "optimum.exporters.onnx"

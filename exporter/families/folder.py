@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +155,9 @@ def demand_no_code(folder: Path, config: Any) -> None:
             hint = "if the family needs none of it, take auto_map out of the file; or hand over a torch module"
             what = f"{name} asks to run code that came with the model (auto_map), which never happens"
             raise UnsafeInput(what, where=str(folder / name), hint=hint)
+
+
+def architecture(config: Mapping[str, Any]) -> str:
+    """The class that the model was saved as; empty where the config does not tell."""
+    named = config.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else ""

@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.families.builder import GraphBuilder
-from qexport.exporter.families.folder import CONFIG, WEIGHTS, Folder
+from qexport.exporter.families.folder import CONFIG, WEIGHTS, Folder, architecture
 from qexport.exporter.families.labels import label_notes
 from qexport.exporter.families.pooling import MODULES, Dense, Modules, read_modules, read_pooling
 from qexport.exporter.families.vectors import POOLINGS, apply, first_position, in_float32, normalize, where_seen
@@ -111,8 +111,7 @@ def _default(trunk: Trunk, modules: Modules) -> str:
 
 
 def _saved(trunk: Trunk) -> str | None:
-    names = trunk.config.get("architectures")
-    name = str(names[0]) if isinstance(names, list) and names else ""
+    name = architecture(trunk.config)
     return next((task for end, task in ARCHITECTURES.items() if name.endswith(end)), None)
 
 
@@ -130,7 +129,7 @@ def _wanting(trunk: Trunk, modules: Modules, task: str) -> str | None:
         return f"weight {missing!r} is missing"
     saved = _saved(trunk)
     if layers and saved != task and saved in ("classification", "token-classification"):
-        return f"{trunk.config['architectures'][0]} has one for {saved!r}"
+        return f"{architecture(trunk.config)} has one for {saved!r}"
     return None
 
 

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 
 from qexport.errors import ModelInvalid, UnsafeInput
 from qexport.exporter.families.folder import CONFIG, PICKLES, WEIGHTS, Folder
-from qexport.exporter.families.settings import Settings
+from qexport.exporter.families.settings import Settings, misfit
 
 MODULES, POOLING = "modules.json", "1_Pooling"
 KNOWN_MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
@@ -145,9 +145,7 @@ def _dense(folder: Folder, place: str) -> Dense:
     try:
         config = _DenseConfig.model_validate(folder.json(name))
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "(all)"
-        raise ModelInvalid(f"field {field!r}: {first['msg'].lower()}", where=where) from error
+        raise misfit(error, where) from error
     package, _, activation = config.activation_function.rpartition(".")
     if not package.startswith("torch.nn.") or activation not in ACTIVATIONS or config.use_residual:
         what = "use_residual" if config.use_residual else f"activation_function {config.activation_function!r}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+
+from qexport.errors import ModelInvalid
 
 MOST = (1 << 31) - 1  # of whole numbers; no axis is longer
 
@@ -31,6 +33,13 @@ class Settings(BaseModel):
             if int in kinds and isinstance(part, int) and abs(part) > MOST:
                 raise ValueError(f"is beyond {MOST}")
         return value
+
+
+def misfit(error: ValidationError, where: str) -> ModelInvalid:
+    """The first thing that is wrong with settings, by its field."""
+    first = error.errors()[0]
+    field = ".".join(map(str, first["loc"])) or "(all)"
+    return ModelInvalid(f"field {field!r}: {first['msg'].lower()}", where=where)
 
 
 def _kinds(annotation: Any) -> set[Any]:

@@ -18,7 +18,7 @@ from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.families.attending import split_heads
 from qexport.exporter.families.builder import GraphBuilder
 from qexport.exporter.families.encoder import OPSET, activate
-from qexport.exporter.families.folder import CONFIG, Folder
+from qexport.exporter.families.folder import CONFIG, Folder, architecture
 from qexport.exporter.families.form import SCORING, Form
 from qexport.exporter.families.labels import label_notes
 from qexport.exporter.families.settings import Settings
@@ -100,7 +100,7 @@ def _task(config: dict[str, Any], weights: Weights, form: Form) -> str:
     """What was asked for; what the folder was saved with if nothing was."""
     if form.task is not None and form.task not in TASKS:
         raise UsageError(f"unknown task {form.task!r}", hint=f"known: {', '.join(TASKS)}")
-    saved = "classification" if config.get("architectures") == ["ViTForImageClassification"] else "embedding"
+    saved = "classification" if architecture(config) == "ViTForImageClassification" else "embedding"
     task = form.task or saved
     if task == "classification" and f"{CLASSIFIER}.weight" not in weights:
         what = f"the checkpoint has no head for {task!r}: weight '{CLASSIFIER}.weight' is missing"
