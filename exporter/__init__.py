@@ -1,1 +1,1 @@
-"""From a source to a published artefact; ``build.py`` tells the story."""
+"""From a source to a published folder; ``build.py`` and ``export.py`` tell the story."""

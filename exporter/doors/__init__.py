@@ -1,1 +1,1 @@
-"""Front doors for what other packages hold: torch modules, transformers folders, optimum's exporters, pickles."""
+"""The doors that a source of an export comes in by; ``choose.py`` has the table, ``origin.py`` what each hands over."""
