@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from qexport.exporter.options import Progress, Silent
 from qexport.runtime.session import SessionOptions
 
 DEFAULT_WINDOW = 1024  # tokens, where the model has that many positions
+MOST_THREADS = 1024  # onnxruntime starts as many as it is told to
 NUMBERS = 1 << 22  # logits that are turned into float64 at a time
 
 
@@ -59,6 +61,8 @@ class EvalOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UsageError(f"{name.replace('_', '-')} is {value}, expected {least} or more")
+        if self.threads > MOST_THREADS:
+            raise UsageError(f"threads is {self.threads}, expected {MOST_THREADS} or fewer")
 
 
 class Evaluated(BaseModel):
@@ -129,12 +133,12 @@ def find_model(path: Path) -> Path:
     Raises:
         UsageError: There is none.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         file = path / ONNX_FILE
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise UsageError(f"no {ONNX_FILE} in it", where=str(path), hint="make one with qexport export or build")
         return file
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UsageError("no such file or folder", where=str(path), hint="give an .onnx file or a folder with one")
     return path
 

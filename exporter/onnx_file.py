@@ -18,7 +18,7 @@ from google.protobuf.message import EncodeError  # type: ignore[import-untyped] 
 from numpy.typing import NDArray
 from onnx_ir.serde import SerdeError
 
-from qexport.errors import BuildFailed, ModelInvalid, ResourceExhausted
+from qexport.errors import BuildFailed, ModelInvalid, QexportError, ResourceExhausted
 from qexport.exporter.admit import Limits, admit_file
 from qexport.exporter.admit.external import Reference
 from qexport.safe_io import Stage, open_beneath
@@ -234,6 +234,9 @@ def save_onnx(model: ir.Model, stage: Stage, name: str = "model.onnx", *, thresh
 def _serialized(model: ir.Model, name: str) -> bytes:
     try:
         return bytes(ir.to_proto(model).SerializeToString())
+    except SerdeError as error:
+        cause = _cause(error)  # what a weight said that is read only now
+        raise cause if isinstance(cause, QexportError | MemoryError) else error from None
     except (EncodeError, ValueError) as error:
         raise ResourceExhausted("what must stay in the model file is over 2 GB", where=name) from error
 

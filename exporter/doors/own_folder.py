@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from qexport.calibration.reading.spec import keeps_cache
 from qexport.errors import UsageError
-from qexport.exporter.doors.origin import Origin
+from qexport.exporter.doors.origin import Origin, Reference
 from qexport.exporter.doors.pickled import PICKLE, PickledFolder
 from qexport.exporter.families.folder import INDEX, WEIGHTS
 from qexport.exporter.families.form import FLOATS, Form
@@ -49,7 +52,7 @@ def open_own_folder(source: str, asked: ExportOptions, _scratch: Path) -> Origin
         door="qexport",
         info=describe(path, files, parts[ONNX_FILE]),
         parts=parts,
-        reference=find_reference(config, folder, form),
+        reference=_quiet(find_reference(config, folder, form)),
         told="the definition of the model in numpy, on the weights of the folder",
         dtype=dtype,
         family=config["model_type"],
@@ -57,6 +60,16 @@ def open_own_folder(source: str, asked: ExportOptions, _scratch: Path) -> Origin
         vocabulary=vocabulary,
         companions=find_companions(path),
     )
+
+
+def _quiet(reference: Reference) -> Reference:
+    """Numbers that overflow are seen in what comes out, and told there."""
+
+    def run(feeds: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+        with np.errstate(all="ignore"):
+            return reference(feeds)
+
+    return run
 
 
 def _further(family: str) -> Iterator[tuple[str, Any]]:

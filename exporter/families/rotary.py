@@ -27,7 +27,7 @@ class Rope(Settings):
     rope_type: Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"] = "default"
     rope_theta: float = Field(default=10000.0, gt=1)
     partial_rotary_factor: float = Field(default=1.0, gt=0, le=1)
-    factor: float | None = Field(default=None, ge=1)
+    factor: float | None = Field(default=None, ge=1, le=1 << 20)
     low_freq_factor: float = Field(default=1.0, gt=0)
     high_freq_factor: float = Field(default=4.0, gt=0)
     attention_factor: float | None = Field(default=None, gt=0)

@@ -27,6 +27,8 @@ def open_file(path: str | os.PathLike[str]) -> BufferedReader:
         ResourceExhausted: It cannot be read.
     """
     where = os.fspath(path)
+    if "\0" in where:
+        raise UsageError("not a name of a file", where=where)
     with translated(path):
         _demand_regular(os.stat(path), where)
         fd = os.open(path, _FILE)
