@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qexport.errors import DataInvalid, EnvironmentMismatch, UsageError
+from qexport.errors import DataInvalid, EnvironmentMismatch, ResourceExhausted, UsageError
 from qexport.exporter.doors.inputs import (
     DTYPES,
     AskedInput,
@@ -38,7 +38,7 @@ def test_a_description_is_read():
     assert parse_input("t:int64[n]=-5..-1").values == (-5, -1)
 
 
-DIMS = st.one_of(st.integers(1, 10**6), st.from_regex(r"[A-Za-z_][A-Za-z_0-9]{0,8}", fullmatch=True))
+DIMS = st.one_of(st.integers(1, 100), st.from_regex(r"[A-Za-z_][A-Za-z_0-9]{0,8}", fullmatch=True))
 
 
 @given(
@@ -65,11 +65,23 @@ def test_what_is_printed_is_read_again(name, dtype, dims):
         ("x:float32[2n]", "dimension '2n' is neither"),
         ("x:float32[²]", "dimension '²' is neither"),
         ("x:int64[n]=3..2", "no values from 3 to 2"),
+        ("x:int8[n]=0..200", "int8 has no values from 0 to 200"),
+        ("x:uint8[n]=-1..2", "uint8 has no values"),
+        ("x:bool[n]=0..2", "bool has no values"),
+        ("x:float16[n]=0..99999", "float16 has no values"),
+        (f"x:int64[n]=0..{'9' * 99}", "not a description"),
+        (f"x:int64[{'9' * 9999}]", "is neither"),
+        (f"x:int64[{'n,' * 99}n]", "100 dimensions, expected 16 or fewer"),
     ],
 )
 def test_a_wrong_description_is_refused(text, said):
     with pytest.raises(UsageError, match=said):
         parse_input(text)
+
+
+def test_an_example_that_no_memory_holds_is_refused_before_it_is_made():
+    with pytest.raises(ResourceExhausted, match="more than 1073741824 numbers"):
+        parse_input("x:float32[batch,99999999999]")
 
 
 def test_one_name_is_one_input():

@@ -56,7 +56,7 @@ def put(folder: Path, model: onnx.ModelProto, name="m.onnx") -> Path:
 def save(model: ir.Model, directory: Path, threshold=1 << 40) -> Path:
     with publish(directory) as stage:
         save_onnx(model, stage, threshold=threshold)
-        stage.write_json("manifest.json", {"files": list(stage.files)})
+        stage.write_json("manifest.json", {"schema": "qexport.manifest/1", "files": list(stage.files)})
     return directory / "model.onnx"
 
 

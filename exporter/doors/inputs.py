@@ -5,6 +5,7 @@ A whole number is a fixed size. A name stands for a dimension that stays free; t
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.errors import DataInvalid, UsageError
+from qexport.errors import DataInvalid, ResourceExhausted, UsageError
 from qexport.exporter.steps import suggest
 
 Feeds: TypeAlias = dict[str, NDArray[Any]]
@@ -32,8 +33,12 @@ DTYPES: dict[str, np.dtype[Any]] = {
     )
 }
 _FORM = "NAME:DTYPE[DIM,DIM,...], such as 'input:float32[batch,3,32,32]'"
-_TEXT = re.compile(r"(?P<name>[^:\[\]]+):(?P<dtype>\w+)\[(?P<dims>[^\[\]]*)\](=(?P<low>-?\d+)\.\.(?P<high>-?\d+))?")
+_TEXT = re.compile(
+    r"(?P<name>[^:\[\]]+):(?P<dtype>\w+)\[(?P<dims>[^\[\]]*)\](=(?P<low>-?\d{1,19})\.\.(?P<high>-?\d{1,19}))?"
+)
 _DIM = re.compile(r"[A-Za-z_]\w*")
+_MOST_DIMS, _MOST_NUMBERS = 16, 1 << 30  # of an example
+_DIGITS, _SHOWN = 18, 200  # characters
 _SMALL = (0, 1)  # integers that any vocabulary, mask and index has room for
 _ROWS = range(2, 64)  # sizes of the first axis; torch takes 0 and 1 for special
 _SIZES = range(16, 4096, 8)  # sizes of the others: halves go into them a few times
@@ -66,7 +71,7 @@ def parse_input(text: str) -> AskedInput:
     Raises:
         UsageError: It is not of that form, the type is unknown, or a dimension is neither a size nor a name.
     """
-    where = f"input {text!r}"
+    where = f"input {text!r}"[:_SHOWN]
     match = _TEXT.fullmatch(text.strip())
     if match is None:
         raise UsageError("not a description of an input", where=where, hint=f"write {_FORM}")
@@ -74,9 +79,15 @@ def parse_input(text: str) -> AskedInput:
         raise UsageError(f"unknown type {match['dtype']!r}", where=where, hint=suggest(match["dtype"], DTYPES))
     words = [word.strip() for word in match["dims"].split(",")] if match["dims"].strip() else []
     shape = tuple(_dim(word, where) for word in words)
+    if len(shape) > _MOST_DIMS:
+        raise UsageError(f"{len(shape)} dimensions, expected {_MOST_DIMS} or fewer", where=where)
+    if math.prod(dim for dim in shape if isinstance(dim, int)) > _MOST_NUMBERS:
+        raise ResourceExhausted(f"an example has more than {_MOST_NUMBERS} numbers", where=where)
     values = (int(match["low"]), int(match["high"])) if match["low"] else None
     if values and values[0] > values[1]:
         raise UsageError(f"no values from {values[0]} to {values[1]}", where=where, hint="write =LOW..HIGH")
+    if values and not _holds(DTYPES[match["dtype"]], values):
+        raise UsageError(f"{match['dtype']} has no values from {values[0]} to {values[1]}", where=where)
     return AskedInput(match["name"].strip(), DTYPES[match["dtype"]], shape, values)
 
 
@@ -108,8 +119,18 @@ def describe(feeds: Mapping[str, NDArray[Any]]) -> tuple[AskedInput, ...]:
     return tuple(found)
 
 
+def _holds(dtype: np.dtype[Any], values: tuple[int, int]) -> bool:
+    """Whether a type has whole numbers as far as that."""
+    if dtype.kind == "b":
+        return values[0] >= 0 and values[1] <= 1
+    if dtype.kind in "iu":
+        known = np.iinfo(dtype)
+        return known.min <= values[0] and values[1] <= known.max
+    return max(map(abs, values)) <= (1 << 15 if dtype.itemsize == 2 else 1 << 62)  # noqa: PLR2004  # 16 bits
+
+
 def _dim(word: str, where: str) -> Dim:
-    if word.isascii() and word.isdigit() and int(word) > 0:
+    if word.isascii() and word.isdigit() and len(word) <= _DIGITS and int(word) > 0:
         return int(word)
     if _DIM.fullmatch(word):
         return word
