@@ -126,7 +126,7 @@ def _holds(dtype: np.dtype[Any], values: tuple[int, int]) -> bool:
     if dtype.kind in "iu":
         known = np.iinfo(dtype)
         return known.min <= values[0] and values[1] <= known.max
-    return max(map(abs, values)) <= (1 << 15 if dtype.itemsize == 2 else 1 << 62)  # noqa: PLR2004  # 16 bits
+    return max(map(abs, values)) <= (1 << 15 if dtype.itemsize == 2 else 1 << 62)
 
 
 def _dim(word: str, where: str) -> Dim:
@@ -134,7 +134,7 @@ def _dim(word: str, where: str) -> Dim:
         return int(word)
     if _DIM.fullmatch(word):
         return word
-    what = f"dimension {word!r} is neither a size above 0 nor a name"
+    what = f"dimension {word[:40]!r} is neither a size above 0 nor a name"
     raise UsageError(what, where=where, hint=f"write {_FORM}")
 
 
