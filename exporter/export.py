@@ -45,7 +45,8 @@ def export(source: str | Path, *, output: str | Path, options: ExportOptions | N
     door = choose_door(source, asked)
     _demand_data(asked)
     stages, inputs = asked.progress, _paths(source, asked)
-    with publish(output, inputs=inputs) as stage, TemporaryDirectory(prefix="qexport-") as scratch:
+    # scratch lies in the stage, where whatever a process leaves that is killed is found by the next one
+    with publish(output, inputs=inputs) as stage, TemporaryDirectory(prefix="scratch-", dir=stage.path) as scratch:
         with stages.stage("open"):
             origin = open_origin(door, source, asked, Path(scratch))
         with stages.stage("write"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import json
@@ -22,6 +23,7 @@ COMMANDS = ("build", "export", "eval", "sensitivity", "plan", "check", "inspect"
 """Each is a module of this package with a click command of the same name."""
 
 INTERRUPTED, TERMINATED = 130, 143
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ERROR_SCHEMA = "qexport.error/1"
 
 
@@ -109,6 +111,8 @@ def _report_crash(error: Exception, flags: list[str]) -> int:
         traceback.print_exc()
     if isinstance(error, MemoryError):
         failure: QexportError = ResourceExhausted("out of memory", hint="fewer --calib samples, or a larger machine")
+    elif isinstance(error, OSError) and error.errno in _FULL:
+        failure = ResourceExhausted(f"cannot be written: {error.strerror}", where=str(error.filename or "stdout"))
     else:
         what = f"a bug in qexport, nothing was published: {type(error).__name__}: {error}"
         failure = QexportError(what, hint="run again with --debug and report what it prints")
