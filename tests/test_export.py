@@ -127,7 +127,7 @@ def test_decoders_are_written_for_scoring_where_asked(tmp_path):
     result = exported(STORIES, tmp_path / "out", layout="scoring")
     assert result.layout == "scoring"
     assert [port.name for port in result.parts["model.onnx"].inputs] == ["input_ids", "attention_mask"]
-    assert result.verification.data == "eight sentences of prose"
+    assert result.verification.data == "twelve sentences of prose"
 
 
 def test_minilm_is_exported_without_torch(tmp_path, minilm):

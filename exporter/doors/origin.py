@@ -36,6 +36,8 @@ class Origin:
         positions: The longest row that it has positions for, where the model does not tell itself.
         companions: Files that travel along.
         trials: Inputs that came with the source.
+        unrounded: Whether ``reference`` has the weights of ``parts``, in their type, and rounds no results to it.
+        reach: How far apart two tokens may be before they are treated in another way, as by a window; 0 without end.
         notes: What a person should know, in whole sentences without a full stop.
     """
 
@@ -51,6 +53,8 @@ class Origin:
     positions: int | None = None
     companions: tuple[Path, ...] = ()
     trials: tuple[Feeds, ...] = ()
+    unrounded: bool = False
+    reach: int = 0
     notes: tuple[str, ...] = ()
 
     @property

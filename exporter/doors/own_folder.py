@@ -19,7 +19,7 @@ from qexport.exporter.families.vocabulary import check_vocabulary
 from qexport.exporter.load import ONNX_FILE, PARTS, describe, find_companions, open_folder
 from qexport.exporter.lookup import look_up
 from qexport.exporter.options import ExportOptions
-from qexport.exporter.references import find_reference
+from qexport.exporter.references import find_reach, find_reference
 
 
 def open_own_folder(source: str, asked: ExportOptions, _scratch: Path) -> Origin:
@@ -59,6 +59,8 @@ def open_own_folder(source: str, asked: ExportOptions, _scratch: Path) -> Origin
         task=asked.task,
         vocabulary=vocabulary,
         companions=find_companions(path),
+        unrounded=True,
+        reach=find_reach(config),
     )
 
 

@@ -131,14 +131,26 @@ class GraphBuilder:
     def rms_norm(self, scope: str, x: ir.Value, width: int, epsilon: float) -> ir.Value:
         """``x / sqrt(mean(x x) + epsilon) * weight`` over the last axis, of size ``width`` (Zhang & Sennrich 2019).
 
-        One operator from opset 23 on, which sums in float32; small ones before.
+        One operator from opset 23 on, which sums in float32; small ones before, in float32 too: squares of 16 bits
+        overflow from 256 on.
         """
         gamma = self.parameter(f"{scope}.weight", (width,))
         if self.graph.opset_imports[""] > 22:
             return self.op(scope, "RMSNormalization", x, gamma, axis=-1, epsilon=epsilon)
-        mean = self.op(scope, "ReduceMean", self.op(scope, "Mul", x, x), self.constant("axis_last", [-1]), keepdims=1)
-        root = self.op(scope, "Sqrt", self.op(scope, "Add", mean, self.constant(f"epsilon_{epsilon:g}", epsilon)))
-        return self.op(scope, "Mul", self.op(scope, "Div", x, root), gamma)
+        half = self.dtype != ir.DataType.FLOAT
+        wide = self.op(scope, "Cast", x, to=ir.DataType.FLOAT) if half else x
+        mean = self.op(
+            scope, "ReduceMean", self.op(scope, "Mul", wide, wide), self.constant("axis_last", [-1]), keepdims=1
+        )
+        root = self.op(scope, "Sqrt", self.op(scope, "Add", mean, self._epsilon(epsilon)))
+        scaled = self.op(scope, "Div", wide, root)
+        return self.op(scope, "Mul", self.op(scope, "Cast", scaled, to=self.dtype) if half else scaled, gamma)
+
+    def _epsilon(self, number: float) -> ir.Value:
+        """In float32, whatever the type of the graph."""
+        name = f"epsilon_{number:g}"
+        held = self.graph.initializers.get(name)
+        return held if held is not None else self._register(name, ir.tensor(np.array(number, np.float32), name=name))
 
 
 def _read(found: Stored, change: Change | None, dtype: ir.DataType, name: str, *, finite: bool) -> ir.Tensor[Any]:

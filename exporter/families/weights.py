@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class Weights:
 
     def __init__(self, stored: Mapping[str, Stored], anchor: str, where: str, *, finite: bool = True) -> None:
         self.where, self.finite = where, finite
+        self._kept: np.dtype[Any] | None = None
         self.prefix = _prefix(stored, anchor, where)
         self._stored: dict[str, Stored] = {}
         for name in sorted(stored, key=lambda name: name.startswith(self.prefix)):
@@ -86,7 +88,14 @@ class Weights:
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> Array:
         """Read a tensor as float32; errors as ``check``."""
-        return as_float32(self.check(name, shape).read())
+        array = as_float32(self.check(name, shape).read())
+        return array if self._kept is None else as_float32(array.astype(self._kept, copy=False))
+
+    def rounded(self, dtype: np.dtype[Any]) -> Weights:
+        """A reader of the same tensors with the numbers that ``dtype`` has, still as float32."""
+        other = copy(self)
+        other._kept = dtype
+        return other
 
     def _find(self, name: str) -> Stored:
         if name not in self._stored:

@@ -24,7 +24,7 @@ _TINY = 1e-30
 class Tolerance:
     """Both are shares of the spread of an output: the standard deviation of the true numbers of a row.
 
-    Of rows of a few numbers only, it is their root mean square.
+    Of rows of a few numbers only, it is the root mean square of all that a check looks at: a score may well be near 0.
 
     Attributes:
         error: Most that a number may be off; for numbers far from zero, of spread plus magnitude.
@@ -40,8 +40,15 @@ Allowed = Mapping[str, Tolerance]  # by the name of the output
 SINGLE = Tolerance(1e-4, 2e-5)
 """Of float32: ten times what right exports of the sample models show."""
 
+UNROUNDED = {ir.DataType.FLOAT16: Tolerance(1e-3, 1e-4), ir.DataType.BFLOAT16: Tolerance(5e-3, 5e-4)}
+"""Of 16 bits where no result is rounded and the source has the weights that the export has: there is no more to it than
+cosines that lie between two numbers of the type, and are rounded up by one and down by the other."""
+
 LEAST = {ir.DataType.FLOAT16: 1e-3, ir.DataType.BFLOAT16: 8e-3}
 """Of types of 16 bits: what weights may make of an output by being rounded once."""
+
+MOST = {ir.DataType.FLOAT16: 5e-2, ir.DataType.BFLOAT16: 3e-1}
+"""Of types of 16 bits: what rounding results may do to an output; a model that it does more to is not that model."""
 
 _ROUNDINGS = 4.0  # times what rounding all results does to an output may come on top
 _PEAK = 10.0  # times the root mean square that a single number may be off
@@ -66,6 +73,7 @@ class Tally:
     _square: float = 0.0
     _spread: float = 0.0
     _worst: tuple[float, str] = field(default=(0.0, ""))
+    _short: list[tuple[str, NDArray[np.float64], NDArray[np.float64]]] = field(default_factory=list)
 
     def add(self, truth: NDArray[Any], found: NDArray[Any], where: str) -> None:
         """Compare arrays [..., width], each row by itself.
@@ -87,16 +95,23 @@ class Tally:
             return
         a, b = (np.asarray(each, np.float64).reshape(-1, each.shape[-1] if each.ndim else 1) for each in (truth, found))
         gap, spread = np.abs(a - b), np.square(a - (a.mean(-1, keepdims=True) if a.shape[-1] > _FEW else 0.0))
-        share = gap / np.maximum(np.sqrt(spread.mean()) + np.abs(a), _TINY)
-        if share.max() >= self._worst[0]:
-            row, column = np.unravel_index(share.argmax(), share.shape)
-            told = f"{where}: row {row}, number {column}: {b[row, column]:.6g}, expected {a[row, column]:.6g}"
-            self._worst = (float(share.max()), told)
+        if a.shape[-1] > _FEW:
+            self._look(where, a, b, float(np.sqrt(spread.mean())))
+        else:
+            self._short.append((where, a, b))
         self._numbers += a.size
         self._rows += len(a)
         self._agreed += int((a.argmax(-1) == b.argmax(-1)).sum())
         self._square += float(np.square(gap).sum())
         self._spread += float(spread.sum())
+
+    def _look(self, where: str, a: NDArray[np.float64], b: NDArray[np.float64], spread: float) -> None:
+        """Keep the worst of these numbers if none was worse."""
+        share = np.abs(a - b) / np.maximum(spread + np.abs(a), _TINY)
+        if share.max() >= self._worst[0]:
+            row, column = np.unravel_index(share.argmax(), share.shape)
+            told = f"{where}: row {row}, number {column}: {b[row, column]:.6g}, expected {a[row, column]:.6g}"
+            self._worst = (float(share.max()), told)
 
     @property
     def rms(self) -> float:
@@ -106,6 +121,8 @@ class Tally:
     def result(self, allowed: Tolerance) -> CheckInfo:
         """The row of the report; raise ``GateFailed`` where more is off than is allowed."""
         limit = Tolerance(0.0, 0.0) if self.exact else allowed
+        for where, a, b in self._short:
+            self._look(where, a, b, (self._spread / self._numbers) ** 0.5)
         info = CheckInfo(
             what=self.what,
             output=self.output,
@@ -139,11 +156,19 @@ def tolerances(dtype: ir.DataType, runs: Iterable[Run] = ()) -> Allowed:
         runs: Of a model in 16 bits, outputs of results that were not rounded, and of results that were.
 
     Raises:
-        GateFailed: Rounding gives NaN or infinity: numbers that the type has not.
+        GateFailed: Rounding gives NaN or infinity, numbers that the type has not, or does more than ``MOST``.
     """
     if dtype == ir.DataType.FLOAT:
         return defaultdict(lambda: SINGLE)
-    least, tallies = LEAST[dtype], _tally(f"results in {dtype.name.lower()}, against float32", runs)
+    what = f"results in {dtype.name.lower()}, against float32"
+    least, tallies = LEAST[dtype], _tally(what, runs)
+    for name, tally in tallies.items():
+        if tally.rms > MOST[dtype]:
+            raise GateFailed(
+                f"rounding results makes another model of it: {tally.rms:.1e} rms (allowed {MOST[dtype]:.0e})",
+                where=f"{what}, output {name!r}",
+                hint="nothing was published; write it in float32, or in bfloat16 where numbers are large",
+            )
     found = {name: least + _ROUNDINGS * tally.rms for name, tally in tallies.items()}
     return {name: Tolerance(_PEAK * rms, rms) for name, rms in found.items()}
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.calibration.reading.data import DataSpec, ImageSpec, open_dataset
-from qexport.calibration.reading.spec import InputSpec, Sample, input_specs
+from qexport.calibration.reading.spec import InputSpec, Sample, input_specs, scores_tokens
 from qexport.calibration.reading.text import MAKERS, encode, load_tokenizer
 from qexport.errors import DataInvalid, UsageError
 from qexport.exporter.doors.inputs import AskedInput, Feeds, generate, sizes_for
@@ -35,9 +35,12 @@ PROSE = (
     "If the train is late again we shall walk along the river, past the mill, and be home before the lamps are lit.",
 )
 DECODED = (96, 61, 40)  # tokens of the rows that decoders are tried on
+ENCODED = (17, 29, 8)  # of those that an encoder reads for them
+LONGEST = 576  # tokens that a row is drawn out to, to see what lies behind a window
 SENTENCES = 8
 _MOST_TEXT = 1 << 20  # bytes that are looked at
 _MADE_UP = "real ones tell more about the export: give them with --data or --text"
+_BEHIND = 32  # tokens behind the end of a window
 _COARSE = 7  # points of a made-up picture along an edge, before it is made smooth
 
 Ids = NDArray[np.int64]
@@ -83,6 +86,21 @@ class Found:
         """What is doubtful about them."""
         return (f"verified on {self.name}, which are made up; {_MADE_UP}",) if self.made_up else ()
 
+    def unseen(self, reach: int, positions: int | None) -> tuple[str, ...]:
+        """What they are too short for, where tokens that are ``reach`` apart are treated in another way."""
+        read = [each.get(WANTED, each.get(IDS)) for each in (*self.rows, *self.batches)]
+        longest = max((ids.shape[-1] for ids in read if ids is not None), default=0)
+        if not 0 < longest <= reach or reach >= (positions or reach + 1):
+            return ()
+        what = f"tokens that are {reach} or more apart are treated in another way, as a window has it"
+        return (f"{what}, and the longest row of the proof has {longest}: that was not tried",)
+
+
+def reaching(lengths: Sequence[int], reach: int) -> tuple[int, ...]:
+    """The lengths of rows, the longest drawn out to see what is ``reach`` tokens back, where that is not too far."""
+    longest, needed = max(lengths), reach + _BEHIND
+    return tuple(needed if length == longest < needed <= LONGEST else length for length in lengths)
+
 
 def find_texts(known: Material, lengths: Sequence[int] = DECODED) -> Found:
     """Rows of ``input_ids`` for a decoder, each as long as asked for or as text and model allow.
@@ -107,13 +125,15 @@ def find_texts(known: Material, lengths: Sequence[int] = DECODED) -> Found:
     if len(ids) < len(wanted) * 2:
         raise DataInvalid(f"the text has {len(ids)} tokens, too few", where=name, hint="give a page of text")
     whole, ends = sum(wanted), np.cumsum([0, *wanted])
+    if known.text is None:
+        ids = np.resize(ids, max(whole, len(ids)))  # over and over
     cuts = ends if len(ids) >= whole else ends * len(ids) // whole
     rows = [ids[start:end] for start, end in pairwise(cuts)]
     return Found(name, tuple({IDS: row} for row in rows))
 
 
-def find_samples(known: Material, model: ir.Model) -> Found:
-    """Inputs of a model that keeps no state.
+def find_samples(known: Material, model: ir.Model, reach: int = 0) -> Found:
+    """Inputs of a model that keeps no state; of a decoder they are long enough to see what is ``reach`` tokens back.
 
     Raises:
         DataInvalid: Data or text does not fit the model, or there is text and no tokenizer.
@@ -124,13 +144,53 @@ def find_samples(known: Material, model: ir.Model) -> Found:
         _demand_one(known)
         return Found(known.data.name, tuple(_dataset(known, inputs, known.positions or 128)))
     names = {one.name for one in inputs}
+    if scores_tokens(model) and names <= {IDS, MASK, WANTED}:
+        return _rows(known, inputs, reach)
     if IDS in names and names <= {*MAKERS, WANTED}:
-        return _sentences(known, inputs)
+        found = _sentences(known, inputs)
+        return replace(found, rows=tuple(_of_all_kinds(found.rows, _kinds(model))))
     _demand_no_text(known)
     asked = tuple(_asked(value) for value in model.graph.inputs)
     feeds = generate(asked, sizes_for(asked))
     pictures = {one.name: _picture(one, feeds[one.name].shape) for one in asked if _is_picture(one)}
     return Found("smooth pictures" if pictures else "random numbers", batches=({**feeds, **pictures},), made_up=True)
+
+
+def _rows(known: Material, inputs: tuple[InputSpec, ...], reach: int) -> Found:
+    """Texts for a decoder that reads whole rows; behind an encoder it reads the beginning of each anew."""
+    found = find_texts(known, reaching(DECODED, reach))
+    if not any(entry.name == WANTED for entry in inputs):
+        return replace(found, rows=tuple(_made_up(inputs, row[IDS]) for row in found.rows))
+    texts = [row[IDS] for row in found.rows]
+    sources = [row[IDS] for row in find_texts(known, reaching(ENCODED, reach)).rows]
+    batches = [{**padded(sources[place:]), WANTED: padded(texts[place:])[IDS]} for place in (0, len(texts) - 1)]
+    made = ({entry.name: batch[entry.name].astype(entry.dtype) for entry in inputs} for batch in batches)
+    return replace(found, rows=(), batches=tuple(made))
+
+
+def padded(rows: Sequence[Ids]) -> dict[str, Ids]:
+    """Rows filled up with zeros to the longest, and the mask that tells so."""
+    length = max(map(len, rows))
+    mask = np.stack([np.arange(length) < len(row) for row in rows]).astype(np.int64)
+    return {IDS: np.stack([np.pad(row, (0, length - len(row))) for row in rows]), MASK: mask}
+
+
+def _kinds(model: ir.Model) -> int:
+    """How many types of tokens a model tells apart, as far as its graph shows."""
+    uses = [use for value in model.graph.inputs if value.name == TYPES for use in value.uses()]
+    tables = [use.node.inputs[0] for use in uses if use.node.op_type == "Gather" and use.idx == 1]
+    sizes = [table.shape[0] for table in tables if table is not None and table.shape is not None]
+    return min((size for size in sizes if isinstance(size, int)), default=1)
+
+
+def _of_all_kinds(rows: Sequence[Sample], kinds: int) -> Iterator[Sample]:
+    """The rows, every second with tokens of all types, one type behind the other: no sentence alone has them."""
+    for place, row in enumerate(rows):
+        if TYPES not in row or place % 2 == 0:
+            yield row
+        else:
+            types = np.arange(len(row[TYPES])) * kinds // max(len(row[TYPES]), 1)
+            yield {**row, TYPES: types.astype(row[TYPES].dtype)}
 
 
 def _sentences(known: Material, inputs: tuple[InputSpec, ...]) -> Found:

@@ -38,7 +38,23 @@ REFERENCES = {
 """``model_type`` to the function ``(config, folder, form) -> Reference``."""
 
 
+REACHES = {
+    **dict.fromkeys(("mistral", "qwen2", "qwen3"), "qexport.exporter.references.decoder:reach"),
+    **dict.fromkeys(("mt5", "t5"), "qexport.exporter.references.t5:reach"),
+}
+"""``model_type`` to the function ``(config) -> tokens``, see ``find_reach``."""
+
+
 def find_reference(config: dict[str, Any], folder: Folder, form: Form) -> Reference:
-    """The reference of a folder whose family is known."""
+    """The reference of a folder whose family is known.
+
+    It has the weights that a graph in the type of ``form`` has, and computes with them in float32 or better.
+    """
     found: Reference = look_up(REFERENCES[config["model_type"]])(config, folder, form)
     return found
+
+
+def find_reach(config: dict[str, Any]) -> int:
+    """How far apart two tokens may be before a model treats them in another way, as a window does; 0 without end."""
+    home = REACHES.get(config["model_type"])
+    return 0 if home is None else int(look_up(home)(config))

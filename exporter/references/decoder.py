@@ -18,6 +18,8 @@ from qexport.exporter.references.layers import (
     Array,
     attention,
     causal,
+    constant,
+    kept,
     linear,
     rms_norm,
     rope_frequencies,
@@ -39,22 +41,34 @@ ABSENT: dict[str, dict[str, Any]] = {
 
 def open_reference(config: dict[str, Any], folder: Folder, form: Form) -> Reference:
     """``input_ids`` [batch, tokens] to ``logits`` [batch, tokens, vocabulary]; rows may be padded at their ends."""
-    del form
+    return _Decoder(_known(config), folder.weights(TABLE).rounded(form.dtype.numpy()), form)
+
+
+def reach(config: Config) -> int:
+    """The longest window that a layer has."""
+    known = _known(config)
+    return max(window(known, layer) or 0 for layer in range(known["num_hidden_layers"]))
+
+
+def _known(config: Config) -> Config:
+    """With what is left out; null is left out as well."""
     known = {**ABSENT.get(config["model_type"], {}), **config}
-    return _Decoder({key: value for key, value in known.items() if value is not None}, folder.weights(TABLE))
+    return {key: value for key, value in known.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
 class _Decoder:
     config: Config
     weights: Weights
+    form: Form
 
     def __call__(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         config, ids = self.config, feeds["input_ids"]
         hidden = self._matrix(TABLE, config["vocab_size"], config["hidden_size"])[ids]
         frequencies, factor = rotary(config)
         angles = np.outer(np.arange(ids.shape[1], dtype=np.float32), frequencies.astype(np.float32))  # as published
-        turns = factor * np.exp(1j * angles.astype(np.float64))
+        cos, sin = (kept(np.float32(factor) * turn(angles), self.form) for turn in (np.cos, np.sin))
+        turns = cos.astype(np.float64) + 1j * sin.astype(np.float64)
         for layer in range(config["num_hidden_layers"]):
             scope = f"model.layers.{layer}"
             seen = causal(ids.shape[1], window(config, layer))
@@ -91,7 +105,7 @@ class _Decoder:
             rotate(self._optional(f"{scope}.self_attn.{part}_norm", part_heads), turns)
             for part, part_heads in (("q", query), ("k", key))
         )
-        context = attention((query, key, value), scale=dim**-0.5, seen=seen)
+        context = attention((query, key, value), scale=constant(dim**-0.5, self.form), seen=seen)
         context = self._optional(f"{scope}.self_attn.attn_sub_norm", context)
         return self._linear(f"{scope}.self_attn.o_proj", context, x.shape[-1])
 

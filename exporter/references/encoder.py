@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,16 @@ from qexport.exporter.families.folder import Folder
 from qexport.exporter.families.form import Form
 from qexport.exporter.families.weights import Weights, read_headers
 from qexport.exporter.references import Feeds, Reference
-from qexport.exporter.references.layers import ACTIVATIONS, Array, attention, layer_norm, linear, relu, split_heads
+from qexport.exporter.references.layers import (
+    ACTIVATIONS,
+    Array,
+    attention,
+    constant,
+    layer_norm,
+    linear,
+    relu,
+    split_heads,
+)
 
 TABLE = "embeddings.word_embeddings.weight"
 Config = Mapping[str, Any]
@@ -42,7 +51,8 @@ def open_reference(config: dict[str, Any], folder: Folder, form: Form) -> Refere
     Where ``attention_mask`` is 0, which is at the ends of rows, hidden states and logits of tokens mean nothing.
     """
     small = config["model_type"] == "distilbert"
-    encoder = _Encoder(config, _DISTILBERT_FIELDS if small else _BERT_FIELDS, folder.weights(TABLE))
+    weights = folder.weights(TABLE).rounded(form.dtype.numpy())
+    encoder = _Encoder(config, _DISTILBERT_FIELDS if small else _BERT_FIELDS, weights, replace(form, cached=False))
     modules = _modules(folder)
     head = HEADS[form.task or _told(config, encoder.weights, modules)]
     return lambda feeds: {
@@ -55,6 +65,7 @@ class _Encoder:
     config: Config
     fields: Mapping[str, str]
     weights: Weights
+    form: Form
 
     def __call__(self, feeds: Feeds) -> Array:
         """[batch, tokens, width]."""
@@ -66,7 +77,7 @@ class _Encoder:
             query, key, value, out = (scope + part for part in parts[1])
             first_norm, inner, outer, last_norm = (scope + part for part in parts[2])
             split = [split_heads(self.linear(part, hidden), self.get("heads")) for part in (query, key, value)]
-            scale = (self.get("width") // self.get("heads")) ** -0.5
+            scale = constant((self.get("width") // self.get("heads")) ** -0.5, self.form)
             context = attention((split[0], split[1], split[2]), scale=scale, seen=seen)
             hidden = self._norm(first_norm, hidden + self.linear(out, context))
             activation = ACTIVATIONS[self.config.get(self.fields["activation"], "gelu")]

@@ -13,21 +13,31 @@ from qexport.exporter.families.folder import Folder
 from qexport.exporter.families.form import Form
 from qexport.exporter.families.weights import Weights
 from qexport.exporter.references import Feeds, Reference
-from qexport.exporter.references.layers import ACTIVATIONS, Array, attention, causal, layer_norm, linear, split_heads
+from qexport.exporter.references.layers import (
+    ACTIVATIONS,
+    Array,
+    attention,
+    causal,
+    constant,
+    layer_norm,
+    linear,
+    split_heads,
+)
 
 TABLE = "wte.weight"
 
 
 def open_reference(config: dict[str, Any], folder: Folder, form: Form) -> Reference:
     """``input_ids`` [batch, tokens] to ``logits`` [batch, tokens, vocabulary]; rows may be padded at their ends."""
-    del form
-    return _GPT2({key: value for key, value in config.items() if value is not None}, folder.weights(TABLE))
+    weights = folder.weights(TABLE).rounded(form.dtype.numpy())
+    return _GPT2({key: value for key, value in config.items() if value is not None}, weights, form)
 
 
 @dataclass(frozen=True, slots=True)
 class _GPT2:
     config: Mapping[str, Any]
     weights: Weights
+    form: Form
 
     def __call__(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         config, ids = self.config, feeds["input_ids"]
@@ -57,7 +67,8 @@ class _GPT2:
         scale = (width / heads) ** -0.5 if config.get("scale_attn_weights", True) else 1.0
         if config.get("scale_attn_by_inverse_layer_idx", False):
             scale /= layer + 1
-        context = attention((query, key, value), scale=scale, seen=causal(x.shape[1]))
+        factor = constant(scale, self.form)
+        context = attention((query, key, value), scale=factor, seen=causal(x.shape[1]))
         return self._product(f"h.{layer}.attn.c_proj", context, width)
 
     def _mix(self, scope: str, x: Array) -> Array:

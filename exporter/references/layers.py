@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from qexport.exporter.families.form import Form
+
 Array: TypeAlias = NDArray[Any]
 
 _STEP, _END = 1 / 512, 6.5  # of the table of erf, which is 1 in double precision from 5.93 on
@@ -105,6 +107,16 @@ def softmax(x: Array) -> Array:
     total = powers.sum(-1, keepdims=True)
     chances: Array = powers / np.where(total == 0, _like(x, 1), total)
     return chances
+
+
+def kept(x: Array, form: Form) -> Array:
+    """Numbers as a graph of the form has them among its weights."""
+    return x.astype(form.dtype.numpy()).astype(x.dtype)
+
+
+def constant(number: float, form: Form) -> float:
+    """What is an attribute in the portable layout, and elsewhere a number of the graph's own type."""
+    return number if form.cached else float(kept(np.array(number, np.float32), form))
 
 
 def split_heads(x: Array, heads: int) -> Array:

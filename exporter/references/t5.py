@@ -19,6 +19,7 @@ from qexport.exporter.references.layers import (
     Array,
     attention,
     causal,
+    kept,
     linear,
     rms_norm,
     split_heads,
@@ -33,14 +34,21 @@ def open_reference(config: dict[str, Any], folder: Folder, form: Form) -> Refere
 
     Logits are [batch, tokens, vocabulary]; all rows may be padded at their ends, and a mask left out hides nothing.
     """
-    del form
-    return _T5({key: value for key, value in config.items() if value is not None}, folder.weights(TABLE))
+    weights = folder.weights(TABLE).rounded(form.dtype.numpy())
+    return _T5({key: value for key, value in config.items() if value is not None}, weights, form)
+
+
+def reach(config: Mapping[str, Any]) -> int:
+    """Where the last bucket of distances begins, at the latest."""
+    far: int = config.get("relative_attention_max_distance") or 128
+    return far
 
 
 @dataclass(frozen=True, slots=True)
 class _T5:
     config: Mapping[str, Any]
     weights: Weights
+    form: Form
 
     def __call__(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         config, source, tokens = self.config, feeds["input_ids"], feeds["decoder_input_ids"]
@@ -70,7 +78,7 @@ class _T5:
         config = self.config
         tied = config.get("tie_word_embeddings", True) and config["model_type"] == "t5"
         if config.get("scale_decoder_outputs", tied):
-            hidden = hidden * hidden.dtype.type(config["d_model"] ** -0.5)
+            hidden = hidden * kept(np.array(config["d_model"] ** -0.5, np.float32), self.form)
         own = HEAD in self.weights
         return linear(hidden, self._words(HEAD) if own else self._table())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from qexport.exporter.families.folder import Folder
 from qexport.exporter.families.form import Form
 from qexport.exporter.families.weights import Weights
 from qexport.exporter.references import Feeds, Reference
-from qexport.exporter.references.layers import ACTIVATIONS, Array, attention, layer_norm, linear, split_heads
+from qexport.exporter.references.layers import ACTIVATIONS, Array, attention, constant, layer_norm, linear, split_heads
 
 PATCH = "embeddings.patch_embeddings.projection"
 DEFAULTS = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
@@ -24,7 +24,7 @@ def open_reference(config: dict[str, Any], folder: Folder, form: Form) -> Refere
     """``pixel_values`` [batch, channels, height, width] to ``logits``, or to hidden states and what is pooled."""
     classifies = (config.get("architectures") or [""])[0].endswith("ForImageClassification")
     task = form.task or ("classification" if classifies else "embedding")
-    return _Vit({**DEFAULTS, **config}, folder.weights(f"{PATCH}.weight"), task)
+    return _Vit({**DEFAULTS, **config}, folder.weights(f"{PATCH}.weight").rounded(form.dtype.numpy()), task, form)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,7 @@ class _Vit:
     config: Mapping[str, Any]
     weights: Weights
     task: str
+    form: Form
 
     def __call__(self, feeds: Feeds) -> dict[str, NDArray[Any]]:
         hidden = self._embed(feeds["pixel_values"].astype(np.float32))
@@ -77,7 +78,8 @@ class _Vit:
         query, key, value = (
             split_heads(self._linear(f"{scope}.attention.{part}", x), heads) for part in ("query", "key", "value")
         )
-        context = attention((query, key, value), scale=query.shape[-1] ** -0.5)
+        scale = constant(query.shape[-1] ** -0.5, replace(self.form, cached=False))
+        context = attention((query, key, value), scale=scale)
         return self._linear(f"{scope}.output.dense", context)
 
 
