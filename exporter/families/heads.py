@@ -36,6 +36,8 @@ ARCHITECTURES = {
 }
 """How names of architectures end that have a head; any other is exported without it, as an embedding."""
 TASKS = ("embedding", *ARCHITECTURES.values())
+OTHERS = ("ForQuestionAnswering", "ForMultipleChoice", "ForNextSentencePrediction")
+"""How names end that have a head which is not built, and without which the model is not what somebody trained."""
 PROJECTION = "linear"  # the one layer on top of ColBERT
 TOKEN_CLASSIFIER = "classifier"
 
@@ -77,11 +79,15 @@ def open_head(trunk: Trunk, task: str | None) -> Head:
 
     Raises:
         UsageError: There is no such task.
-        ModelInvalid: The checkpoint has no weights for it.
+        ModelInvalid: The checkpoint has no weights for it, or was saved with a head that is not built.
     """
     if task is not None and task not in TASKS:
         raise UsageError(f"unknown task {task!r}", hint=f"known: {', '.join(TASKS)}")
     modules = read_modules(trunk.folder)
+    if task is None and architecture(trunk.config).endswith(OTHERS):
+        what = f"the head of {architecture(trunk.config)!r} is not built"
+        hint = "--task embedding leaves it out; or export the model with --via torch"
+        raise ModelInvalid(what, where=str(trunk.folder.path / CONFIG), hint=hint)
     task = task or _default(trunk, modules)
     wanting = _wanting(trunk, modules, task)
     if wanting is not None:

@@ -83,9 +83,12 @@ def spell_out_rope(known: dict[str, Any]) -> None:
     """Bring what config.json says of rotary positions into ``rope_parameters``, in place.
 
     Raises:
-        ValueError: Settings by kind of layer.
+        ValueError: Settings by kind of layer, or in both spellings at once.
     """
-    rope = known.get("rope_parameters", known.get("rope_scaling", {}))
+    rope, older = (known.get(name, {}) for name in ("rope_parameters", "rope_scaling"))
+    if rope and older and rope != older:
+        raise ValueError("rope_parameters and rope_scaling say different things: leave one of them out")
+    rope = rope or older
     if not isinstance(rope, dict):
         return
     if any(isinstance(setting, dict) for setting in rope.values()):

@@ -89,7 +89,10 @@ class Weights:
     def __call__(self, name: str, shape: tuple[int, ...]) -> Array:
         """Read a tensor as float32; errors as ``check``."""
         array = as_float32(self.check(name, shape).read())
-        return array if self._kept is None else as_float32(array.astype(self._kept, copy=False))
+        if self._kept is None:
+            return array
+        with np.errstate(over="ignore"):
+            return as_float32(array.astype(self._kept, copy=False))
 
     def rounded(self, dtype: np.dtype[Any]) -> Weights:
         """A reader of the same tensors with the numbers that ``dtype`` has, still as float32."""
