@@ -25,15 +25,18 @@ from qexport.calibration.reading.data import (
 from qexport.calibration.reading.evaluation import open_evaluation
 from qexport.calibration.reading.spec import scores_tokens, static_batch
 from qexport.calibration.reading.tasks import Perplexity
+from qexport.calibration.reading.text import READERS
 from qexport.calibration.reading.windows import SUFFIX as WINDOWED
 from qexport.calibration.reading.windows import WindowSource
 from qexport.errors import ModelInvalid, UsageError
+from qexport.exporter.families.folder import Folder
+from qexport.exporter.families.vocabulary import check_vocabulary
 from qexport.exporter.load import Source
 from qexport.exporter.proof.layout import Feeds, fill
 from qexport.exporter.proof.quality import Judge, take
 from qexport.exporter.recipe import Recipe, derived_options, needs
 from qexport.exporter.steps import find_pass
-from qexport.passes.portable import MASK, MAX_POSITIONS, parse_positions
+from qexport.passes.portable import IDS, MASK, MAX_POSITIONS, parse_positions
 
 PROOF_SAMPLES = 4
 PROOF_WINDOW = 64  # samples among which different lengths are looked for
@@ -100,6 +103,7 @@ def open_samples(source: Source, recipe: Recipe, calib: str | Path | None, evalu
 
     Raises:
         UsageError: The recipe calibrates and there is no data; random data is never made up for it.
+        DataInvalid: The data does not fit the model, or is text and the tokenizer has more tokens than the model.
     """
     inputs = input_specs(source.model)
     if calib is None and needs(recipe, "data"):
@@ -108,6 +112,9 @@ def open_samples(source: Source, recipe: Recipe, calib: str | Path | None, evalu
             hint="give real samples with --calib FILE; none are made up",
         )
     tokenizer = source.tokenizer
+    texts = [path for path in (calib, evaluation) if path is not None and Path(path).suffix.lower() in READERS]
+    if texts and recipe.data.tokenizer is None:
+        _demand_words(source)
     data = None
     if calib is not None:
         data = open_dataset(calib, inputs, data_spec(source.model, recipe, calib), tokenizer=tokenizer)
@@ -120,6 +127,15 @@ def open_samples(source: Source, recipe: Recipe, calib: str | Path | None, evalu
     known = judge.data if judge is not None else data
     proof = _generated(inputs) if known is None else _proof(known, inputs)
     return Samples(data, judge, tuple(proof), known is None, tuple(_warnings(data, judge)))
+
+
+def _demand_words(source: Source) -> None:
+    """Raise ``DataInvalid`` where the tokenizer that came with the model gives numbers beyond its table."""
+    ids = next((value for value in source.model.graph.inputs if value.name == IDS), None)
+    readers = [] if ids is None else [use.node for use in ids.uses() if use.node.op_type == "Gather" and use.idx == 1]
+    for table in (node.inputs[0] for node in readers):
+        if source.tokenizer is not None and table is not None and table.const_value is not None:
+            check_vocabulary(Folder(source.tokenizer.parent), table.const_value.shape.numpy()[0])
 
 
 def data_spec(model: ir.Model, recipe: Recipe, path: str | Path) -> DataSpec:

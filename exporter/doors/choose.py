@@ -54,7 +54,7 @@ def choose_door(source: str | Path, asked: ExportOptions) -> str:
     if asked.inputs:
         raise UsageError("--input describes torch modules", where=str(source), hint="leave it out: the model tells")
     checkpoint = any((place / name).exists() for name in (WEIGHTS, INDEX))
-    if place.is_file() or ((place / ONNX_FILE).exists() and not checkpoint):
+    if not place.is_dir() or ((place / ONNX_FILE).exists() and not checkpoint):
         if asked.via not in ("auto", "qexport"):
             raise UsageError(f"--via {asked.via} is for folders with {CONFIG}", where=str(source))
         return "onnx"

@@ -15,7 +15,9 @@ from qexport.calibration.reading.spec import keeps_cache
 from qexport.calibration.running.execute import open_model
 from qexport.errors import BuildFailed, UsageError
 from qexport.exporter.doors.origin import Origin, Reference, type_of
+from qexport.exporter.families.folder import Folder
 from qexport.exporter.families.form import FLOATS
+from qexport.exporter.families.vocabulary import check_vocabulary
 from qexport.exporter.load import ONNX_FILE, load_source
 from qexport.exporter.options import ExportOptions
 from qexport.passes.portable import IDS, LOGITS, MASK, PAST, POSITIONS
@@ -27,7 +29,8 @@ def open_onnx(source: str, asked: ExportOptions, _scratch: Path) -> Origin:
     """Read the model; its own answers are the truth.
 
     Raises:
-        QexportError: As ``load_source``; ``ModelInvalid`` for a decoder whose caches cannot be rewritten.
+        QexportError: As ``load_source``; ``ModelInvalid`` for a decoder whose caches cannot be rewritten;
+            ``DataInvalid`` for a tokenizer that does not fit.
         UsageError: Another type, head or layout was asked for than the file has.
     """
     found = load_source(source)
@@ -42,6 +45,9 @@ def open_onnx(source: str, asked: ExportOptions, _scratch: Path) -> Origin:
     appends = not keeps_cache(model) and any((value.name or "").startswith(PAST) for value in model.graph.inputs)
     if appends and asked.layout != "cached":
         raise UsageError("the decoder has caches", where=source, hint="leave --layout out")
+    vocabulary = _vocabulary(model)
+    if vocabulary is not None:
+        check_vocabulary(Folder(found.path.parent), vocabulary)
     reference = _appending(model) if appends else _plain(model)
     return Origin(
         door="onnx",
@@ -50,7 +56,7 @@ def open_onnx(source: str, asked: ExportOptions, _scratch: Path) -> Origin:
         reference=reference,
         told="the model that was given, in onnxruntime",
         dtype=dtype,
-        vocabulary=_vocabulary(model),
+        vocabulary=vocabulary,
         positions=_longest(reference) if appends else None,
         companions=found.companions,
     )

@@ -126,7 +126,7 @@ def _report(failure: QexportError, name: str, *, as_json: bool) -> None:
         told = {"what": failure.what, "where": failure.where, "hint": failure.hint}
         click.echo(json.dumps({"schema": ERROR_SCHEMA, "error": name, "exit_code": failure.exit_code, **told}))
         return
-    place = f"{failure.where}: " if failure.where else ""
+    place = f"{printable(failure.where, limit=1000)}: " if failure.where else ""
     click.echo(f"error: {_one_line(place + failure.what)}", err=True)
     if failure.hint:
         click.echo(f"hint: {_one_line(failure.hint)}", err=True)

@@ -109,8 +109,10 @@ def publish(directory: str | os.PathLike[str], *, inputs: Iterable[str | os.Path
     with translated(directory):
         target = _named(directory)
         target.parent.mkdir(parents=True, exist_ok=True)
-        stage, lock = _open_stage(target)
+    stage, lock = beside(target, "stage"), None
     try:
+        with translated(directory):
+            lock = _open_stage(target, stage)
         _demand_ours(target, inputs)
         yield Stage(stage)
         with translated(directory):
@@ -120,7 +122,8 @@ def publish(directory: str | os.PathLike[str], *, inputs: Iterable[str | os.Path
             sync_folder(target.parent)
     finally:
         shutil.rmtree(stage, ignore_errors=True)  # what failed, or the old content after the exchange
-        os.close(lock)
+        if lock is not None:
+            os.close(lock)
 
 
 def _named(directory: str | os.PathLike[str]) -> Path:
@@ -184,17 +187,16 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _open_stage(target: Path) -> tuple[Path, int]:
+def _open_stage(target: Path, stage: Path) -> int:
     """Make and lock a staging folder; the lock tells the living from the dead and ends with the process."""
     with _locked(target.parent):
         with suppress(OSError):  # leftovers that cannot be removed do not stop the work
             _collect(target)
-        stage = beside(target, "stage")
         os.mkdir(stage)
         lock = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return stage, lock
+    return lock
 
 
 def _collect(target: Path) -> None:
