@@ -30,13 +30,13 @@ from qexport.calibration.reading.windows import SUFFIX as WINDOWED
 from qexport.calibration.reading.windows import WindowSource
 from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.families.folder import Folder
-from qexport.exporter.families.vocabulary import check_vocabulary
+from qexport.exporter.families.vocabulary import check_vocabulary, count_words
 from qexport.exporter.load import Source
 from qexport.exporter.proof.layout import Feeds, fill
 from qexport.exporter.proof.quality import Judge, take
 from qexport.exporter.recipe import Recipe, derived_options, needs
 from qexport.exporter.steps import find_pass
-from qexport.passes.portable import IDS, MASK, MAX_POSITIONS, parse_positions
+from qexport.passes.portable import MASK, MAX_POSITIONS, parse_positions
 
 PROOF_SAMPLES = 4
 PROOF_WINDOW = 64  # samples among which different lengths are looked for
@@ -113,8 +113,9 @@ def open_samples(source: Source, recipe: Recipe, calib: str | Path | None, evalu
         )
     tokenizer = source.tokenizer
     texts = [path for path in (calib, evaluation) if path is not None and Path(path).suffix.lower() in READERS]
-    if texts and recipe.data.tokenizer is None:
-        _demand_words(source)
+    words = count_words(source.model)
+    if texts and words is not None and tokenizer is not None and recipe.data.tokenizer is None:
+        check_vocabulary(Folder(tokenizer.parent), words)
     data = None
     if calib is not None:
         data = open_dataset(calib, inputs, data_spec(source.model, recipe, calib), tokenizer=tokenizer)
@@ -127,15 +128,6 @@ def open_samples(source: Source, recipe: Recipe, calib: str | Path | None, evalu
     known = judge.data if judge is not None else data
     proof = _generated(inputs) if known is None else _proof(known, inputs)
     return Samples(data, judge, tuple(proof), known is None, tuple(_warnings(data, judge)))
-
-
-def _demand_words(source: Source) -> None:
-    """Raise ``DataInvalid`` where the tokenizer that came with the model gives numbers beyond its table."""
-    ids = next((value for value in source.model.graph.inputs if value.name == IDS), None)
-    readers = [] if ids is None else [use.node for use in ids.uses() if use.node.op_type == "Gather" and use.idx == 1]
-    for table in (node.inputs[0] for node in readers):
-        if source.tokenizer is not None and table is not None and table.const_value is not None:
-            check_vocabulary(Folder(source.tokenizer.parent), table.const_value.shape.numpy()[0])
 
 
 def data_spec(model: ir.Model, recipe: Recipe, path: str | Path) -> DataSpec:

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from helpers import call
 from test_export import tokenizer
@@ -51,6 +52,22 @@ def test_d11_a_tokenizer_with_more_words_than_the_model_is_refused_by_every_door
     given = ["--recipe", "int8", "--calib", str(tmp_path / "text.txt"), "-o", str(tmp_path / "out")]
     code, _, err = call(capsys, "build", str(folder), *given)
     assert (code, "the tokenizer gives numbers up to" in err, "recipe (" in err) == (5, True, False), err
+
+
+def test_labels_of_tokens_are_no_words(capsys, tmp_path):
+    text = """<ir_version: 10, opset_import: ["" : 21]>
+    g (int64[n, t] input_ids) => (float[n, t, 3] logits) { logits = Gather(table, input_ids) }"""
+    model = onnx.parser.parse_model(text)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.eye(50, 3, dtype=np.float32), "table"))
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    tokenizer(folder, 50)
+    code, _, err = call(capsys, "export", str(folder), "-o", str(tmp_path / "out"))
+    assert code == 0, err
+    tokenizer(folder, 51)
+    shutil.rmtree(tmp_path / "out")
+    assert refused(capsys, tmp_path, str(folder))[0] == 5
 
 
 # ---------------------------------------------------------------- inputs to verify on

@@ -17,7 +17,7 @@ from qexport.errors import BuildFailed, UsageError
 from qexport.exporter.doors.origin import Origin, Reference, type_of
 from qexport.exporter.families.folder import Folder
 from qexport.exporter.families.form import FLOATS
-from qexport.exporter.families.vocabulary import check_vocabulary
+from qexport.exporter.families.vocabulary import check_vocabulary, count_words
 from qexport.exporter.load import ONNX_FILE, load_source
 from qexport.exporter.options import ExportOptions
 from qexport.passes.portable import IDS, LOGITS, MASK, PAST, POSITIONS
@@ -45,7 +45,7 @@ def open_onnx(source: str, asked: ExportOptions, _scratch: Path) -> Origin:
     appends = not keeps_cache(model) and any((value.name or "").startswith(PAST) for value in model.graph.inputs)
     if appends and asked.layout != "cached":
         raise UsageError("the decoder has caches", where=source, hint="leave --layout out")
-    vocabulary = _vocabulary(model)
+    vocabulary = count_words(model) or (_scored(model) if appends or keeps_cache(model) else None)
     if vocabulary is not None:
         check_vocabulary(Folder(found.path.parent), vocabulary)
     reference = _appending(model) if appends else _plain(model)
@@ -117,7 +117,8 @@ def _empty(value: ir.Value) -> NDArray[Any]:
     return np.zeros((1, heads, 0, size), value.dtype.numpy())
 
 
-def _vocabulary(model: ir.Model) -> int | None:
+def _scored(model: ir.Model) -> int | None:
+    """How many words a decoder scores."""
     logits = next((value for value in model.graph.outputs if value.name == LOGITS), None)
     size = None if logits is None or logits.shape is None or len(logits.shape) != 3 else logits.shape[2]
     return size if isinstance(size, int) else None

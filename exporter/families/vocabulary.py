@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import onnx_ir as ir
+
 from qexport.calibration.reading.text import load_tokenizer
 from qexport.errors import DataInvalid
 from qexport.exporter.families.folder import TOKENIZER, Folder, demand_inside
+from qexport.passes.portable import IDS
+
+
+def count_words(model: ir.Model) -> int | None:
+    """Rows of the table that ``input_ids`` are looked up in; ``None`` where nothing is seen to do that."""
+    ids = next((value for value in model.graph.inputs if value.name == IDS), None)
+    uses = [] if ids is None else [use for use in ids.uses() if use.node.op_type == "Gather" and use.idx == 1]
+    tables = [table.const_value for use in uses if (table := use.node.inputs[0]) is not None]
+    return next((int(table.shape.numpy()[0]) for table in tables if table is not None), None)
 
 
 def check_vocabulary(folder: Folder, vocab_size: int) -> None:
