@@ -86,7 +86,7 @@ def open_head(trunk: Trunk, task: str | None) -> Head:
     modules = read_modules(trunk.folder)
     if task is None and architecture(trunk.config).endswith(OTHERS):
         what = f"the head of {architecture(trunk.config)!r} is not built"
-        hint = "--task embedding leaves it out; or export the model with --via torch"
+        hint = "--task embedding leaves it out; whole it can be exported as a torch module, file.py:callable"
         raise ModelInvalid(what, where=str(trunk.folder.path / CONFIG), hint=hint)
     task = task or _default(trunk, modules)
     wanting = _wanting(trunk, modules, task)
