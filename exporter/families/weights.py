@@ -18,6 +18,7 @@ from qexport.exporter.admit.kinds import SAFETENSORS, find_kind
 from qexport.safe_io import open_file
 
 Array = NDArray[Any]
+_SINGLE = 4  # bytes of a float32
 FLOATS = ("F32", "F16", "BF16", "F64")  # numpy knows bfloat16 since onnx_ir has loaded ml_dtypes
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
@@ -88,11 +89,12 @@ class Weights:
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> Array:
         """Read a tensor as float32; errors as ``check``."""
-        array = as_float32(self.check(name, shape).read())
-        if self._kept is None:
-            return array
-        with np.errstate(over="ignore"):
-            return as_float32(array.astype(self._kept, copy=False))
+        array = self.check(name, shape).read()
+        if self._kept is not None:
+            array = array if array.itemsize < _SINGLE else as_float32(array)  # a double is rounded twice in the graph
+            with np.errstate(over="ignore"):
+                array = array.astype(self._kept, copy=False)  # no more than two of its size are in memory
+        return as_float32(array)
 
     def rounded(self, dtype: np.dtype[Any]) -> Weights:
         """A reader of the same tensors with the numbers that ``dtype`` has, still as float32."""
