@@ -92,7 +92,7 @@ class _Encoder:
 
     def _embed(self, feeds: Feeds) -> Array:
         ids, tokens = feeds["input_ids"], feeds["input_ids"].shape[1]
-        total = self._table("word")[ids]
+        total = self._table("word")[ids].astype(np.float64)
         if "token_type_ids" in feeds:
             total = total + self._table("token_type")[feeds["token_type_ids"]]
         elif "embeddings.token_type_embeddings.weight" in self.weights:
@@ -110,7 +110,7 @@ class _Encoder:
 
 
 def _read(weights: Weights, name: str) -> Array:
-    return weights(name, weights.shape(name)).astype(np.float64)
+    return weights(name, weights.shape(name))
 
 
 def _linear(weights: Weights, name: str, x: Array) -> Array:

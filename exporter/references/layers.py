@@ -22,8 +22,8 @@ _GRID = np.arange(-_END, _END + 2 * _STEP, _STEP)
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
-    """``x W^T + b``."""
-    product: Array = x @ weight.T
+    """``x W^T + b``; the product in the type of the weight, which takes half the time of doubles."""
+    product: Array = (x.astype(weight.dtype, copy=False) @ weight.T).astype(x.dtype, copy=False)
     return product if bias is None else product + bias
 
 
