@@ -19,7 +19,12 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 CALIBRATION_SENTENCES = 512
 TEXT_CHARACTERS = 64_000
-DECODERS = {"pair-target-hf": "target", "stories260k-hf": "stories260k"}
+DECODERS = {
+    "pair-target-hf": "target",
+    "pair-draft-hf": "draft",
+    "stories260k-hf": "stories260k",
+    "bitllama-3m-hf": "stories3m",
+}
 DECODER_FILES = (
     "config.json",
     "generation_config.json",
