@@ -188,7 +188,7 @@ def test_a_bomb_is_refused_quickly(tmp_path: Path, bomb: str) -> None:
     start = time.process_time()
     with pytest.raises(QexportError):
         load_recipe(path, TABLE)
-    assert time.process_time() - start < 5  # a fifth of a second by itself, several times that while lines are counted
+    assert time.process_time() - start < 5  # a fifth of a second by itself, five times that while lines are counted
 
 
 def test_extends_overrides_option_by_option_and_key_by_key(tmp_path: Path) -> None:
