@@ -1,0 +1,1 @@
+"""Where time and bytes go: counters, curves, what the machine can do."""

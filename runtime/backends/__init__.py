@@ -1,0 +1,1 @@
+"""One session for each runtime: onnxruntime, TensorRT, TensorRT for RTX."""

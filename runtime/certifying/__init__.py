@@ -1,0 +1,1 @@
+"""Proof that decoding ahead changes nothing: exact distributions, tests, replay."""

@@ -1,0 +1,1 @@
+"""From logits to tokens: settings, distributions, and randomness that is keyed by position."""

@@ -1,0 +1,73 @@
+"""What a request asks of sampling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from qexport.errors import UsageError
+
+_MOST_SEED = 2**63
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen; the defaults are greedy.
+
+    The order is that of transformers: bias, repetition penalty, temperature, top-k, top-p, min-p; what each leaves is
+    renormalized for the next.
+
+    Attributes:
+        temperature: Logits are divided by it; 0 takes the most likely token.
+        top_k: Keep the ``k`` most likely tokens (Fan et al. 2018); 0 keeps all.
+        top_p: Keep the fewest tokens that have this probability together (nucleus, Holtzman et al. 2020); 1 keeps all.
+        min_p: Keep tokens with at least this share of the most likely one's probability (Nguyen et al. 2024).
+        repetition_penalty: Divides positive logits of tokens that were there, multiplies negative ones (CTRL, Keskar
+            et al. 2019, section 4.1); 1 does nothing.
+        logit_bias: Added to the logits of tokens, by id.
+        seed: Of all randomness. The same seed, prompt and place in the batch give the same tokens.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise :class:`UsageError` on the first number that is out of its range."""
+        ranges = (
+            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 for greedy, or above"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 for all, or above"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, up to 1"),
+            ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < math.inf, "above 0"),
+            ("seed", self.seed, 0 <= self.seed < _MOST_SEED, "from 0 to 2^63 - 1"),
+        )
+        for name, value, fits, expected in ranges:
+            if not fits:
+                raise UsageError(f"{name} is {value!r}, expected {expected}")
+        for token, bias in self.logit_bias.items():
+            if token < 0 or not math.isfinite(bias):
+                raise UsageError(f"logit_bias is {bias!r} for token {token!r}, expected a number for an id")
+        if self.greedy and self.truncated:
+            told = "top_k, top_p and min_p choose among tokens"
+            raise UsageError(f"temperature is 0, which is greedy, but {told}", hint="give a temperature above 0")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing is left to chance."""
+        return self.temperature == 0
+
+    @property
+    def truncated(self) -> bool:
+        """Whether tokens are left out."""
+        return bool(self.top_k) or self.top_p < 1 or self.min_p > 0
+
+    @property
+    def remembers(self) -> bool:
+        """Whether logits depend on the tokens before other than through the model."""
+        return self.repetition_penalty != 1

@@ -1,0 +1,101 @@
+"""What is passed between those who propose tokens and those who verify them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Chances: TypeAlias = NDArray[np.float64]  # [tokens, vocabulary], rows add up to 1
+Logits: TypeAlias = NDArray[np.float32]  # [tokens, vocabulary]
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A text that output may copy from, beside the prompt (LLMA, Yang et al. 2023).
+
+    Attributes:
+        name: What spans that were copied from it say.
+        ids: Its tokens.
+    """
+
+    name: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where proposed tokens were found.
+
+    Attributes:
+        source: Name of the reference; empty for prompt and output.
+        start: First token there.
+    """
+
+    source: str
+    start: int
+
+
+@dataclass(slots=True)
+class Row:
+    """One sequence of a batch while it grows.
+
+    Attributes:
+        ids: The prompt and all that was decided; whoever keeps state compares with it what it knows.
+        prompt: Tokens of the prompt.
+        stream: Distinguishes the randomness of this sequence from that of others with the same seed.
+        references: What it may copy from.
+    """
+
+    ids: list[int]
+    prompt: int
+    stream: int = 0
+    references: tuple[Reference, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """Tokens that may come next in one row.
+
+    Attributes:
+        ids: The tokens in order; empty where there is nothing to propose.
+        chances: The distribution that each was drawn from, one row per token and one more for ``spare``; ``None``
+            where they were not drawn but are certain, as copied and greedy ones are.
+        spare: Drawn with them for the position behind the last, where the target chooses anyway: it makes what is
+            chosen there independent of how many tokens were proposed.
+        proposer: Whose it is, for accounts.
+        span: Where copied tokens come from.
+    """
+
+    ids: tuple[int, ...] = ()
+    chances: Chances | None = None
+    spare: int | None = None
+    proposer: str = ""
+    span: Span | None = None
+
+
+NOTHING = Proposal()
+
+
+class Proposer(Protocol):
+    """Looks ahead. It follows the rows by itself: what it knows of a row is valid as far as ``row.ids`` agrees."""
+
+    @property
+    def name(self) -> str:
+        """Short, for accounts."""
+        ...
+
+    def begin(self, rows: Sequence[Row]) -> None:
+        """Forget everything; a batch starts with these rows, which have their prompts."""
+        ...
+
+    def propose(self, rows: Sequence[Row], most: Sequence[int]) -> list[Proposal]:
+        """Tokens that may follow each row, up to ``most`` of it; none where that is zero or nothing is known."""
+        ...
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Only these rows go on, in this order; the others are done."""
+        ...
