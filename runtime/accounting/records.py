@@ -17,7 +17,7 @@ class PrefillRecord:
     Attributes:
         began: Clock at the start.
         clock: Clock when the first tokens were there.
-        prompts: Tokens of each row's prompt.
+        prompts: Tokens of each row's prompt, for the whole batch in order.
         calls: Calls of the target, one per chunk.
         emitted: Tokens that each row has got: one, or none where nothing was to be generated.
         native: Seconds of them inside of the target's backend.
@@ -35,11 +35,12 @@ class PrefillRecord:
 
 @dataclass(frozen=True, slots=True)
 class RoundRecord:
-    """One round. What is said "of each row" is in the order of the rows that are active, and as long.
+    """One round. What is said "of each row" is in the order of ``rows``, and as long.
 
     Attributes:
         began: Clock at the start, before anything is proposed.
         clock: Clock at the end, when the tokens are committed and the caches rolled back.
+        rows: Numbers of the rows that are active, by their place in the batch as it began.
         width: Tokens of a row in the call of the target: the pending one and the longest proposal.
         valid: Tokens in the target's cache before the call, of all rows together.
         proposed: Tokens proposed, of each row.
@@ -60,6 +61,7 @@ class RoundRecord:
 
     began: float
     clock: float
+    rows: tuple[int, ...]
     width: int
     valid: int
     proposed: tuple[int, ...]
@@ -75,11 +77,6 @@ class RoundRecord:
     draft_calls: int = 0
     draft_width: int = 0
     draft_valid: int = 0
-
-    @property
-    def rows(self) -> int:
-        """Rows that were active."""
-        return len(self.emitted)
 
     @property
     def seconds(self) -> float:
