@@ -80,8 +80,42 @@ class Proposal:
 NOTHING = Proposal()
 
 
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """What a proposer's own models did since it was made.
+
+    Attributes:
+        native: Seconds inside of their backends.
+        calls: Calls of them.
+        width: Tokens of a row that they read, all calls together.
+        valid: Tokens in their caches before each call, of all rows and all calls together.
+    """
+
+    native: float = 0.0
+    calls: int = 0
+    width: int = 0
+    valid: int = 0
+
+    def __add__(self, other: Effort) -> Effort:
+        """Both together."""
+        return Effort(
+            self.native + other.native, self.calls + other.calls, self.width + other.width, self.valid + other.valid
+        )
+
+    def __sub__(self, other: Effort) -> Effort:
+        """What was done since ``other``."""
+        return Effort(
+            self.native - other.native, self.calls - other.calls, self.width - other.width, self.valid - other.valid
+        )
+
+
 class Proposer(Protocol):
     """Looks ahead. It follows the rows by itself: what it knows of a row is valid as far as ``row.ids`` agrees."""
+
+    @property
+    def effort(self) -> Effort:
+        """What its models did since it was made; nothing for those that have none."""
+        ...
 
     @property
     def name(self) -> str:

@@ -1,0 +1,87 @@
+"""From logits to the distribution that a request asks for: pure functions of arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qexport.runtime.sampling.settings import Sampling
+
+Scores: TypeAlias = NDArray[np.floating[Any]]  # [vocabulary], log-probabilities up to a constant
+Chances: TypeAlias = NDArray[np.float64]  # [vocabulary], adds up to 1
+
+
+def adjust(logits: Scores, settings: Sampling, seen: Collection[int]) -> Scores:
+    """Logits with bias and repetition penalty; the very array where neither is asked for.
+
+    Args:
+        logits: ``[vocabulary]``.
+        settings: What is asked for.
+        seen: Tokens of the prompt and the output so far.
+
+    Returns:
+        ``[vocabulary]``, float64 where something was changed.
+    """
+    if not settings.logit_bias and not settings.remembers:
+        return logits
+    scores = logits.astype(np.float64)
+    for token, bias in settings.logit_bias.items():
+        scores[token] += bias
+    if settings.remembers and seen:
+        there = np.fromiter(seen, np.int64, len(seen))
+        found, penalty = scores[there], settings.repetition_penalty
+        scores[there] = np.where(found > 0, found / penalty, found * penalty)
+    return scores
+
+
+def distribution(scores: Scores, settings: Sampling) -> Chances:
+    """Softmax at the temperature, with what top-k, top-p and min-p leave out at zero, ``[vocabulary]``.
+
+    Tokens that are as likely as the last one to stay, stay too, but for top-p, where the lower id stays.
+    """
+    scaled = scores.astype(np.float64) / settings.temperature
+    if 0 < settings.top_k < scaled.size:
+        least = np.partition(scaled, -settings.top_k)[-settings.top_k]
+        scaled[scaled < least] = -np.inf
+    chances = softmax(scaled)
+    if settings.top_p < 1:
+        chances = _nucleus(chances, settings.top_p)
+    if settings.min_p > 0:
+        chances[chances < settings.min_p * chances.max()] = 0
+        chances /= chances.sum()
+    return chances
+
+
+def softmax(scores: NDArray[np.float64]) -> Chances:
+    """exp(s) / sum exp(s), shifted by the largest so that nothing overflows."""
+    chances: Chances = np.exp(scores - scores.max())
+    chances /= chances.sum()
+    return chances
+
+
+def _nucleus(chances: Chances, share: float) -> Chances:
+    """The likeliest tokens until they have ``share`` together, the one that reaches it included."""
+    order = np.argsort(-chances, kind="stable")
+    ordered = chances[order]
+    before = np.cumsum(ordered) - ordered
+    kept = np.zeros_like(chances)
+    stays = order[before < share]
+    kept[stays] = chances[stays]
+    return kept / kept.sum()
+
+
+def draw(chances: Chances, uniform: float) -> int:
+    """The token at ``uniform`` of the cumulated distribution; never one without a chance.
+
+    Args:
+        chances: ``[vocabulary]``, zero or more, not all zero; may add up to anything.
+        uniform: In [0, 1).
+    """
+    cumulated = np.cumsum(chances)
+    place = int(np.searchsorted(cumulated, uniform * cumulated[-1], side="right"))
+    if place < chances.size:
+        return place
+    return int(np.flatnonzero(chances)[-1])  # rounding reached the very end

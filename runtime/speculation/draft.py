@@ -1,0 +1,131 @@
+"""A small model that looks ahead, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from qexport.runtime.decoder import Decoder
+from qexport.runtime.sampling.distribution import draw
+from qexport.runtime.sampling.noise import Purpose
+from qexport.runtime.sampling.sampler import NotFiniteError, Sampler
+from qexport.runtime.speculation.feeding import read_prompts
+from qexport.runtime.speculation.proposal import NOTHING, Chances, Effort, Logits, Proposal, Row
+
+
+class Draft:
+    """Proposes what a decoder of the same vocabulary would say.
+
+    Greedy requests get its best tokens, others tokens that it draws from its own distribution, adjusted and truncated
+    by the same settings as the target's, together with that distribution. It knows of a row what it has read; what
+    was rejected is taken back, what was decided without it is read first, both with the next proposal.
+    """
+
+    name = "draft"
+
+    def __init__(self, decoder: Decoder, sampler: Sampler, vocabulary: int) -> None:
+        """Propose for targets with ``vocabulary`` logits; they may have more or less padding than the draft."""
+        self.decoder, self._sampler, self._vocabulary = decoder, sampler, vocabulary
+        self._read: list[list[int]] = []
+        self._decided: list[int] = []  # of what was read, the tokens that nobody takes back
+        self._done = Effort()
+
+    @property
+    def effort(self) -> Effort:
+        """Calls of the decoder."""
+        return self._done
+
+    def begin(self, rows: Sequence[Row]) -> None:
+        """Forget everything."""
+        self.decoder.reset(len(rows))
+        self._read, self._decided = [[] for _ in rows], [0] * len(rows)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget the others."""
+        self.decoder.keep(rows)
+        self._read, self._decided = ([known[index] for index in rows] for known in (self._read, self._decided))
+
+    def propose(self, rows: Sequence[Row], most: Sequence[int]) -> list[Proposal]:
+        """Tokens of the draft; none for rows that are longer than it has positions for, or where it has no numbers."""
+        drawn = not self._sampler.settings.greedy
+        wanted = [self._affordable(row, more) + drawn if more > 0 else 0 for row, more in zip(rows, most, strict=True)]
+        wanted = [more if more > drawn else 0 for more in wanted]
+        found: list[list[int]] = [[] for _ in rows]
+        chances: list[list[Chances]] = [[] for _ in rows]
+        logits = self._catch_up(rows, wanted)
+        for place in range(max(wanted)):
+            going = [index for index, more in enumerate(wanted) if more > place]
+            for index in going:
+                try:
+                    self._choose(logits[index], rows[index], found[index], chances[index])
+                except NotFiniteError:
+                    wanted[index], found[index] = 0, []
+            going = [index for index in going if wanted[index] > place + 1]
+            if going:
+                logits = self._feed({index: found[index][-1] for index in going}, len(rows))
+        return [self._proposal(ids, given, drawn) for ids, given in zip(found, chances, strict=True)]
+
+    def _affordable(self, row: Row, most: int) -> int:
+        limit = self.decoder.signature.positions
+        return most if limit is None else min(most, limit - len(row.ids))
+
+    def _choose(self, logits: Logits, row: Row, ids: list[int], chances: list[Chances]) -> None:
+        scores = self._fit(logits[0])
+        if self._sampler.settings.greedy:
+            ids.append(self._sampler.best(scores, row, ids))
+            return
+        given = self._sampler.chances(scores, row, ids)
+        chances.append(given)
+        ids.append(draw(given, self._sampler.number(row, len(ids), Purpose.DRAFT)))
+
+    def _fit(self, scores: Logits) -> Logits:
+        """As many scores as the target has; tokens that the draft does not know never come."""
+        if scores.size >= self._vocabulary:
+            return scores[: self._vocabulary]
+        return np.pad(scores, (0, self._vocabulary - scores.size), constant_values=-np.inf)
+
+    def _catch_up(self, rows: Sequence[Row], wanted: Sequence[int]) -> list[Logits]:
+        """Take back what was rejected and read what was decided, of rows that want something."""
+        lengths, missing = [], []
+        for index, (row, read, more) in enumerate(zip(rows, self._read, wanted, strict=True)):
+            if not more:
+                lengths.append(len(read))
+                missing.append([])
+                continue
+            same = min(_agree(row.ids, read, self._decided[index]), len(row.ids) - 1)  # the last is read for its logits
+            self._decided[index] = len(row.ids)
+            lengths.append(same)
+            missing.append(row.ids[same:])
+            read[same:] = missing[-1]
+        self.decoder.rollback(lengths)
+        if not any(missing):
+            return []
+        began, valid = self.decoder.seconds, int(self.decoder.lengths.sum())
+        last, calls = read_prompts(self.decoder, missing)
+        self._done += Effort(self.decoder.seconds - began, calls, max(map(len, missing)), valid)
+        return last
+
+    def _feed(self, tokens: dict[int, int], batch: int) -> list[Logits]:
+        """One token more of some rows."""
+        ids, counts = np.zeros((batch, 1), np.int64), np.zeros(batch, np.int64)
+        for index, token in tokens.items():
+            ids[index, 0], counts[index] = token, 1
+            self._read[index].append(token)
+        began, valid = self.decoder.seconds, int(self.decoder.lengths.sum())
+        logits = self.decoder.extend(ids, counts)
+        self._done += Effort(self.decoder.seconds - began, 1, 1, valid)
+        return list(logits)
+
+    def _proposal(self, ids: list[int], chances: list[Chances], drawn: bool) -> Proposal:
+        if not ids:
+            return NOTHING
+        if not drawn:
+            return Proposal(tuple(ids), proposer=self.name)
+        return Proposal(tuple(ids[:-1]), np.stack(chances), ids[-1], self.name)
+
+
+def _agree(ids: Sequence[int], read: Sequence[int], known: int) -> int:
+    """Tokens from the start on in which both agree, of which ``known`` need no look."""
+    end = min(len(ids), len(read))
+    return next((place for place in range(min(known, end), end) if ids[place] != read[place]), end)

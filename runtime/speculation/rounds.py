@@ -1,0 +1,203 @@
+"""The loop: propose, verify in one call of the target, take what the rule takes, go back behind it.
+
+The target's cache always ends before the last token that was decided: that one is pending, and is the first that the
+next call reads. So a round costs one call of the target whatever comes of it, and each call gives one token more than
+were accepted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from qexport.errors import DataInvalid, UsageError
+from qexport.runtime.accounting.records import PrefillRecord, RoundRecord
+from qexport.runtime.cache import Counts
+from qexport.runtime.decoder import Decoder
+from qexport.runtime.sampling.sampler import NotFiniteError, Sampler
+from qexport.runtime.speculation.feeding import read_prompts
+from qexport.runtime.speculation.proposal import NOTHING, Effort, Logits, Proposal, Proposer, Row
+from qexport.runtime.speculation.rules import Verdict, verify
+
+Rule = Callable[[Proposal, Logits, Row, Sampler], Verdict]
+NO_EFFORT = Effort()
+
+
+class Policy(Protocol):
+    """How far to look ahead."""
+
+    def plan(self, rows: Sequence[Row]) -> int:
+        """Most tokens to propose in the next round; 0 for plain decoding."""
+        ...
+
+    def observe(self, record: RoundRecord) -> None:
+        """Learn from a round."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """Always the same number."""
+
+    most: int
+
+    def __post_init__(self) -> None:
+        """Raise :class:`UsageError` for a number that proposes nothing."""
+        if self.most < 1:
+            raise UsageError(f"{self.most} tokens ahead, expected at least 1", hint="leave the draft out to switch off")
+
+    def plan(self, rows: Sequence[Row]) -> int:
+        """Return the number."""
+        return self.most
+
+    def observe(self, record: RoundRecord) -> None:
+        """Learn nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a row has got in a round.
+
+    Attributes:
+        tokens: In order; none where it failed.
+        proposal: What was proposed for them.
+        accepted: How many of it were taken.
+        failure: Why the row cannot go on.
+    """
+
+    tokens: tuple[int, ...]
+    proposal: Proposal = NOTHING
+    accepted: int = 0
+    failure: DataInvalid | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What all rows have got, and what it cost."""
+
+    outcomes: tuple[Outcome, ...]
+    record: PrefillRecord | RoundRecord
+
+
+class Rounds:
+    """A batch of rows that grow together, each at its own pace; the target's cache is this batch's alone."""
+
+    def __init__(self, target: Decoder, sampler: Sampler, proposer: Proposer | None, policy: Policy) -> None:
+        """Begin nothing yet; without a proposer it is plain decoding."""
+        self._target, self._sampler, self._proposer, self._policy = target, sampler, proposer, policy
+        self.rule: Rule = verify
+        self.rows: list[Row] = []
+        self._numbers: list[int] = []
+
+    def begin(self, rows: Sequence[Row]) -> Round:
+        """Read the prompts and choose the first token of every row.
+
+        Args:
+            rows: With at least one token each.
+
+        Raises:
+            DataInvalid: A prompt is longer than the model reads.
+        """
+        began, native = time.perf_counter(), self._target.seconds
+        self.rows, self._numbers = list(rows), list(range(len(rows)))
+        effort = self._effort()
+        self._target.reset(len(rows))
+        last, calls = read_prompts(self._target, [row.ids for row in rows])
+        if self._proposer is not None:
+            self._proposer.begin(rows)
+        outcomes = tuple(self._decide(NOTHING, logits, row) for logits, row in zip(last, rows, strict=True))
+        self._commit(outcomes)
+        spent = self._target.seconds - native
+        prompts, emitted = tuple(row.prompt for row in rows), tuple(len(found.tokens) for found in outcomes)
+        drafted = (self._effort() - effort).native
+        return Round(outcomes, PrefillRecord(began, time.perf_counter(), prompts, calls, emitted, spent, drafted))
+
+    def step(self, room: Sequence[int]) -> Round:
+        """Run one round.
+
+        Args:
+            room: Tokens that each row may still get, at least one; no row gets more.
+        """
+        target, rows = self._target, self.rows
+        began, native, effort, start = time.perf_counter(), target.seconds, self._effort(), target.lengths
+        proposals = self._propose(room)
+        proposed, drafted = time.perf_counter(), self._effort() - effort
+        ids, counts = _beside(rows, proposals)
+        logits = target.extend(ids, counts)
+        verified = time.perf_counter()
+        outcomes = tuple(
+            self._decide(proposal, logits[index, : 1 + len(proposal.ids)], row)
+            for index, (row, proposal) in enumerate(zip(rows, proposals, strict=True))
+        )
+        target.rollback(start + [1 + found.accepted for found in outcomes])
+        self._commit(outcomes)
+        clock = time.perf_counter()
+        record = RoundRecord(
+            began=began,
+            clock=clock,
+            rows=tuple(self._numbers),
+            width=ids.shape[1],
+            valid=int(start.sum()),
+            proposed=tuple(len(proposal.ids) for proposal in proposals),
+            accepted=tuple(found.accepted for found in outcomes),
+            emitted=tuple(len(found.tokens) for found in outcomes),
+            proposers=tuple(proposal.proposer for proposal in proposals),
+            propose=proposed - began,
+            verify=verified - proposed,
+            accept=clock - verified,
+            native=target.seconds - native,
+            native_draft=drafted.native,
+            draft_calls=drafted.calls,
+            draft_width=drafted.width,
+            draft_valid=drafted.valid,
+        )
+        self._policy.observe(record)
+        return Round(outcomes, record)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only."""
+        self.rows = [self.rows[index] for index in rows]
+        self._numbers = [self._numbers[index] for index in rows]
+        self._target.keep(rows)
+        if self._proposer is not None:
+            self._proposer.keep(rows)
+
+    def _effort(self) -> Effort:
+        return NO_EFFORT if self._proposer is None else self._proposer.effort
+
+    def _propose(self, room: Sequence[int]) -> list[Proposal]:
+        """At most what the policy says, and so much that the target's own token has room behind it."""
+        most = 0 if self._proposer is None else self._policy.plan(self.rows)
+        if self._proposer is None or most == 0:
+            return [NOTHING] * len(self.rows)
+        limit = self._target.signature.positions
+        wanted = [min(most, left - 1) for left in room]
+        if limit is not None:
+            wanted = [min(more, limit - len(row.ids)) for more, row in zip(wanted, self.rows, strict=True)]
+        return self._proposer.propose(self.rows, wanted)
+
+    def _decide(self, proposal: Proposal, logits: Logits, row: Row) -> Outcome:
+        """A failure is the row's own."""
+        try:
+            verdict = self.rule(proposal, logits, row, self._sampler)
+        except NotFiniteError as error:
+            return Outcome((), proposal, 0, error)
+        return Outcome(verdict.tokens, proposal, verdict.accepted)
+
+    def _commit(self, outcomes: Sequence[Outcome]) -> None:
+        for row, outcome in zip(self.rows, outcomes, strict=True):
+            row.ids.extend(outcome.tokens)
+
+
+def _beside(rows: Sequence[Row], proposals: Sequence[Proposal]) -> tuple[Counts, Counts]:
+    """The pending token of each row and what is proposed behind it, ``[rows, width]``; and how many these are."""
+    counts = np.array([1 + len(proposal.ids) for proposal in proposals], np.int64)
+    ids = np.zeros((len(rows), counts.max()), np.int64)
+    for index, (row, proposal) in enumerate(zip(rows, proposals, strict=True)):
+        ids[index, 0] = row.ids[-1]
+        ids[index, 1 : counts[index]] = proposal.ids
+    return ids, counts
