@@ -44,7 +44,8 @@ class Draft:
     def keep(self, rows: Sequence[int]) -> None:
         """Forget the others."""
         self.decoder.keep(rows)
-        self._read, self._decided = ([known[index] for index in rows] for known in (self._read, self._decided))
+        self._read = [self._read[index] for index in rows]
+        self._decided = [self._decided[index] for index in rows]
 
     def propose(self, rows: Sequence[Row], most: Sequence[int]) -> list[Proposal]:
         """Tokens of the draft; none for rows that are longer than it has positions for, or where it has no numbers."""
@@ -87,7 +88,8 @@ class Draft:
 
     def _catch_up(self, rows: Sequence[Row], wanted: Sequence[int]) -> list[Logits]:
         """Take back what was rejected and read what was decided, of rows that want something."""
-        lengths, missing = [], []
+        lengths: list[int] = []
+        missing: list[list[int]] = []
         for index, (row, read, more) in enumerate(zip(rows, self._read, wanted, strict=True)):
             if not more:
                 lengths.append(len(read))

@@ -133,7 +133,7 @@ class Rounds:
             self._decide(proposal, logits[index, : 1 + len(proposal.ids)], row)
             for index, (row, proposal) in enumerate(zip(rows, proposals, strict=True))
         )
-        target.rollback(start + [1 + found.accepted for found in outcomes])
+        target.rollback([length + 1 + found.accepted for length, found in zip(start, outcomes, strict=True)])
         self._commit(outcomes)
         clock = time.perf_counter()
         record = RoundRecord(
