@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -50,60 +50,93 @@ class Cache:
         if batch < 1:
             raise DataInvalid(f"the batch is {batch}, expected at least one row")
         self.most, self._least = most, least
-        self._lengths: Counts = np.zeros(batch, np.int64)
+        self._lengths = [0] * batch  # plain numbers: of few rows they are added and compared faster than arrays
+        self._touched = 0  # columns that hold something
         self.capacity = bucket(1, least, most)
-        self.buffers = {name: self._zeros(heads, size, dtype) for name, (heads, size) in shapes.items()}
+        self.buffers = {
+            name: np.zeros((batch, heads, self.capacity, size), dtype) for name, (heads, size) in shapes.items()
+        }
 
     @property
     def lengths(self) -> Counts:
         """Columns of each row that count."""
-        return self._lengths.copy()
+        return np.array(self._lengths, np.int64)
 
-    def reserve(self, counts: Counts, width: int) -> bool:
+    @property
+    def starts(self) -> Sequence[int]:
+        """The same as plain numbers, to be read only."""
+        return self._lengths
+
+    @property
+    def batch(self) -> int:
+        """Rows."""
+        return len(self._lengths)
+
+    def reset(self, batch: int) -> bool:
+        """Forget everything where the buffers are those of a new cache for ``batch`` rows; whether they are."""
+        if (self.batch, self.capacity) != (batch, bucket(1, self._least, self.most)):
+            return False
+        for buffer in self.buffers.values():
+            buffer[:, :, : self._touched] = 0
+        self._lengths, self._touched = [0] * batch, 0
+        return True
+
+    def reserve(self, counts: Sequence[int], width: int) -> bool:
         """Make room for ``width`` more columns in every row, of which ``counts`` will count; whether buffers are new.
 
         Raises:
             DataInvalid: A row would be longer than ``most``.
         """
-        after = self._lengths + counts
-        if self.most is not None and after.max() > self.most:
-            row = int(after.argmax())
-            what = (
-                f"row {row} has {self._lengths[row]} tokens and {counts[row]} more, the model has {self.most} positions"
-            )
-            raise DataInvalid(what, hint="start a new sequence, or go back first")
-        needed = int(self._lengths.max()) + width
+        if self.most is not None:
+            for row, (length, count) in enumerate(zip(self._lengths, counts, strict=True)):
+                if length + count > self.most:
+                    what = f"row {row} has {length} tokens and {count} more, the model has {self.most} positions"
+                    raise DataInvalid(what, hint="start a new sequence, or go back first")
+        needed = max(self._lengths) + width
+        self._touched = max(self._touched, needed)
         if needed <= self.capacity:
             return False
         self.capacity = bucket(needed, self._least, self.most)
-        used = int(self._lengths.max())
-        for name, old in self.buffers.items():
-            new = self._zeros(old.shape[1], old.shape[3], old.dtype)
-            new[:, :, :used] = old[:, :, :used]
-            self.buffers[name] = new  # one after the other, so that no more than one is there twice
+        self._move(range(self.batch))
         return True
 
-    def advance(self, counts: Counts) -> None:
+    def advance(self, counts: Sequence[int]) -> None:
         """Count ``counts`` more columns of each row; ``reserve`` made room for them and a step wrote them."""
-        self._lengths += counts
+        self._lengths = [length + count for length, count in zip(self._lengths, counts, strict=True)]
 
-    def rollback(self, lengths: Counts) -> None:
+    def rollback(self, lengths: Sequence[int]) -> None:
         """Go back to ``lengths`` columns; the buffers stay as they are.
 
         Raises:
             DataInvalid: A row was never that long, or the length is negative.
         """
-        if lengths.shape != self._lengths.shape:
-            raise DataInvalid(f"{lengths.size} lengths for {self._lengths.size} rows")
-        wrong = np.flatnonzero((lengths < 0) | (lengths > self._lengths))
-        if wrong.size:
-            row = wrong[0]
-            what = f"row {row} cannot go back to {lengths[row]} tokens, it has {self._lengths[row]}"
-            raise DataInvalid(what)
-        self._lengths[:] = lengths
+        if len(lengths) != self.batch:
+            raise DataInvalid(f"{len(lengths)} lengths for {self.batch} rows")
+        for row, (asked, length) in enumerate(zip(lengths, self._lengths, strict=True)):
+            if not 0 <= asked <= length:
+                raise DataInvalid(f"row {row} cannot go back to {asked} tokens, it has {length}")
+        self._lengths = list(lengths)
 
-    def _zeros(self, heads: int, size: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-        return np.zeros((self._lengths.size, heads, self.capacity, size), dtype)
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows in this order; the buffers are new, one after the other, and as wide as before.
+
+        Raises:
+            DataInvalid: There is no such row, or none is kept.
+        """
+        wrong = [row for row in rows if not 0 <= row < self.batch]
+        if wrong or not rows:
+            what = f"row {wrong[0]} does not exist" if wrong else "no row is kept"
+            raise DataInvalid(f"{what}, the batch has {self.batch}")
+        self._lengths = [self._lengths[row] for row in rows]
+        self._move(rows)
+
+    def _move(self, rows: Sequence[int]) -> None:
+        """Put the columns of ``rows`` that count into new buffers, of which no more than one is there twice."""
+        for name, old in self.buffers.items():
+            new = np.zeros((len(rows), old.shape[1], self.capacity, old.shape[3]), old.dtype)
+            for place, (row, used) in enumerate(zip(rows, self._lengths, strict=True)):
+                new[place, :, :used] = old[row, :, :used]
+            self.buffers[name] = new
 
 
 def bucket(needed: int, least: int, most: int | None) -> int:

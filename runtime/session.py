@@ -103,31 +103,17 @@ class Port:
 
 
 class Binding:
-    """Arrays that a session reads and writes where they lie; each stays bound until another one takes its place."""
+    """Arrays that every run reads and writes where they lie; their shapes are those of each run."""
 
-    def __init__(self, session: Any) -> None:
-        """Bind nothing yet."""
-        self._wrap = load_onnxruntime().OrtValue.ortvalue_from_numpy
+    def __init__(self, session: Any, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> None:
+        """Bind all inputs and outputs; an output may be what an input reads, if its operator can do that."""
+        wrap = load_onnxruntime().OrtValue.ortvalue_from_numpy
         self._session, self._binding = session, session.io_binding()
-        self._fed: dict[str, NDArray[Any]] = {}
-
-    def read(self, name: str, array: NDArray[Any]) -> None:
-        """Let an input read ``array``."""
-        self._binding.bind_ortvalue_input(name, self._wrap(np.ascontiguousarray(array)))
-
-    def feed(self, name: str, array: NDArray[Any]) -> None:
-        """Let an input read a copy of ``array``: cheaper than binding anew where shape and type stay the same."""
-        held = self._fed.get(name)
-        if held is not None and (held.shape, held.dtype) == (array.shape, array.dtype):
-            held[...] = array
-            return
-        self._fed[name] = array.copy()
-        self.read(name, self._fed[name])
-
-    def write(self, name: str, array: NDArray[Any]) -> None:
-        """Let an output write into ``array``, which may be one that an input reads if its operator can do that."""
-        assert array.flags.c_contiguous, "what is written must lie in one piece"
-        self._binding.bind_ortvalue_output(name, self._wrap(array))
+        for name, array in inputs.items():
+            self._binding.bind_ortvalue_input(name, wrap(np.ascontiguousarray(array)))
+        for name, array in outputs.items():
+            assert array.flags.c_contiguous, "what is written must lie in one piece"
+            self._binding.bind_ortvalue_output(name, wrap(array))
 
     def run(self) -> None:
         """Run once.
@@ -193,9 +179,9 @@ class Session:
         self.inputs, self.outputs = (tuple(port.name for port in ports) for ports in (self.ports, self.results))
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
 
-    def bind(self) -> Binding:
-        """Return a new set of bound arrays, empty yet; several of them share the session."""
-        return Binding(self._session)
+    def bind(self, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> Binding:
+        """Bind arrays to all inputs and outputs, for any number of runs; several bindings share the session."""
+        return Binding(self._session, inputs, outputs)
 
     def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """Run once; returns the named outputs, all of them by default."""

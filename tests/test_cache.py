@@ -19,7 +19,7 @@ def cache(batch=1, **options):
 
 
 def counts(*numbers):
-    return np.array(numbers, np.int64)
+    return list(numbers)
 
 
 def step(made, width, *valid):
@@ -126,6 +126,40 @@ def test_what_was_gone_back_over_does_not_come_back():
         made.rollback(counts(5))
 
 
+def test_rows_that_are_kept_bring_their_columns_and_the_others_are_gone():
+    made = cache(4, least=8)
+    step(made, 7, 3, 7, 0, 5)
+    marks = {name: buffer + 100 * np.arange(4)[:, None, None, None] for name, buffer in made.buffers.items()}
+    for name, buffer in made.buffers.items():
+        buffer[...] = marks[name]
+    made.keep([3, 1])
+    assert (made.batch, made.lengths.tolist(), made.capacity) == (2, [5, 7], 8)
+    for name, buffer in made.buffers.items():
+        assert buffer.shape[0] == 2
+        np.testing.assert_array_equal(buffer[0, :, :5], marks[name][3, :, :5])
+        np.testing.assert_array_equal(buffer[1, :, :7], marks[name][1, :, :7])
+        assert not buffer[0, :, 5:].any()
+
+
+def test_a_row_may_be_kept_twice_and_each_goes_its_own_way():
+    made = cache(2, least=4)
+    step(made, 3)
+    made.keep([1, 1, 0])
+    made.rollback(counts(1, 3, 2))
+    step(made, 2)
+    assert made.lengths.tolist() == [3, 5, 4]
+    assert right(made)
+
+
+@pytest.mark.parametrize(("rows", "words"), [([2], "row 2 does not exist"), ([-1], "row -1"), ([], "no row is kept")])
+def test_a_row_that_is_not_there_cannot_be_kept(rows, words):
+    made = cache(2)
+    step(made, 3)
+    with pytest.raises(DataInvalid, match=words):
+        made.keep(rows)
+    assert made.lengths.tolist() == [3, 3]
+
+
 def test_lengths_cannot_be_changed_from_outside():
     made = cache()
     made.lengths[0] = 7
@@ -164,6 +198,6 @@ def test_any_steps_and_ways_back_keep_every_column_that_counts(steps):
     for width, valid, back in steps:
         step(made, width, *(min(count, width) for count in valid))
         if back is not None:
-            made.rollback((made.lengths * back).astype(np.int64))
+            made.rollback((made.lengths * back).astype(int).tolist())
         assert right(made)
         assert made.capacity >= made.lengths.max()
