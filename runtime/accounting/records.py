@@ -7,7 +7,7 @@ proposed. Between two rounds the caller has the tokens: that time is nobody's he
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,3 +82,31 @@ class RoundRecord:
     def seconds(self) -> float:
         """What the round took."""
         return self.clock - self.began
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One batch from its prompts to its last token."""
+
+    prefill: PrefillRecord
+    rounds: tuple[RoundRecord, ...]
+
+    def of_row(self, row: int) -> Run:
+        """What one row saw of it: it waits as long as all others."""
+        told = self.prefill
+        first = replace(told, prompts=told.prompts[row : row + 1], emitted=told.emitted[row : row + 1])
+        return Run(
+            first, tuple(_of_row(record, record.rows.index(row)) for record in self.rounds if row in record.rows)
+        )
+
+
+def _of_row(record: RoundRecord, place: int) -> RoundRecord:
+    here = slice(place, place + 1)
+    return replace(
+        record,
+        rows=record.rows[here],
+        proposed=record.proposed[here],
+        accepted=record.accepted[here],
+        emitted=record.emitted[here],
+        proposers=record.proposers[here],
+    )
