@@ -70,7 +70,8 @@ def _nucleus(chances: Chances, share: float) -> Chances:
     kept = np.zeros_like(chances)
     stays = order[before < share]
     kept[stays] = chances[stays]
-    return kept / kept.sum()
+    kept /= kept.sum()
+    return kept
 
 
 def draw(chances: Chances, uniform: float) -> int:

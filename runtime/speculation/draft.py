@@ -50,8 +50,7 @@ class Draft:
     def propose(self, rows: Sequence[Row], most: Sequence[int]) -> list[Proposal]:
         """Tokens of the draft; none for rows that are longer than it has positions for, or where it has no numbers."""
         drawn = not self._sampler.settings.greedy
-        wanted = [self._affordable(row, more) + drawn if more > 0 else 0 for row, more in zip(rows, most, strict=True)]
-        wanted = [more if more > drawn else 0 for more in wanted]
+        wanted = [max(0, self._affordable(row, more) + drawn) for row, more in zip(rows, most, strict=True)]
         found: list[list[int]] = [[] for _ in rows]
         chances: list[list[Chances]] = [[] for _ in rows]
         logits = self._catch_up(rows, wanted)

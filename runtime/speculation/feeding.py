@@ -38,6 +38,7 @@ def read_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> tuple[li
         for row, part in enumerate(parts):
             ids[row, : len(part)] = part
         logits = decoder.extend(ids, counts)
-        for row in np.flatnonzero(counts):
-            last[row] = logits[row, counts[row] - 1 : counts[row]].copy()
+        for row, part in enumerate(parts):
+            if part:
+                last[row] = logits[row, len(part) - 1 : len(part)].copy()
     return last, -(-longest // piece)

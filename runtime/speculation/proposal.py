@@ -127,7 +127,10 @@ class Proposer(Protocol):
         ...
 
     def propose(self, rows: Sequence[Row], most: Sequence[int]) -> list[Proposal]:
-        """Tokens that may follow each row, up to ``most`` of it; none where that is zero or nothing is known."""
+        """Tokens that may follow each row, up to ``most`` of it; none where nothing is known.
+
+        Where that is zero, the one token that has room is the target's, and a ``spare`` is all that can be of use.
+        """
         ...
 
     def keep(self, rows: Sequence[int]) -> None:

@@ -102,7 +102,7 @@ class Rounds:
         Raises:
             DataInvalid: A prompt is longer than the model reads.
         """
-        began, native = time.perf_counter(), self._target.seconds
+        began = time.perf_counter()
         self.rows, self._numbers = list(rows), list(range(len(rows)))
         effort = self._effort()
         self._target.reset(len(rows))
@@ -111,10 +111,10 @@ class Rounds:
             self._proposer.begin(rows)
         outcomes = tuple(self._decide(NOTHING, logits, row) for logits, row in zip(last, rows, strict=True))
         self._commit(outcomes)
-        spent = self._target.seconds - native
         prompts, emitted = tuple(row.prompt for row in rows), tuple(len(found.tokens) for found in outcomes)
         drafted = (self._effort() - effort).native
-        return Round(outcomes, PrefillRecord(began, time.perf_counter(), prompts, calls, emitted, spent, drafted))
+        native = self._target.seconds  # since the reset
+        return Round(outcomes, PrefillRecord(began, time.perf_counter(), prompts, calls, emitted, native, drafted))
 
     def step(self, room: Sequence[int]) -> Round:
         """Run one round.
