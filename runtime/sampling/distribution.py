@@ -25,7 +25,7 @@ def adjust(logits: Scores, settings: Sampling, seen: Collection[int]) -> Scores:
     Returns:
         ``[vocabulary]``, float64 where something was changed.
     """
-    if not settings.logit_bias and not settings.remembers:
+    if not settings.adjusts:
         return logits
     scores = logits.astype(np.float64)
     for token, bias in settings.logit_bias.items():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,17 @@ class Sampler:
         if self.settings.greedy:
             return self.best(logits, row, ahead)
         return draw(self.chances(logits, row, ahead), self.number(row, len(ahead), Purpose.TOKEN))
+
+    def tokens(self, logits: NDArray[np.floating[Any]], row: Row, ahead: Sequence[int]) -> Iterator[int]:
+        """What ``token`` gives after each of the first ``0 ... n - 1`` of ``ahead``, for logits ``[n, vocabulary]``."""
+        if not self.settings.greedy or self.settings.adjusts:
+            for place, scores in enumerate(logits):
+                yield self.token(scores, row, ahead[:place])
+            return
+        for place, token in enumerate(logits.argmax(-1).tolist()):  # all at once: this is what plain requests come to
+            if not isfinite(largest := logits[place, token]):
+                raise _not_finite(float(largest), len(row.ids) + place)
+            yield token
 
     def number(self, row: Row, ahead: int, purpose: Purpose) -> float:
         """The uniform number of the position ``ahead`` tokens behind the end of the row."""

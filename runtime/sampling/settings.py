@@ -68,6 +68,11 @@ class Sampling:
         return bool(self.top_k) or self.top_p < 1 or self.min_p > 0
 
     @property
+    def adjusts(self) -> bool:
+        """Whether logits are changed before anything else."""
+        return bool(self.logit_bias) or self.remembers
+
+    @property
     def remembers(self) -> bool:
         """Whether logits depend on the tokens before other than through the model."""
         return self.repetition_penalty != 1

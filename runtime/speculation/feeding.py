@@ -28,7 +28,7 @@ def read_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> tuple[li
         DataInvalid: More than the model has positions for, or no token of it.
     """
     batch, vocabulary = len(prompts), decoder.signature.vocabulary
-    piece = int(np.clip(LOGITS_BYTES // (4 * batch * vocabulary), 1, WIDEST))
+    piece = min(max(LOGITS_BYTES // (4 * batch * vocabulary), 1), WIDEST)
     last: list[Logits] = [np.zeros((1, vocabulary), np.float32)] * batch
     longest = max(map(len, prompts))
     for first in range(0, longest, piece):

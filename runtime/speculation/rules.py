@@ -51,11 +51,11 @@ def verify(proposal: Proposal, logits: Logits, row: Row, sampler: Sampler) -> Ve
 def equality(proposal: Proposal, logits: Logits, row: Row, sampler: Sampler) -> Verdict:
     """Take proposed tokens for as long as each is the one that the target chooses itself."""
     ids = proposal.ids
-    for place, wanted in enumerate(ids):
-        token = sampler.token(logits[place], row, ids[:place])
+    chosen = sampler.tokens(logits, row, ids)
+    for place, (wanted, token) in enumerate(zip(ids, chosen, strict=False)):
         if token != wanted:
             return Verdict(place, (*ids[:place], token))
-    return Verdict(len(ids), (*ids, sampler.token(logits[len(ids)], row, ids)))
+    return Verdict(len(ids), (*ids, next(chosen)))
 
 
 def rejection(proposal: Proposal, chances: Chances, logits: Logits, row: Row, sampler: Sampler) -> Verdict:
