@@ -17,6 +17,7 @@ from qexport.exporter.onnx_file import load_onnx, save_onnx
 from qexport.exporter.options import ExportOptions
 from qexport.exporter.outcome.export_folder import write_export
 from qexport.exporter.outcome.export_result import ExportResult
+from qexport.exporter.outcome.speed import keep_profile
 from qexport.exporter.proof.source import Material
 from qexport.exporter.proof.verify import verify
 from qexport.passes.portable import MAX_POSITIONS, parse_positions
@@ -53,10 +54,12 @@ def export(source: str | Path, *, output: str | Path, options: ExportOptions | N
             written = {name: _write(model, stage, name) for name, model in origin.parts.items()}
         with stages.stage("verify"):
             known = _material(origin, asked, written[ONNX_FILE])
-            verified = verify(written, origin, known)
+            verification, warnings = verify(written, origin, known)
+        remarks = keep_profile(stage, written[ONNX_FILE])
         for companion in origin.companions:
             stage.copy(companion, companion.name)
-        return write_export(stage, origin, written, verified, (str(output), time.perf_counter() - started))
+        proven = verification, (*warnings, *remarks)
+        return write_export(stage, origin, written, proven, (str(output), time.perf_counter() - started))
 
 
 def _paths(source: str | Path, asked: ExportOptions) -> list[str | Path]:

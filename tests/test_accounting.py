@@ -155,7 +155,7 @@ class Clockwork:
     """A decoder that takes ``1 + width / 4`` ms, and now and then ten times as long."""
 
     def __init__(self, monkeypatch, positions=None, trouble=0.0):
-        self.signature = type("Signature", (), {"positions": positions, "vocabulary": 11})()
+        self.signature, self.limit = type("Signature", (), {"vocabulary": 11})(), positions
         self.now, self.length, self.calls, self.trouble = 0.0, 0, [], trouble
         self.rng = np.random.default_rng(1)
         monkeypatch.setattr(curve.time, "perf_counter", lambda: self.now)
@@ -171,7 +171,7 @@ class Clockwork:
         assert ids.max() < 11
         self.calls.append((self.length, *ids.shape))
         self.length += ids.shape[1]
-        assert self.signature.positions is None or self.length <= self.signature.positions
+        assert self.limit is None or self.length <= self.limit
         self.now += 1e-3 * (1 + ids.shape[1] / 4) * (10 if self.rng.random() < self.trouble else 1)
 
 

@@ -69,7 +69,13 @@ def test_a_decoder_leaves_in_the_portable_layout_with_a_receipt(capsys, tmp_path
         "batch of 3 rows of different lengths",
     ]
     assert all(check["argmax"] == 1 for check in checks.values())
-    assert names(out) == FILES | {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    assert names(out) == FILES | {
+        "profile.json",
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+    }
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["schema"] == "qexport.manifest/1"
     assert manifest["source"]["digest"] == result["source"]["digest"]
@@ -198,7 +204,7 @@ def test_an_earlier_export_is_replaced(tmp_path):
     exported(STORIES, tmp_path / "out")
     result = exported(tiny(tmp_path / "in"), tmp_path / "out")
     assert result.family == "mistral"
-    assert names(tmp_path / "out") == FILES | {"config.json"}
+    assert names(tmp_path / "out") == FILES | {"profile.json", "config.json"}
 
 
 def test_weights_beyond_a_size_lie_in_a_file_of_their_own(tmp_path, monkeypatch):

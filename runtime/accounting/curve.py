@@ -34,6 +34,11 @@ class Steps(Protocol):
 
     signature: Signature
 
+    @property
+    def limit(self) -> int | None:
+        """Tokens that a row may have; ``None`` for no end."""
+        ...
+
     def reset(self, batch: int = 1) -> None:
         """Forget everything."""
         ...
@@ -92,7 +97,7 @@ def measure_profile(decoder: Steps, costs: Costs, setting: Setting | None = None
         setting: Where it runs and how; the processor and all cores if not given.
         plan: Which calls.
     """
-    where, asked = setting or Setting(fingerprint()), _fitting(plan or Plan(), decoder.signature.positions)
+    where, asked = setting or Setting(fingerprint()), _fitting(plan or Plan(), decoder.limit)
     prefill = _prefill(decoder, asked)
     for width in asked.widths:  # warms up: memory is laid out for every shape once
         _call(decoder, width, asked)
