@@ -20,7 +20,7 @@ from qexport.exporter.onnx_file import save_onnx
 from qexport.exporter.options import Advance, BuildOptions, Progress
 from qexport.exporter.outcome.artefact import MODEL, Evidence, summarize, write_artefact
 from qexport.exporter.outcome.result import EngineInfo, Result
-from qexport.exporter.outcome.speed import keep_profile
+from qexport.exporter.outcome.speed import keep_profile, runs_on_processor
 from qexport.exporter.precision.backoff import settle
 from qexport.exporter.precision.bench import BuildBench
 from qexport.exporter.product import run_recipe
@@ -32,7 +32,6 @@ from qexport.exporter.steps import find_pass
 from qexport.passes.portable import PAST
 from qexport.passes.quantize import quantized_nodes
 from qexport.passes.target import Target, find_target
-from qexport.runtime.decoder import CPU
 from qexport.safe_io import Stage, publish
 
 
@@ -83,7 +82,7 @@ def build(
             save_onnx(found.product.model, stage, MODEL)
             admit_file(stage.path / MODEL, Limits(allow_nonfinite=asked.allow_nonfinite))
         engine = build_plan(found.product.model, chosen, samples, stage, stages)
-        unmeasured = keep_profile(stage, found.product.model) if row.engine is None and row.providers == (CPU,) else ()
+        unmeasured = keep_profile(stage, found.product.model) if runs_on_processor(row) else ()
         facts = summarize(chosen, found.product, samples, time.perf_counter() - started)
         evidence = Evidence(found.quality, found.latency, engine, found.backed_off, (*found.remarks, *unmeasured))
         return write_artefact(stage, output, source, facts, evidence)

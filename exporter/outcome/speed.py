@@ -8,6 +8,7 @@ from qexport.calibration.reading.spec import keeps_cache
 from qexport.errors import EnvironmentMismatch, QexportError
 from qexport.exporter.load import ONNX_FILE
 from qexport.passes.portable import CROSS, PAST
+from qexport.passes.target import Target
 from qexport.runtime.accounting.costs import count_costs
 from qexport.runtime.accounting.curve import Plan, Setting, measure_profile
 from qexport.runtime.accounting.machine import count_threads, fingerprint
@@ -40,6 +41,11 @@ def keep_profile(stage: Stage, model: ir.Model) -> tuple[str, ...]:
         return (f"how long the decoder takes was not measured: {error.what}",)
     stage.write_json(FILE, profiles_json(found))
     return ()
+
+
+def runs_on_processor(target: Target) -> bool:
+    """Whether what is built for a target is run by onnxruntime on the processor."""
+    return target.engine is None and target.providers[0] == "CPUExecutionProvider"
 
 
 def _measurable(model: ir.Model) -> bool:
