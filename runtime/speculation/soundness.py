@@ -1,0 +1,75 @@
+"""Whether a target can verify: its logits must not depend on the tokens behind them, which may never come to be.
+
+A graph with a causal mask is not enough. One that finds the range of an activation at every call, over all tokens of
+the call together (DynamicQuantizeLinear), lets rejected tokens and neighbours in the batch into every number: int8 of
+that kind changes most greedy texts when it is asked for several tokens at once. So it is measured, on the model itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from qexport.errors import ModelInvalid
+from qexport.runtime.decoder import Decoder, Logits
+
+PREFIX, AHEAD, TRIALS = 8, 4, 3
+MOST_LEAK = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Soundness:
+    """What a token's logits depend on beside the tokens before it; in standard deviations of logits.
+
+    Attributes:
+        leak: Largest change by other tokens behind it in the same call.
+        width: Largest change by the number of tokens in the call: another kernel adds up in another order, or rounds
+            activations in another way. Near ties may fall to the other side by it.
+    """
+
+    leak: float
+    width: float
+
+    @property
+    def sound(self) -> bool:
+        """Whether what comes behind does not matter."""
+        return self.leak <= MOST_LEAK
+
+
+def measure_soundness(decoder: Decoder) -> Soundness:
+    """Read the same tokens alone, and in wide calls with different tokens behind them.
+
+    Args:
+        decoder: Is reset; two sequences in turn, as batches are another thing.
+    """
+    rng = np.random.default_rng(0)
+    vocabulary = decoder.signature.vocabulary
+    leak = width = 0.0
+    for _ in range(TRIALS):
+        prefix = rng.integers(0, vocabulary, (1, PREFIX))
+        ahead = rng.integers(0, vocabulary, (2, AHEAD))
+        ahead[:, 0] = ahead[0, 0]  # the token that is looked at; what stands behind it differs
+        decoder.reset(1)
+        decoder.extend(prefix)
+        found: list[Logits] = []
+        for tokens in (ahead[:1, :1], ahead[:1], ahead[1:]):
+            found.append(decoder.extend(tokens)[0, 0].copy())
+            decoder.rollback(PREFIX)
+        narrow, wide, other = found
+        spread = float(narrow.std()) or 1.0
+        width = max(width, float(np.abs(wide - narrow).max()) / spread)
+        leak = max(leak, float(np.abs(wide - other).max()) / spread)
+    return Soundness(leak, width)
+
+
+def demand_sound(found: Soundness, where: str) -> None:
+    """Raise :class:`ModelInvalid` for a target that would say something else when it is asked ahead."""
+    if found.sound:
+        return
+    what = (
+        f"logits change by {found.leak:.2g} standard deviations with the tokens behind them, "
+        "so decoding ahead would change what the model says"
+    )
+    hint = "activations are quantized over whole calls; build it with int8, smoothquant-o1 or weights only"
+    raise ModelInvalid(what, where=where, hint=hint)
