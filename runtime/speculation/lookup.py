@@ -4,8 +4,9 @@ References are LLMA (N. Yang et al., *Inference with Reference: Lossless Acceler
 the row's own prompt and output are prompt lookup (A. Saxena, 2023). Both copy a fixed number of tokens behind a fixed
 number that must match. Here the numbers follow from what copies are worth: behind ``m`` tokens that match, the next is
 right with a chance c(m), and if it is, ``m + 1`` tokens match. So the j-th copied token is taken with the chance c(m)
-c(m+1) ... c(m+j-1), and copies end where that is less than what it costs to verify a token more. As c is learned from
-every token that is decided, copies end by themselves where text is not copied, and start again where it is.
+c(m+1) ... c(m+j-1), and a copy is as long as makes the most of the sum of these less what it costs to verify them. As c
+is learned from every token that is decided, copies end by themselves where text is not copied, and start again where
+it is.
 """
 
 from __future__ import annotations
@@ -16,16 +17,15 @@ from qexport.runtime.speculation.proposal import NOTHING, Effort, Proposal, Row,
 from qexport.runtime.speculation.sources import Chances, History, Reading, Shelf, Source, foresee
 from qexport.runtime.speculation.terms import Terms
 
-WORTH = 1.5  # tokens that the time of a plain step is worth while copies are taken
-
 
 class Lookup:
     """Copies from references and from the row's own prompt and output, whatever promises more.
 
-    Needs no model. Tokens that come from references are said to be proposed by ``reference``, others by ``lookup``.
+    Needs no model. As a whole it is called ``copy``; tokens that come from references are proposed by ``reference``,
+    those that the row itself has by ``lookup``.
     """
 
-    name = "lookup"
+    name = "copy"
     effort = Effort()
 
     def __init__(self, terms: Terms | None = None, *, least: int = 1) -> None:
@@ -49,21 +49,31 @@ class Lookup:
 
     def propose(self, rows: Sequence[Row], most: Sequence[int]) -> list[Proposal]:
         """Copies; in a batch none is longer than what its last token is worth to all rows together."""
-        floor = WORTH * self._terms.price
-        best = [self._best(index, row, most[index], floor) for index, row in enumerate(rows)]
-        depth = _depth([chances for _, chances in best], floor)
+        best = [self._best(index, row, most[index]) for index, row in enumerate(rows)]
+        depth = self._depth([chances for _, chances in best])
         return [self._proposal(source, chances[:depth]) for source, chances in best]
 
-    def _best(self, index: int, row: Row, most: int, floor: float) -> tuple[Source | None, Chances]:
+    def _best(self, index: int, row: Row, most: int) -> tuple[Source | None, Chances]:
         """The source that promises the most tokens, and the chance of each."""
         best: Source | None = None
         promised: Chances = []
         for source in self._known(index, row).sources:
             if source.matched >= self._least:
-                chances = foresee(source, self._terms.limit(source.proposer, most), floor)
+                chances = foresee(source, self._terms.limit(source.proposer, most))
                 if sum(chances) > sum(promised):
                     best, promised = source, chances
         return best, promised
+
+    def _depth(self, promised: Sequence[Chances]) -> int:
+        """Tokens that are worth their time, which is that of all rows: a call is as wide as its widest row."""
+        price, costs = len(promised) * self._terms.worth, self._terms.costs
+        depth, most, gained = 0, 0.0, 0.0
+        for place in range(min(max(map(len, promised)), len(costs) - 1)):
+            gained += sum(chances[place] for chances in promised if place < len(chances))
+            balance = gained - price * costs[place + 1]
+            if balance > most:
+                depth, most = place + 1, balance
+        return depth
 
     def _known(self, index: int, row: Row) -> _Row:
         known = self._rows[index]
@@ -73,21 +83,10 @@ class Lookup:
         return known
 
     def _proposal(self, source: Source | None, chances: Chances) -> Proposal:
-        count = len(chances)
-        if source is None or 1 + sum(chances) < self._terms.rival * (1 + self._terms.price * count):
+        terms, count = self._terms, len(chances)
+        if source is None or not count or 1 + sum(chances) < terms.rival * (1 + terms.costs[count]):
             return NOTHING
         return Proposal(source.copy(count), proposer=source.proposer, span=Span(source.name, source.start))
-
-
-def _depth(promised: Sequence[Chances], floor: float) -> int:
-    """Tokens that are worth their time: a call is as wide as its widest row, for all of them."""
-    longest = max(len(chances) for chances in promised)
-    if len(promised) == 1:
-        return longest
-    least = floor * len(promised)
-    places = range(longest)
-    worth = (sum(chances[place] for chances in promised if place < len(chances)) >= least for place in places)
-    return next((place for place, enough in enumerate(worth) if not enough), longest)
 
 
 class _Row:

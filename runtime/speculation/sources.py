@@ -23,6 +23,7 @@ BEFOREHAND = (0.0, 0.15, 0.35, 0.45, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.8, 0.85,
 .3, then hardly any)."""
 DEEP = len(BEFOREHAND) - 1
 STEP = 1 / 16  # from what is known towards what is seen
+HARDLY = 0.01
 READ_BACK = 64  # tokens of a prompt that references are compared with: longer matches tell no more
 KEPT = 1 << 18  # tokens of references that stay indexed
 
@@ -103,12 +104,12 @@ def learn(chances: Chances, matched: int, right: bool) -> None:
     chances[place] += (right - chances[place]) * STEP
 
 
-def foresee(source: Source, most: int, floor: float) -> Chances:
-    """The chance of each copied token in order, up to the first that is below ``floor``: c(m), c(m) c(m+1), ..."""
+def foresee(source: Source, most: int) -> Chances:
+    """The chance of each copied token in order, c(m), c(m) c(m+1), ..., up to the first that is hardly ever right."""
     known, chance, found = source.chances, 1.0, []
     for place in range(source.matched, source.matched + min(most, source.room)):
         chance *= known[place if place < DEEP else DEEP]
-        if chance < floor:
+        if chance < HARDLY:
             break
         found.append(chance)
     return found

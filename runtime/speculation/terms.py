@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+LONGEST = 32  # tokens of a copy
+
+
+def _even() -> tuple[float, ...]:
+    return tuple(0.1 * count for count in range(LONGEST + 1))
 
 
 @dataclass(slots=True)
@@ -11,13 +18,15 @@ class Terms:
 
     Attributes:
         limits: Most tokens by proposer, as ``Proposal.proposer`` says; 0 for none. Who is not there has no limit.
-        price: What one more token in a call of the target costs, as a share of a call with one token for each row.
-        rival: Tokens per row that are decoded in the time of such a call by what is asked where a copy is not
-            proposed; 1 where that is plain decoding.
+        costs: What it costs to verify 0, 1, 2, ... tokens beside the pending one, as shares of a call with that one
+            alone: t(K+1) / t(1) - 1. No copy is longer than that goes.
+        worth: Tokens per row that such a call's time is worth, when it is decided how long copies are.
+        rival: The same of what is asked where a copy is not proposed; 1 for plain decoding.
     """
 
     limits: dict[str, int] = field(default_factory=dict)
-    price: float = 0.1
+    costs: Sequence[float] = field(default_factory=_even)
+    worth: float = 1.25
     rival: float = 1.0
 
     def limit(self, name: str, most: int) -> int:
