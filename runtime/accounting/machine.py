@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qexport.errors import QexportError
-from qexport.runtime.session import Session, SessionOptions, load_onnxruntime
+from qexport.runtime.session import load_onnxruntime
 from qexport.safe_io import read_text
 
 BLOCKS = (2 << 20, 8 << 20, 32 << 20, 128 << 20)  # bytes that are read again and again; the last is the memory's
@@ -164,16 +164,16 @@ class HostMeter:
     def multiply(self, size: int) -> Callable[[], object]:
         """MatMul of onnxruntime, of float32."""
         ones = np.ones((size, size), np.float32)
-        session = self._session("MatMul", "FLOAT", "FLOAT")
-        return lambda: session.run({"a": ones, "b": ones})
+        run = self._product("MatMul", "FLOAT", "FLOAT")
+        return lambda: run({"a": ones, "b": ones})
 
     def multiply_int8(self, size: int) -> Callable[[], object] | None:
         """MatMulInteger, which products of dynamically quantized models run."""
         a, b = np.ones((size, size), np.uint8), np.ones((size, size), np.int8)
-        session = self._session("MatMulInteger", "UINT8", "INT8", "INT32")
-        return lambda: session.run({"a": a, "b": b})
+        run = self._product("MatMulInteger", "UINT8", "INT8", "INT32")
+        return lambda: run({"a": a, "b": b})
 
-    def _session(self, op: str, left: str, right: str, result: str = "FLOAT") -> Session:
+    def _product(self, op: str, left: str, right: str, result: str = "FLOAT") -> Callable[[Mapping[str, Any]], object]:
         """One product in onnxruntime, both factors given at every run."""
         import onnx_ir as ir
 
@@ -184,7 +184,11 @@ class HostMeter:
         node = ir.Node("", op, [a, b], outputs=[y])
         graph = ir.Graph([a, b], [y], nodes=[node], opset_imports={"": 20}, name="product")
         data = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
-        return Session(data, SessionOptions(threads=self.threads, spin=False))
+        ort = load_onnxruntime()
+        settings = ort.SessionOptions()
+        settings.intra_op_num_threads, settings.log_severity_level = self.threads, 4
+        session = ort.InferenceSession(data, settings, providers=["CPUExecutionProvider"])
+        return lambda feeds: session.run(None, feeds)
 
 
 def fingerprint(device: str = "cpu", runtime: str | None = None) -> Fingerprint:
