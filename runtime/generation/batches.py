@@ -1,0 +1,139 @@
+"""Requests while they are answered: rows in batches, tokens as they come, nothing left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from types import TracebackType
+from typing import TypeAlias
+
+from qexport.runtime.accounting.records import PrefillRecord, RoundRecord, Run
+from qexport.runtime.generation.replies import Completion, Reply, Token
+from qexport.runtime.speculation.rounds import Rounds
+
+Bench: TypeAlias = Callable[[], AbstractContextManager[Rounds]]
+News: TypeAlias = Generator[tuple[int, Token], None, None]
+
+
+class Batch:
+    """Tokens of all prompts of a request, as they come: pairs of a prompt's number and a token.
+
+    Nothing runs before the first is asked for. When the last has come, or ``close`` is called, or nobody holds it any
+    more, the memory of caches is free.
+
+    Attributes:
+        runs: What it took so far, for ``runtime.accounting.stats``: one for every group of rows that is done.
+    """
+
+    def __init__(self, bench: Bench, replies: Sequence[Reply], size: int) -> None:
+        """Answer ``size`` rows at a time."""
+        self.runs: list[Run] = []
+        self._replies = replies
+        self._tokens = _answer(bench, replies, size, self.runs)
+
+    def __iter__(self) -> Iterator[tuple[int, Token]]:
+        return self
+
+    def __next__(self) -> tuple[int, Token]:
+        return next(self._tokens)
+
+    def __enter__(self) -> Batch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def completions(self) -> list[Completion | None]:
+        """Outputs that have ended, in the order of the prompts; ``None`` for the others."""
+        return [None if reply.reason is None else reply.completion() for reply in self._replies]
+
+    def close(self) -> None:
+        """Stop here and free the memory; a second time does nothing."""
+        self._tokens.close()
+
+
+class Stream:
+    """Tokens of one output, as they come; see :class:`Batch`. An output that fails raises its error at the end."""
+
+    def __init__(self, batch: Batch) -> None:
+        """Read a request of one prompt."""
+        self._batch = batch
+
+    def __iter__(self) -> Iterator[Token]:
+        return self
+
+    def __next__(self) -> Token:
+        try:
+            return next(self._batch)[1]
+        except StopIteration:
+            if self.completion is not None and self.completion.error is not None:
+                raise self.completion.error from None
+            raise
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def completion(self) -> Completion | None:
+        """The output, once it has ended."""
+        return self._batch.completions[0]
+
+    @property
+    def runs(self) -> list[Run]:
+        """What it took."""
+        return self._batch.runs
+
+    def close(self) -> None:
+        """Stop here and free the memory; a second time does nothing."""
+        self._batch.close()
+
+
+def _answer(bench: Bench, replies: Sequence[Reply], size: int, runs: list[Run]) -> News:
+    """One group of rows after the other, each in caches of its own: what one leaves there never meets another."""
+    for first in range(0, len(replies), size):
+        with bench() as rounds:
+            yield from _answer_group(rounds, replies[first : first + size], runs)
+
+
+def _answer_group(rounds: Rounds, replies: Sequence[Reply], runs: list[Run]) -> News:
+    """Rounds until all rows have ended; those that have leave the batch."""
+    records: list[RoundRecord] = []
+    active = list(replies)
+    found = rounds.begin([reply.row for reply in active])
+    prefill = found.record
+    assert isinstance(prefill, PrefillRecord)
+    try:
+        while True:
+            news = [
+                reply.take(outcome, prompt=found.record is prefill)
+                for reply, outcome in zip(active, found.outcomes, strict=True)
+            ]
+            if isinstance(found.record, RoundRecord):
+                records.append(_cut(found.record, [len(tokens) for tokens in news]))
+            for reply, tokens in zip(active, news, strict=True):
+                for token in tokens:
+                    yield reply.number, token
+            going = [place for place, reply in enumerate(active) if reply.reason is None]
+            if not going:
+                return
+            if len(going) < len(active):
+                rounds.keep(going)
+                active = [active[place] for place in going]
+            found = rounds.step([reply.left for reply in active])
+    finally:
+        runs.append(Run(prefill, tuple(records)))
+
+
+def _cut(record: RoundRecord, emitted: Sequence[int]) -> RoundRecord:
+    """The record with what came out of it, where outputs end inside of it."""
+    told = tuple(emitted)
+    return record if record.emitted == told else replace(record, emitted=told)
