@@ -1,0 +1,153 @@
+"""A bench from folders to numbers: loads target and draft, measures the machine and the curves, races the ways."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qexport.errors import UsageError
+from qexport.runtime.accounting.bench import AUTO, PLAIN, Bench, Subject, judge
+from qexport.runtime.accounting.costs import load_costs
+from qexport.runtime.accounting.curve import MODEL, Plan, Setting, measure_profile
+from qexport.runtime.accounting.machine import fingerprint, measure_machine
+from qexport.runtime.accounting.plots import demand_matplotlib, draw
+from qexport.runtime.accounting.profiles import Profile
+from qexport.runtime.accounting.race import Decoded, Way, race
+from qexport.runtime.accounting.utilization import Known
+from qexport.runtime.generation.generator import GenerateOptions, Generator, open_generator
+from qexport.runtime.generation.prompts import Text
+from qexport.runtime.generation.stops import Stop
+from qexport.runtime.sampling.settings import Sampling
+from qexport.runtime.session import SessionOptions
+from qexport.safe_io import finite, publish
+
+if TYPE_CHECKING:
+    from qexport.runtime.generation.models import Model
+
+AHEAD = (1, 2, 3, 4, 6, 8)  # tokens
+SECONDS = 1.0  # for each curve
+LOOKUP = "lookup"
+NUMBERS, MANIFEST = "bench.json", "manifest.json"
+MANIFEST_SCHEMA = "qexport.manifest/1"
+Told = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class BenchOptions:
+    """How to measure.
+
+    Attributes:
+        max_tokens: Most tokens of each prompt.
+        rounds: How often each prompt is decoded in every way.
+        ahead: Numbers of tokens that the draft proposes, each a way of its own; nothing without a draft.
+        auto: Whether looking as far ahead as pays is one more way.
+        lookup: Whether copying from prompt and output alone is one more.
+        sampling: How tokens are chosen.
+        session: How both models run.
+    """
+
+    max_tokens: int = 128
+    rounds: int = 1
+    ahead: tuple[int, ...] = AHEAD
+    auto: bool = True
+    lookup: bool = True
+    sampling: Sampling = field(default_factory=Sampling)
+    session: SessionOptions = field(default_factory=lambda: SessionOptions(threads=1))
+
+    def __post_init__(self) -> None:
+        """Raise :class:`UsageError` on numbers that measure nothing."""
+        if self.rounds < 1 or self.max_tokens < 2:
+            what = f"{self.rounds} rounds of {self.max_tokens} tokens, expected 1 or more of 2 or more"
+            raise UsageError(what, hint="the first token belongs to the prompt, all others are decoded")
+        if any(ahead < 1 for ahead in self.ahead):
+            raise UsageError(f"tokens ahead are {list(self.ahead)}, expected 1 or more")
+
+
+def run_bench(
+    folders: tuple[Path, Path | None],
+    prompts: Sequence[Text],
+    options: BenchOptions | None = None,
+    told: Told = lambda: None,
+) -> Bench:
+    """Measure plain decoding and every way to look ahead, in turn.
+
+    Args:
+        folders: Of the target, and of the draft if there is one.
+        prompts: Texts or tokens; each is a request of its own.
+        options: How.
+        told: Is called after each prompt and round.
+
+    Raises:
+        UsageError: No prompts, or folders that hold no export.
+        DataInvalid: A prompt that the model cannot read, or tokenizers that are not the same.
+    """
+    asked = options or BenchOptions()
+    if not prompts:
+        raise UsageError("there are no prompts", hint="give some, one per line")
+    target, draft = folders
+    with open_generator(target, draft=draft, options=GenerateOptions(session=_turns(asked, draft))) as loaded:
+        known = Known(
+            machine=measure_machine(asked.session.threads),
+            target=_profile(loaded.target, asked.session.threads),
+            draft=None if loaded.draft is None else _profile(loaded.draft, asked.session.threads),
+        )
+        ways = [_way(name, generator, prompts, asked) for name, generator in _ways(loaded, asked)]
+        laps = race(ways, len(prompts), asked.rounds, told)
+    return judge(Subject(str(target), None if draft is None else str(draft), asked.max_tokens, known), laps)
+
+
+def publish_bench(output: Path, folders: tuple[Path, Path | None], measured: Callable[[], Bench]) -> Bench:
+    """Measure, and put the numbers and the pictures into a folder.
+
+    Raises:
+        EnvironmentMismatch: There is no matplotlib; told before the work.
+        UsageError: The folder holds something else.
+    """
+    demand_matplotlib()
+    with publish(output, inputs=[folder for folder in folders if folder is not None]) as stage:
+        found = measured()
+        stage.write_json(NUMBERS, finite(found.as_json()))
+        for name, picture in draw(found).items():
+            stage.write_bytes(name, picture)
+        files = {name: {"bytes": size, "digest": digest} for name, (size, digest) in sorted(stage.files.items())}
+        stage.write_json(MANIFEST, {"schema": MANIFEST_SCHEMA, "files": files})
+    return found
+
+
+def _turns(asked: BenchOptions, draft: Path | None) -> SessionOptions:
+    """Of two models that run in turn, neither waits in a loop for the other."""
+    return asked.session if draft is None else replace(asked.session, spin=False)
+
+
+def _profile(model: Model, threads: int) -> Profile:
+    """Measured now, whatever is stored: it is held against times of this very run."""
+    costs = load_costs(str(model.folder.path / MODEL))
+    with model.decoder() as decoder:
+        return measure_profile(decoder, costs, Setting(fingerprint(), threads), Plan(seconds=SECONDS))
+
+
+def _ways(loaded: Generator, asked: BenchOptions) -> Iterator[tuple[str, Generator]]:
+    """Plain decoding first. All share the models that are loaded."""
+    target, draft, plain = loaded.target, loaded.draft, replace(loaded.options, speculate="off", lookup=False)
+    yield PLAIN, Generator(target, None, plain)
+    for ahead in asked.ahead if draft is not None else ():
+        yield f"K = {ahead}", Generator(target, draft, replace(plain, speculate=ahead))
+    if asked.auto and draft is not None:
+        yield AUTO, Generator(target, draft, replace(plain, speculate="auto", lookup=asked.lookup))
+    if asked.lookup:
+        yield LOOKUP, Generator(target, None, replace(plain, speculate="auto", lookup=True))
+
+
+def _way(name: str, generator: Generator, prompts: Sequence[Text], asked: BenchOptions) -> Way:
+    ahead = generator.options.speculate
+
+    def decode(number: int) -> Decoded:
+        began = time.perf_counter()
+        stream = generator.generate(prompts[number], asked.sampling, Stop(tokens=asked.max_tokens))
+        tokens = tuple(token.id for token in stream)
+        return Decoded(tokens, time.perf_counter() - began, stream.runs[0])
+
+    return Way(name, decode, ahead if isinstance(ahead, int) else None)

@@ -1,0 +1,147 @@
+"""``qexport bench``: what looking ahead is worth on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict, Unpack
+
+import click
+
+from qexport.cli.common import make_console, make_table, print_json, shared_flags
+from qexport.errors import UsageError, printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qexport.runtime.accounting.bench import Bench, Entry
+    from qexport.runtime.accounting.contest import BenchOptions
+    from qexport.runtime.accounting.utilization import Use
+
+
+class Asked(TypedDict):
+    """The options of ``bench`` as click hands them over."""
+
+    draft: Path | None
+    prompts: Path
+    limit: int | None
+    max_tokens: int
+    speculate: str | None
+    rounds: int
+    temperature: float
+    threads: int
+    output: Path | None
+    as_json: bool
+
+
+@click.command()
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--draft", type=click.Path(path_type=Path), metavar="DIR", help="A smaller decoder that looks ahead.")
+@click.option("--prompts", type=click.Path(path_type=Path), metavar="FILE", required=True, help="One prompt per line.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Take the first N prompts.")
+@click.option("--max-tokens", type=int, default=128, show_default=True, metavar="N", help="Most tokens of each.")
+@click.option("--speculate", metavar="WAYS", help="auto, off, numbers of tokens ahead, with commas.  [default: all]")
+@click.option("--rounds", type=int, default=1, show_default=True, metavar="R", help="How often each is decoded.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the most likely token.")
+@click.option("--threads", type=int, default=1, show_default=True, metavar="N", help="Threads; 0 for all processors.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder for plots and JSON.")
+@shared_flags
+def bench(target: Path, **asked: Unpack[Asked]) -> None:
+    """Measure TARGET with and without looking ahead.
+
+    TARGET is a folder that export or build wrote. Plain decoding, every number of tokens ahead, the automatic choice
+    and copies from prompt and output take turns prompt by prompt; speeds are relative to plain decoding in the same
+    run. With -o, plots (SVG) and the numbers go to a folder.
+    """
+    from qexport.cli.progress import RichProgress
+    from qexport.runtime.accounting.contest import publish_bench, run_bench
+    from qexport.safe_io import read_text
+
+    prompts = [line for line in read_text(asked["prompts"]).splitlines() if line.strip()][: asked["limit"]]
+    options, folders, output = _options(asked), (target, asked["draft"]), asked["output"]
+
+    def measured() -> Bench:
+        with RichProgress().stage("bench", len(prompts) * options.rounds) as advance:
+            return run_bench(folders, prompts, options, lambda: advance(1))
+
+    found = measured() if output is None else publish_bench(output, folders, measured)
+    if asked["as_json"]:
+        print_json(found.as_json())
+        return
+    _print(make_console(), found)
+
+
+def _options(asked: Asked) -> BenchOptions:
+    from qexport.runtime.accounting.contest import AHEAD, BenchOptions
+    from qexport.runtime.sampling.settings import Sampling
+    from qexport.runtime.session import SessionOptions
+
+    words = [word.strip() for word in (asked["speculate"] or "").split(",") if word.strip()]
+    numbers = [word for word in words if word not in {"auto", "off"}]
+    if not all(word.isdecimal() for word in numbers):
+        raise UsageError(f"--speculate is {asked['speculate']!r}", hint="auto, off, or numbers such as 2,4,6,auto")
+    return BenchOptions(
+        max_tokens=asked["max_tokens"],
+        rounds=asked["rounds"],
+        ahead=tuple(map(int, numbers)) if words else AHEAD,
+        auto=not words or "auto" in words,
+        lookup=not words or "auto" in words,
+        sampling=Sampling(temperature=asked["temperature"]),
+        session=SessionOptions(threads=asked["threads"]),
+    )
+
+
+def _print(console: Console, found: Bench) -> None:
+    known = found.known
+    machine, pair = known.machine, f" with {found.draft}" if found.draft else ""
+    console.print(printable(f"{found.target}{pair}: {found.prompts} prompts, {found.max_tokens} tokens, in turn"))
+    console.print(
+        f"{machine.threads} threads, {machine.memory / 1e9:.1f} GB/s, {machine.flops / 1e9:.0f} GFLOP/s; "
+        f"t(1) {known.target.milliseconds(1):.2f} ms"
+        + (f", draft {known.draft.milliseconds(1):.2f} ms" if known.draft else "")
+    )
+    header = ("way", "tokens/s", "speed", "95 %", "formula", "per call", "taken", "same", "TTFT ms", "TPOT ms", "p95")
+    console.print(make_table(header, [_speed(entry, found.prompts) for entry in found.entries]))
+    console.print("where the time of rounds goes, and how much of the machine is used")
+    shares = ("way", "draft", "verify", "accept", "other", "Python", "MBU", "MFU", "draft MBU", "MB/token")
+    console.print(make_table(shares, [_shares(entry) for entry in found.entries]))
+    if found.auto_over_best is not None and found.best is not None:
+        console.print(f"auto has {found.auto_over_best:.1%} of the speed of {found.best.name}, the best fixed number")
+
+
+def _speed(entry: Entry, prompts: int) -> tuple[object, ...]:
+    stats, ratio = entry.stats, entry.speedup
+    taken = " ".join(f"{found.proposer} {found.rate:.0%}" for found in stats.proposers)
+    tpot = stats.tpot
+    return (
+        entry.name,
+        f"{entry.tokens_per_second:.0f}",
+        f"{ratio.value:.2f}x",
+        f"{ratio.low:.2f} - {ratio.high:.2f}",
+        "" if entry.predicted is None else f"{entry.predicted:.2f}x",
+        f"{stats.tokens_per_call:.2f}",
+        taken,
+        f"{entry.same}/{prompts}",
+        f"{stats.ttft.p50:.1f}",
+        "" if tpot is None else f"{tpot.p50:.2f}",
+        "" if tpot is None else f"{tpot.p95:.2f}",
+    )
+
+
+def _shares(entry: Entry) -> tuple[object, ...]:
+    split, hardware = entry.stats.split, entry.stats.hardware
+    parts = (split.draft, split.verify, split.accept, split.transfer + split.other)
+    whole = sum(parts) or 1.0
+    target, draft = (None, None) if hardware is None else (hardware.target, hardware.draft)
+    return (
+        entry.name,
+        *(f"{part / whole:.1%}" for part in parts),
+        f"{entry.stats.overhead:.1%}",
+        _share(target),
+        "" if target is None else f"{target.mfu:.1%}",
+        _share(draft),
+        "" if hardware is None else f"{hardware.bytes_per_token / 1e6:.1f}",
+    )
+
+
+def _share(use: Use | None) -> str:
+    return "" if use is None else f"{use.mbu:.0%}"
