@@ -62,8 +62,7 @@ def _roofline(bench: Bench) -> Any:
     dots = [point for _, profile, _ in models for point in points(profile)]
     span = np.geomspace(min(dot[1] for dot in dots) / 3, max(max(dot[1] for dot in dots), _ridge(machine)) * 3, 100)
     roofs = {"memory": machine.memory} | {
-        f"where the {name} stays": machine.peak(profile.costs.bytes_read(profile.valid))
-        for name, profile, _ in models
+        f"where the {name} stays": machine.peak(profile.costs.bytes_read(profile.valid)) for name, profile, _ in models
     }
     for (name, rate), style in zip(roofs.items(), ("-", "--", ":"), strict=False):
         height = [attainable(machine, intensity, rate) for intensity in span]
