@@ -42,6 +42,7 @@ class Tokenizer:
     Attributes:
         inner: The library's own.
         most: Tokens after which the file says a text is to be cut; ``None`` where it does not.
+        pad: The token that the file says to fill up with; 0 where it does not.
     """
 
     def __init__(self, data: bytes, where: str = FILE) -> None:
@@ -65,6 +66,7 @@ class Tokenizer:
         told = self.inner.truncation or {}
         self.most: int | None = told.get("max_length")
         self._side: str = told.get("direction", "right")
+        self.pad: int = (self.inner.padding or {}).get("pad_id", 0)
         self.inner.no_truncation()
         self.inner.no_padding()
 
@@ -110,15 +112,16 @@ class Tokenizer:
         """
         return self._encode([text], special=special)[0].ids
 
-    def encode_batch(self, texts: Sequence[str], most: int | None = None) -> list[Encoded]:
+    def encode_batch(self, texts: Sequence[str], most: int | None = None, first: int = 0) -> list[Encoded]:
         """Tokens of many texts with those that the tokenizer puts around them, ``most`` at most for each.
 
-        A text that is too long is cut, at the end that the file says, and what is put around it stays.
+        A text that is too long is cut, at the end that the file says, and what is put around it stays. Messages count
+        texts from ``first`` on.
 
         Raises:
             DataInvalid: A text is not Unicode, has a part that there is no token for, or ``most`` leaves no room.
         """
-        found = self._encode(texts, special=True)
+        found = self._encode(texts, special=True, first=first)
         if most is None:
             return [Encoded(one.ids, one.type_ids, cut=False) for one in found]
         room = most - self.inner.num_special_tokens_to_add(False)
@@ -145,11 +148,11 @@ class Tokenizer:
         whole = self.inner.post_process(bare)
         return Encoded(whole.ids, whole.type_ids, cut=True)
 
-    def _encode(self, texts: Sequence[str], *, special: bool) -> list[tokenizers.Encoding]:
+    def _encode(self, texts: Sequence[str], *, special: bool, first: int = 0) -> list[tokenizers.Encoding]:
         try:
             found: list[tokenizers.Encoding] = self.inner.encode_batch_fast(list(texts), add_special_tokens=special)
         except Exception as error:  # of no class of its own
-            for index, text in enumerate(texts):
+            for index, text in enumerate(texts, first):
                 _demand_unicode(text, index)
             hint = "use the tokenizer that the model was trained with"
             raise DataInvalid(f"the tokenizer cannot read the text: {error}", where=self._where, hint=hint) from error

@@ -28,7 +28,7 @@ def inner(words=WORDS, side=None, most=None, unknown="[UNK]"):
     made.add_special_tokens(["[CLS]", "[SEP]"])
     if most is not None:
         made.enable_truncation(most, direction=side or "right")
-        made.enable_padding(length=most)
+        made.enable_padding(length=most, pad_id=5)
     return made
 
 
@@ -47,7 +47,7 @@ def test_text_becomes_tokens_and_text_again():
 
 def test_it_never_pads_and_cuts_only_on_request():
     tokenizer = wrapped(most=5)
-    assert tokenizer.most == 5
+    assert (tokenizer.most, tokenizer.pad, wrapped().pad) == (5, 5, 0)
     assert tokenizer.encode("a b c d a b") == [0, 3, 4, 5, 6, 3, 4, 1]
     assert [one.ids for one in tokenizer.encode_batch(["a", "a b c d a b"])] == [[0, 3, 1], [0, 3, 4, 5, 6, 3, 4, 1]]
 
@@ -101,6 +101,8 @@ def test_text_that_is_none_is_refused_with_its_place():
     tokenizer = wrapped()
     with pytest.raises(DataInvalid, match=r"text 1 is not Unicode: '\\ud800' at character 2"):
         tokenizer.encode_batch(["a", "b \ud800"])
+    with pytest.raises(DataInvalid, match="text 8 is not Unicode"):
+        tokenizer.encode_batch(["a", "b \ud800"], first=7)
     with pytest.raises(DataInvalid, match="text 0 is bytes, expected str"):
         tokenizer.encode(b"a")
 
