@@ -143,6 +143,20 @@ def test_weights_count_as_they_are_stored_and_tables_that_are_multiplied_with_co
     assert found.flops == 2 * 8 * 16
 
 
+def test_pairs_in_attention_count_by_the_queries_and_not_by_what_the_layer_gives():
+    model = model_from(
+        """g (float[b, 6, n, 8] q, float[b, 2, m, 8] k, float[b, 2, m, 8] v) => (float[b, n, 5] y) {
+            mixed = Attention(q, k, v)
+            turned = Transpose<perm=[0, 2, 1, 3]>(mixed)
+            rows = Reshape(turned, shape)
+            y = MatMul(rows, w) }""",
+        opset=24,
+        shape=np.array([0, 0, 48]),
+        w=np.zeros((48, 5), np.float32),
+    )
+    assert count_costs(model).flops_pair == 4 * 6 * 8
+
+
 def test_costs_add_up_over_calls():
     assert COSTS.bytes_read(cached=7, calls=3) == 3 * 100 + 7 * 10
     assert COSTS.operations(tokens=5, pairs=11) == 5 * 200 + 11 * 4

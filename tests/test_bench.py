@@ -15,7 +15,7 @@ from qexport.runtime.accounting.bench import Subject, judge
 from qexport.runtime.accounting.costs import Costs
 from qexport.runtime.accounting.machine import Fingerprint, Machine
 from qexport.runtime.accounting.profiles import Profile
-from qexport.runtime.accounting.race import Decoded, Way, compare, race, ratio_of_speeds
+from qexport.runtime.accounting.race import Decoded, Lap, Way, compare, race, ratio_of_speeds
 from qexport.runtime.accounting.records import PrefillRecord, RoundRecord, Run
 from qexport.runtime.accounting.utilization import Known
 
@@ -84,6 +84,15 @@ def test_speed_is_that_of_medians_over_rounds_of_all_prompts():
     assert compare(fast, plain).value == pytest.approx(1.5, rel=0.21)
     assert compare(plain, plain).value == 1
     assert plain.tokens_per_second == pytest.approx(6 * TOKENS / plain.seconds.sum())
+
+
+def test_the_time_of_a_prompt_is_the_median_of_its_rounds():
+    run = Run(PrefillRecord(0.0, 0.1, (5,), emitted=(1,)), ())
+    rounds = [[1.0, 7.0], [9.0, 5.0], [2.0, 6.0]]
+    lap = Lap(Way("plain", None), tuple(tuple(Decoded((1, 2), seconds, run) for seconds in row) for row in rounds))
+    assert lap.seconds.tolist() == [2.0, 6.0]
+    assert lap.tokens_per_second == 4 / 8
+    assert len(lap.runs) == 6
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say():

@@ -152,7 +152,7 @@ def test_tokens_per_call_count_rows_that_were_there():
 
 def test_a_row_sees_its_own_tokens_and_waits_for_all():
     rounds = [
-        a_round(seconds=0.01, emitted=(4, 2), proposed=(3, 3)),
+        a_round(seconds=0.01, emitted=(4, 2), proposed=(3, 1)),
         a_round(seconds=0.02, emitted=(3,), proposed=(3,), rows=(1,)),
     ]
     run = a_run(*rounds, prompts=(5, 7))
@@ -161,6 +161,7 @@ def test_a_row_sees_its_own_tokens_and_waits_for_all():
     assert (first.prompt_tokens, second.prompt_tokens) == (5, 7)
     assert (first.target_calls, second.target_calls) == (1, 2)
     assert (first.proposers[0].accepted, second.proposers[0].accepted) == (3, 1 + 2)
+    assert (first.proposers[0].proposed, second.proposers[0].proposed) == (3, 1 + 3)
     assert second.split.other == pytest.approx(0.03)
     assert first.tokens + second.tokens == account([run]).tokens
 
