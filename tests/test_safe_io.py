@@ -22,6 +22,7 @@ from qexport.safe_io import (
     publishing,
     read_bytes,
     read_text,
+    replace_file,
     write_bytes,
     write_json,
     write_text,
@@ -268,3 +269,26 @@ def test_every_refusal_is_one_of_ours(tmp_path):
     for call in (read_bytes, read_text, digest_file):
         with pytest.raises(QexportError):
             call(tmp_path / "absent")
+
+
+def test_a_file_that_is_written_in_pieces_is_there_when_all_of_them_are(tmp_path):
+    place = tmp_path / "a"
+    place.write_bytes(b"old")
+    with replace_file(place) as file:
+        assert file.write(b"one ") == 4
+        file.write(b"two")
+        assert place.read_bytes() == b"old"
+    assert content(tmp_path) == {"a": b"one two"}
+
+
+def test_a_file_whose_pieces_fail_stays_as_it_was(tmp_path):
+    (tmp_path / "a").write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt), replace_file(tmp_path / "a") as file:
+        file.write(b"new")
+        raise KeyboardInterrupt
+    assert content(tmp_path) == {"a": b"old"}
+
+
+def test_pieces_go_straight_to_a_device():
+    with replace_file("/dev/null") as file:
+        assert file.write(b"abc") == 3

@@ -7,7 +7,7 @@ component by component below a folder, so that no link can lead out of it.
 
 from qexport.safe_io.publishing import Stage, publish
 from qexport.safe_io.reading import digest_bytes, digest_file, open_beneath, open_file, read_bytes, read_text
-from qexport.safe_io.writing import finite, write_bytes, write_json, write_text
+from qexport.safe_io.writing import finite, replace_file, write_bytes, write_json, write_text
 
 __all__ = [
     "Stage",
@@ -19,6 +19,7 @@ __all__ = [
     "publish",
     "read_bytes",
     "read_text",
+    "replace_file",
     "write_bytes",
     "write_json",
     "write_text",

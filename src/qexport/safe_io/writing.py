@@ -8,9 +8,10 @@ import json
 import math
 import os
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qexport.errors import UsageError
 from qexport.safe_io.translate import translated
@@ -94,10 +95,12 @@ def stem(target: Path) -> str:
     return target.name if len(raw) <= 200 else hashlib.sha256(raw).hexdigest()
 
 
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Replace a file in one step, also when this process dies in the middle.
+@contextmanager
+def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Write a file piece by piece; it replaces what is there, in one step, when the block ends well.
 
-    A link is followed; an existing character device, such as ``/dev/stdout``, is written to directly.
+    When the block raises, or this process dies in the middle, the old content stays. A link is followed; an existing
+    character device, such as ``/dev/stdout``, is written to directly.
 
     Raises:
         UsageError: The path is a folder, or its folder is missing.
@@ -105,38 +108,45 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """
     with translated(path):
         target = Path(os.path.realpath(path))
-        if target.exists() and not target.is_file():
-            _write_device(target, data)
-            return
-        temporary = beside(target, "tmp")
-        fd = create(temporary)
-        try:
-            _fill(fd, data)
-            os.replace(temporary, target)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(temporary)
-            raise
-        sync_folder(target.parent)
+        there = target.exists() and not target.is_file()
+        with _device(target) if there else _replacing(target) as sink:
+            yield sink  # type: ignore[misc]  # a RawIOBase has all that BinaryIO asks of a writer
 
 
-def _fill(fd: int, data: bytes) -> None:
+@contextmanager
+def _replacing(target: Path) -> Iterator[Sink]:
+    temporary = beside(target, "tmp")
+    fd = create(temporary)
     try:
-        sink = Sink(fd)
-        sink.write(data)
-        sink.finish()
-    finally:
-        os.close(fd)
+        try:
+            sink = Sink(fd)
+            yield sink
+            sink.finish()
+        finally:
+            os.close(fd)
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync_folder(target.parent)
 
 
-def _write_device(target: Path, data: bytes) -> None:
+@contextmanager
+def _device(target: Path) -> Iterator[Sink]:
     if not target.is_char_device():
         raise UsageError("not a file", where=str(target), hint="choose the name of a file")
     fd = os.open(target, os.O_WRONLY | os.O_CLOEXEC | os.O_NOCTTY)
     try:
-        Sink(fd).write(data)
+        yield Sink(fd)
     finally:
         os.close(fd)
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """``replace_file`` in one piece."""
+    with replace_file(path) as file:
+        file.write(data)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
