@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qexport.cli import accounts
+from qexport.cli.common import make_console
 from qexport.runtime.accounting.acceptance import count_acceptance, expected_tokens, predict_speedup
 from qexport.runtime.accounting.costs import Costs
 from qexport.runtime.accounting.machine import Fingerprint, Machine
@@ -222,3 +224,34 @@ def test_stats_are_json():
     assert told["proposers"][0]["conditional"] == [1, 1, 0, 0]
     assert told["hardware"]["draft"] is None
     assert told["speedup"] == pytest.approx(6)
+
+
+# ---------------------------------------------------------------- as lines
+
+
+def printed(capsys, found):
+    accounts.print_stats(make_console(), found)
+    return capsys.readouterr().out
+
+
+def test_accounts_are_printed_with_all_that_is_known(capsys):
+    machine = Machine(HERE, 1, ((1 << 20, 1e6),), flops=1e6)
+    rounds = [a_round(emitted=(3,), proposed=(4,), native=0.01), a_round(emitted=(2,), proposed=(1,), propose=0.005)]
+    known = Known(machine, a_profile(((1, 3.0), (5, 4.0)), Costs(1000, 1, 2)))
+    told = printed(capsys, account([a_run(*rounds)], known, baseline=100.0))
+    lines = {line[:22].strip(): line[23:].strip() for line in told.splitlines()}
+    assert lines["tokens"] == "6 of 1 prompts with 5"
+    assert lines["calls of the target"] == "2, 2.50 tokens each"
+    assert lines["speed"] == "250 tokens/s, 2.50x plain"
+    assert lines["proposed by draft"] == "5 tokens, 3 taken (60.0%)"
+    assert lines["time of rounds"].startswith("draft 25.0%, verify 0.0%, accept 0.0%, other 75.0%")
+    assert "bound by memory" in lines["machine, target"]
+    assert [line.split() for line in told.splitlines() if line[:3].strip() in {"1", "2", "3"}] == [
+        ["1", "100.0%", "100.0%"], ["2", "100.0%", "100.0%"], ["3", "0.0%", "0.0%"],
+    ]  # fmt: skip
+
+
+def test_accounts_of_a_single_token_have_no_rounds(capsys):
+    told = printed(capsys, account([a_run()]))
+    assert "first token" in told
+    assert "rounds" not in told

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
+from qexport.cli.accounts import shares
 from qexport.cli.common import make_console, make_table, print_json, shared_flags
 from qexport.errors import UsageError, printable
 
@@ -102,8 +103,8 @@ def _print(console: Console, found: Bench) -> None:
     header = ("way", "tokens/s", "speed", "95 %", "formula", "per call", "taken", "same", "TTFT ms", "TPOT ms", "p95")
     console.print(make_table(header, [_speed(entry, found.prompts) for entry in found.entries]))
     console.print("where the time of rounds goes, and how much of the machine is used")
-    shares = ("way", "draft", "verify", "accept", "other", "Python", "MBU", "MFU", "draft MBU", "MB/token")
-    console.print(make_table(shares, [_shares(entry) for entry in found.entries]))
+    used = ("way", "draft", "verify", "accept", "other", "Python", "MBU", "MFU", "draft MBU", "MB/token")
+    console.print(make_table(used, [_shares(entry) for entry in found.entries]))
     if found.auto_over_best is not None and found.best is not None:
         console.print(f"auto has {found.auto_over_best:.1%} of the speed of {found.best.name}, the best fixed number")
 
@@ -128,13 +129,11 @@ def _speed(entry: Entry, prompts: int) -> tuple[object, ...]:
 
 
 def _shares(entry: Entry) -> tuple[object, ...]:
-    split, hardware = entry.stats.split, entry.stats.hardware
-    parts = (split.draft, split.verify, split.accept, split.transfer + split.other)
-    whole = sum(parts) or 1.0
+    hardware = entry.stats.hardware
     target, draft = (None, None) if hardware is None else (hardware.target, hardware.draft)
     return (
         entry.name,
-        *(f"{part / whole:.1%}" for part in parts),
+        *shares(entry.stats),
         f"{entry.stats.overhead:.1%}",
         _share(target),
         "" if target is None else f"{target.mfu:.1%}",
