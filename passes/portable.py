@@ -6,6 +6,11 @@ heads, max_seq, head size]; outputs ``logits`` float32 [batch, sequence, vocabul
 ``.value``, which may share the memory of the past. Behind an encoder it also reads ``encoder_attention_mask`` int64
 [batch, encoder_sequence] and ``cross_key_values.{i}.key`` and ``.value`` [batch, heads, encoder_sequence, head size],
 which the graph of the encoder makes.
+
+Unrolled (``unroll``), it makes several tokens in a call. Instead of logits it has the outputs ``ids`` int64 [batch,
+steps] and, where they are drawn, ``chances`` float64 [batch, steps, vocabulary]; it also reads ``last`` int64 [batch],
+and for drawing ``uniform`` float64 [batch, steps] and ``inverse_temperature`` float32 [1]. What each but the last step
+leaves in a cache is an output as well, ``step.{n}.present.{i}.key``, and belongs into the same memory.
 """
 
 from __future__ import annotations
@@ -17,6 +22,8 @@ POSITIONS, WRITE = "position_ids", "write_indices"
 PAST, PRESENT, CROSS = "past_key_values.", "present.", "cross_key_values."
 KINDS = ("key", "value")
 SOURCE_MASK = "encoder_attention_mask"
+LAST, UNIFORM, SHARPNESS = "last", "uniform", "inverse_temperature"
+TOKENS, CHANCES = "ids", "chances"
 COLUMNS = "max_seq"  # the axis of a cache that tokens are written along
 
 CACHED_OPSET = 24
@@ -40,6 +47,11 @@ def past_name(layer: int, kind: str) -> str:
 def present_name(past: str) -> str:
     """The output that belongs to a past input."""
     return PRESENT + past.removeprefix(PAST)
+
+
+def step_name(step: int, present: str) -> str:
+    """The output for what step ``step``, from 1 on, of an unrolled decoder leaves in a cache."""
+    return f"step.{step}.{present}"
 
 
 def cross_name(layer: int, kind: str) -> str:
