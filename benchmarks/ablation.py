@@ -29,7 +29,8 @@ from qexport.exporter.steps import find_pass
 from qexport.passes.base import Pass
 from qexport.passes.pipeline import Step, run
 from qexport.passes.target import find_target
-from qexport.runtime.session import Session, SessionOptions
+from qexport.runtime.backends.ort import OrtSession
+from qexport.runtime.session import SessionOptions
 
 TARGETS = ("tensorrt-rtx", "ort-cpu")
 METHODS = ("minmax", "percentile", "entropy", "mse", "output-mse")
@@ -157,7 +158,7 @@ def with_step(steps: Steps, name: str, behind: str, context: Mapping[str, Any]) 
     return [*steps[:at], (name, made), *steps[at:]]
 
 
-def opened(model: ir.Model, target: str) -> Session:
+def opened(model: ir.Model, target: str) -> OrtSession:
     """The model as it is judged: files for engines with their Q/DQ nodes taken literally."""
     return open_model(model, SessionOptions(literal=find_target(target).engine is not None))
 
@@ -189,7 +190,7 @@ def minilm(wanted: Sequence[str] = ("dev", "test")) -> Subject:
     return Subject("MiniLM", source, load_recipe("int8"), str(methods.SENTENCES), score)
 
 
-def embed(session: Session, tokens: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+def embed(session: OrtSession, tokens: Sequence[Sequence[int]]) -> NDArray[np.float32]:
     """Embeddings of all sentences, ``[sentences, hidden]``."""
     rows = np.zeros((len(tokens), 0), np.float32)
     for chosen, feeds in sentences.batches(tokens):
@@ -208,7 +209,7 @@ def resnet() -> Subject:
     with np.load(methods.RESNET / "test.npz") as file:
         labels = file["labels"]
 
-    def logits(session: Session) -> NDArray[np.float32]:
+    def logits(session: OrtSession) -> NDArray[np.float32]:
         return np.concatenate([next(iter(session.run(batch).values())) for batch in feeds])
 
     truth = logits(open_model(source.model))

@@ -29,7 +29,7 @@ import sentences
 from numpy.typing import NDArray
 
 from qexport.exporter.engines.child import build_in_child
-from qexport.exporter.engines.engine import PLAN, EngineOptions
+from qexport.exporter.engines.engine import EngineOptions
 from qexport.exporter.engines.profiles import derive_profile
 from qexport.exporter.load import load_model
 from qexport.exporter.onnx_file import save_onnx
@@ -38,6 +38,7 @@ from qexport.exporter.sparsity import zeros_of
 from qexport.exporter.steps import find_pass
 from qexport.passes.pipeline import parameters, run
 from qexport.passes.target import find_target
+from qexport.runtime.backends.artefact import PLAN
 from qexport.safe_io import publish
 
 PLACE = measure.WORK / "torch_pruned"

@@ -17,7 +17,8 @@ from qexport.passes.numbers.weights import stored_numbers
 from qexport.passes.placement import Site
 from qexport.passes.target import Target
 from qexport.passes.writing.qdq import needs_half
-from qexport.runtime.session import Session, SessionOptions
+from qexport.runtime.backends.ort import OrtSession
+from qexport.runtime.session import SessionOptions
 
 QUIET = 0.01  # share of the mean power that is added to every row's, so that rows of next to nothing do not decide
 Floats = NDArray[np.float32]
@@ -106,7 +107,7 @@ def _operator(site: Site, weight: Floats) -> Operator:
     return lambda x: np.asarray(session.run({"x": x})["y"], np.float32)
 
 
-def _session(node: ir.Node, weight: Floats) -> Session:
+def _session(node: ir.Node, weight: Floats) -> OrtSession:
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT))
     w = ir.Value(name="w", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(weight.shape))
     w.const_value = ir.tensor(weight, name="w")
@@ -115,4 +116,4 @@ def _session(node: ir.Node, weight: Floats) -> Session:
     y.name, y.type = "y", ir.TensorType(ir.DataType.FLOAT)
     graph = ir.Graph([x], [y], nodes=[bare], initializers=[w], opset_imports={"": 20}, name="layer")
     model = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
-    return Session(model, SessionOptions(threads=1))
+    return OrtSession(model, SessionOptions(threads=1))

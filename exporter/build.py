@@ -13,7 +13,7 @@ from qexport.calibration.reading.spec import keeps_cache
 from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.admit import Limits, admit_file
 from qexport.exporter.engines.child import build_in_child
-from qexport.exporter.engines.engine import PLAN, EngineOptions
+from qexport.exporter.engines.engine import EngineOptions
 from qexport.exporter.engines.shapes import engine_shapes
 from qexport.exporter.load import Source, load_source
 from qexport.exporter.onnx_file import save_onnx
@@ -32,6 +32,7 @@ from qexport.exporter.steps import find_pass
 from qexport.passes.portable import PAST
 from qexport.passes.quantize import quantized_nodes
 from qexport.passes.target import Target, find_target
+from qexport.runtime.backends.artefact import PLAN
 from qexport.safe_io import Stage, publish
 
 

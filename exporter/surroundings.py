@@ -17,7 +17,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from qexport.errors import EnvironmentMismatch, QexportError
-from qexport.exporter.engines.device import find_gpus
+from qexport.runtime.backends.gpus import find_gpus
 from qexport.safe_io import read_text, write_bytes
 
 _OLDEST_PYTHON = (3, 11)

@@ -3,15 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qexport.errors import DataInvalid, UsageError
+from qexport.runtime.backends.host import HOST
+from qexport.runtime.session import Memory
 
 Counts: TypeAlias = NDArray[np.int64]  # [batch], columns
 LEAST = 256  # columns
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How many columns buffers have.
+
+    Attributes:
+        least: At first; a power of two where they grow.
+        most: That count in a row, ``None`` for no end.
+        fixed: Whether they never grow.
+    """
+
+    least: int = LEAST
+    most: int | None = None
+    fixed: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise ``UsageError`` where buffers cannot double from ``least`` on."""
+        if self.least < 1 or (self.least & (self.least - 1) and not self.fixed):
+            raise UsageError(f"the capacity is {self.least}, expected a power of two")
+
+    def columns(self, needed: int) -> int:
+        """Of a buffer that holds ``needed``."""
+        return self.least if self.fixed else bucket(needed, self.least, self.most)
 
 
 class Cache:
@@ -19,12 +46,12 @@ class Cache:
 
     What stands behind them is junk that nobody reads and the next step overwrites, so going back costs nothing. A step
     of a batch is as wide as its widest row: the others write padding. Only for that may a buffer be wider than
-    ``most``, never for columns that count.
+    ``room.most``, never for columns that count.
 
     Attributes:
         buffers: Zeros at first, since a column that is masked still must not be NaN.
         capacity: Columns of every buffer.
-        most: Columns that a row may have; ``None`` for no end.
+        room: How they grow.
     """
 
     def __init__(
@@ -32,29 +59,26 @@ class Cache:
         shapes: Mapping[str, tuple[int, int]],
         dtype: np.dtype[Any],
         batch: int,
-        *,
-        least: int = LEAST,
-        most: int | None = None,
+        room: Room | None = None,
+        memory: Memory = HOST,
     ) -> None:
-        """Make room for ``least`` columns, or for ``most`` where that is less.
+        """Make room.
 
         Args:
             shapes: Heads and size of a head, by name.
             dtype: Type of the numbers.
             batch: Rows.
-            least: Columns at first, a power of two.
-            most: Columns that a row may have.
+            room: How many columns.
+            memory: Where the buffers lie.
         """
-        if least < 1 or least & (least - 1):
-            raise UsageError(f"the capacity is {least}, expected a power of two")
         if batch < 1:
             raise DataInvalid(f"the batch is {batch}, expected at least one row")
-        self.most, self._least = most, least
+        self.room, self._memory = room or Room(), memory
         self._lengths = [0] * batch  # plain numbers: of few rows they are added and compared faster than arrays
         self._touched = 0  # columns that hold something
-        self.capacity = bucket(1, least, most)
+        self.capacity = self.room.columns(1)
         self.buffers = {
-            name: np.zeros((batch, heads, self.capacity, size), dtype) for name, (heads, size) in shapes.items()
+            name: memory.zeros((batch, heads, self.capacity, size), dtype) for name, (heads, size) in shapes.items()
         }
 
     @property
@@ -74,31 +98,40 @@ class Cache:
 
     def reset(self, batch: int) -> bool:
         """Forget everything where the buffers are those of a new cache for ``batch`` rows; whether they are."""
-        if (self.batch, self.capacity) != (batch, bucket(1, self._least, self.most)):
+        if (self.batch, self.capacity) != (batch, self.room.columns(1)):
             return False
         for buffer in self.buffers.values():
-            buffer[:, :, : self._touched] = 0
+            self._memory.clear(buffer, min(self._touched, self.capacity))
         self._lengths, self._touched = [0] * batch, 0
         return True
 
-    def reserve(self, counts: Sequence[int], width: int) -> bool:
-        """Make room for ``width`` more columns in every row, of which ``counts`` will count; whether buffers are new.
+    def demand(self, counts: Sequence[int]) -> None:
+        """Raise ``DataInvalid`` where a row that becomes ``counts`` longer would be longer than it may be."""
+        most, fixed = self.room.most, self.room.fixed
+        for row, (length, count) in enumerate(zip(self._lengths, counts, strict=True)):
+            if most is not None and length + count > most:
+                limit = f"the engine has room for {most}" if fixed else f"the model has {most} positions"
+                what = f"row {row} has {length} tokens and {count} more, {limit}"
+                raise DataInvalid(what, hint="start a new sequence, or go back first")
 
-        Raises:
-            DataInvalid: A row would be longer than ``most``.
+    def reserve(self, width: int) -> bool:
+        """Make room for ``width`` more columns in every row; whether buffers are new.
+
+        Where buffers do not grow, there must be room: ``free`` says how much.
         """
-        if self.most is not None:
-            for row, (length, count) in enumerate(zip(self._lengths, counts, strict=True)):
-                if length + count > self.most:
-                    what = f"row {row} has {length} tokens and {count} more, the model has {self.most} positions"
-                    raise DataInvalid(what, hint="start a new sequence, or go back first")
         needed = max(self._lengths) + width
         self._touched = max(self._touched, needed)
         if needed <= self.capacity:
             return False
-        self.capacity = bucket(needed, self._least, self.most)
+        assert not self.room.fixed, "a step is wider than what is free"
+        self.capacity = self.room.columns(needed)
         self._move(range(self.batch))
         return True
+
+    @property
+    def free(self) -> int:
+        """Columns behind the longest row."""
+        return self.capacity - max(self._lengths)
 
     def advance(self, counts: Sequence[int]) -> None:
         """Count ``counts`` more columns of each row; ``reserve`` made room for them and a step wrote them."""
@@ -130,13 +163,17 @@ class Cache:
         self._lengths = [self._lengths[row] for row in rows]
         self._move(rows)
 
+    def close(self) -> None:
+        """Free the buffers; a second time does nothing."""
+        for buffer in self.buffers.values():
+            self._memory.free(buffer)
+        self.buffers.clear()
+
     def _move(self, rows: Sequence[int]) -> None:
         """Put the columns of ``rows`` that count into new buffers, of which no more than one is there twice."""
         for name, old in self.buffers.items():
-            new = np.zeros((len(rows), old.shape[1], self.capacity, old.shape[3]), old.dtype)
-            for place, (row, used) in enumerate(zip(rows, self._lengths, strict=True)):
-                new[place, :, :used] = old[row, :, :used]
-            self.buffers[name] = new
+            shape = len(rows), old.shape[1], self.capacity, old.shape[3]
+            self.buffers[name] = self._memory.move(old, shape, rows, self._lengths)
 
 
 def bucket(needed: int, least: int, most: int | None) -> int:

@@ -16,16 +16,19 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.errors import DataInvalid, EnvironmentMismatch, UsageError
+from qexport.errors import DataInvalid, UsageError
 from qexport.passes.portable import IDS, LOGITS, POSITIONS, WRITE, present_name
-from qexport.runtime.cache import LEAST, Cache, Counts
-from qexport.runtime.session import Binding, Port, Session, SessionOptions
+from qexport.runtime.backends.choose import open_session
+from qexport.runtime.backends.host import HOST
+from qexport.runtime.cache import LEAST, Cache, Counts, Room
+from qexport.runtime.session import Array, Binding, Buffer, Port, Session, SessionOptions
 from qexport.runtime.signature import read_signature
+from qexport.runtime.widths import Widths, find_widths
 
 Context: TypeAlias = Mapping[str, NDArray[Any]]  # inputs that stay the same for a whole sequence
 Logits: TypeAlias = NDArray[np.float32]  # [batch, sequence, vocabulary]
 
-CPU = "CPUExecutionProvider"
+_INT = np.dtype(np.int64)
 _NARROW, _SMALL = 16, 1 << 22  # tokens of a row, bytes of logits: up to these a step is kept for the next like it
 
 
@@ -62,27 +65,30 @@ class Decoder:
     """
 
     def __init__(
-        self, model: bytes | Path | Session, options: SessionOptions | None = None, *, capacity: int = LEAST
+        self, model: bytes | str | Path | Session, options: SessionOptions | None = None, *, capacity: int = LEAST
     ) -> None:
         """Load a model, or share one that is loaded.
 
         Args:
-            model: The file, its bytes, or a session, which stays open when this is closed; each of several decoders
-                of one session has a state of its own, and each may run in a thread of its own.
-            options: How to run; on the processor, where the buffers are.
-            capacity: Columns that buffers have at first, a power of two.
+            model: What ``open_session`` takes, or a session, which stays open when this is closed; each of several
+                decoders of one session has a state of its own, and each may run in a thread of its own.
+            options: How to run.
+            capacity: Columns that buffers have at first, a power of two; engines fix them.
 
         Raises:
             ModelInvalid: The graph is not in the portable layout.
-            BuildFailed: onnxruntime cannot load it.
+            QexportError: As ``open_session``.
         """
-        self._session: Session | None = model if isinstance(model, Session) else _open(model, options)
+        self._owned = isinstance(model, bytes | str | Path)
+        self._session: Session | None = open_session(model, options) if isinstance(model, bytes | str | Path) else model
         self.signature = read_signature(self._session)
         self.seconds = 0.0
         self._least = capacity
         self._steps: dict[tuple[int, ...], _Step] = {}
         self._cache: Cache | None = None
-        self._context: dict[str, NDArray[Any]] = {}
+        self._widths = Widths()
+        self._context: dict[str, Array] = {}
+        self._placed: dict[str, Buffer] = {}
         if not self.signature.context:
             self.reset()
 
@@ -107,18 +113,20 @@ class Decoder:
     @property
     def limit(self) -> int | None:
         """Tokens that a row may have; ``None`` where the model does not say."""
-        return self.signature.positions
+        return self._room(1 if self._cache is None else self._cache.batch).most
 
     @property
     def widest(self) -> int | None:
         """Tokens of a row that the backend reads at once; ``None`` for any number. More are read in pieces."""
-        return None
+        widths = find_widths(self._opened().profiles, 1) if self._cache is None else self._widths
+        return widths.widest
 
     def close(self) -> None:
-        """Free the buffers; a second time does nothing."""
-        self._session = self._cache = None
-        self._steps.clear()
-        self._context = {}
+        """Free the buffers, and the model if it was loaded here; a second time does nothing."""
+        self._drop()
+        if self._owned and self._session is not None:
+            self._session.close()
+        self._session = None
 
     def reset(self, batch: int = 1, context: Context | None = None) -> None:
         """Forget everything and make room for ``batch`` sequences.
@@ -128,17 +136,20 @@ class Decoder:
             context: The inputs that ``signature.context`` names, such as what an encoder found, batch axis first.
 
         Raises:
-            DataInvalid: An input of the context is missing, unknown, or of another type or shape.
+            DataInvalid: An input of the context is missing, unknown, or of another type or shape; or an engine is not
+                built for such a batch.
         """
-        self._opened()
+        session = self._opened()
         found, given = self.signature, dict(context or {})
         _check_context(given, found.context, batch)
         self.seconds = 0.0
         if self._cache is not None and self._cache.reset(batch) and not given:
             return
-        self._steps.clear()
-        self._cache = Cache(found.caches, found.dtype, batch, least=self._least, most=found.positions)
-        self._context = {name: np.ascontiguousarray(array) for name, array in given.items()}
+        widths = find_widths(session.profiles, batch)
+        self._drop()
+        self._widths = widths
+        self._cache = Cache(found.caches, found.dtype, batch, self._room(batch), session.memory)
+        self._set_context({name: np.ascontiguousarray(array) for name, array in given.items()})
 
     def extend(self, ids: NDArray[np.integer[Any]], counts: Sequence[int] | Counts | None = None) -> Logits:
         """Read more tokens of every row: a prompt, one token, or several that are to be verified.
@@ -157,23 +168,11 @@ class Decoder:
         cache = self._started()
         batch, width = _check_shape(ids, cache.batch)
         valid = [width] * batch if counts is None else _check_counts(counts, batch, width)
-        if cache.reserve(valid, width):
-            self._steps.clear()
-        step = self._steps.get(ids.shape) or self._new_step(cache, width)
-        step.tokens[...] = ids
-        step.start[...] = cache.starts
-        np.add(step.start[:, None], step.offsets, out=step.positions)
-        if counts is not None:
-            last = np.array(valid)[:, None] - 1
-            step.tokens[step.offsets > last] = 0
-            np.minimum(step.positions, np.maximum(step.start[:, None] + last, 0), out=step.positions)
-        if max(step.unsigned.tolist()) >= self.signature.vocabulary:
-            raise _no_such_token(step.tokens, self.signature.vocabulary)
-        began = perf_counter()
-        step.binding.run()
-        self.seconds += perf_counter() - began
-        cache.advance(valid)
-        return step.logits.copy() if step.kept else step.logits
+        cache.demand(valid)
+        if self._fits(cache, width):
+            return self._step(cache, ids, valid, whole=counts is None)
+        _check_tokens(ids[np.arange(width) < np.array(valid)[:, None]], self.signature.vocabulary)
+        return self._pieces(cache, ids, valid)
 
     def rollback(self, lengths: int | Sequence[int] | Counts) -> None:
         """Go back to ``lengths`` tokens, one number or one per row, in no time: the next step overwrites.
@@ -197,25 +196,106 @@ class Decoder:
             DataInvalid: There is no such row, or none is kept.
         """
         cache = self._started()
+        widths = find_widths(self._opened().profiles, len(rows)) if rows else self._widths
+        self._forget_steps()
         cache.keep(rows)
-        self._context = {name: array[list(rows)] for name, array in self._context.items()}
-        self._steps.clear()
+        self._widths = widths
+        self._set_context({name: array[list(rows)] for name, array in self._context.items()})
+
+    def _fits(self, cache: Cache, width: int) -> bool:
+        """Whether one call reads this many tokens: a profile has them, and there is room for the padding of all."""
+        return not cache.room.fixed or (self._widths.first(width) == width and width <= cache.free)
+
+    def _pieces(self, cache: Cache, ids: NDArray[np.integer[Any]], valid: Sequence[int]) -> Logits:
+        """Read in calls that the backend takes; either all of it or, where one fails, nothing."""
+        before, counts = list(cache.starts), np.array(valid)
+        logits: Logits = np.zeros((*ids.shape, self.signature.vocabulary), np.float32)
+        at = 0
+        try:
+            while at < counts.max():
+                width = self._widths.first(min(int(counts.max()) - at, cache.free))
+                part = np.clip(counts - at, 0, width)
+                logits[:, at : at + width] = self._step(cache, ids[:, at : at + width], part.tolist(), whole=False)
+                at += width
+        except BaseException:
+            cache.rollback(before)
+            raise
+        return logits
+
+    def _step(self, cache: Cache, ids: NDArray[np.integer[Any]], valid: Sequence[int], *, whole: bool) -> Logits:
+        """One call; ``whole`` says that all tokens of all rows count."""
+        if cache.reserve(ids.shape[1]):
+            self._forget_steps()
+        step = self._steps.get(ids.shape) or self._new_step(cache, ids.shape[1])
+        step.tokens[...] = ids
+        step.start[...] = cache.starts
+        np.add(step.start[:, None], step.offsets, out=step.positions)
+        if not whole:
+            last = np.array(valid)[:, None] - 1
+            step.tokens[step.offsets > last] = 0
+            np.minimum(step.positions, np.maximum(step.start[:, None] + last, 0), out=step.positions)
+        if max(step.unsigned.tolist()) >= self.signature.vocabulary:
+            _check_tokens(step.tokens, self.signature.vocabulary)
+        began = perf_counter()
+        try:
+            step.binding.run()
+        finally:
+            self.seconds += perf_counter() - began
+            if not step.kept:
+                step.binding.close()
+        cache.advance(valid)
+        return step.logits.copy() if step.kept else step.logits
 
     def _new_step(self, cache: Cache, width: int) -> _Step:
         """Arrays for calls of this width, bound together with the buffers and the context."""
-        tokens = np.zeros((cache.batch, width), np.int64)
-        positions, start = np.zeros_like(tokens), np.zeros(cache.batch, np.int64)
-        logits: Logits = np.empty((*tokens.shape, self.signature.vocabulary), np.float32)
-        binding = self._opened().bind(
-            {IDS: tokens, POSITIONS: positions, WRITE: start, **cache.buffers, **self._context},
+        session, batch = self._opened(), cache.batch
+        size = batch * width * self.signature.vocabulary * np.dtype(np.float32).itemsize
+        kept = width <= _NARROW and size <= _SMALL
+        make = session.memory.host if kept else HOST.host
+        tokens, positions = (make((batch, width), _INT) for _ in range(2))
+        start = make((batch,), _INT)
+        logits = make((batch, width, self.signature.vocabulary), np.dtype(np.float32))
+        given: dict[str, Array | Buffer] = {IDS: tokens, POSITIONS: positions, WRITE: start, **self._placed}
+        binding = session.bind(
+            {**given, **cache.buffers},
             {LOGITS: logits, **{present_name(name): buffer for name, buffer in cache.buffers.items()}},
         )
-        kept = width <= _NARROW and logits.nbytes <= _SMALL
         flat = tokens.view(np.uint64).reshape(-1)
         step = _Step(tokens, flat, np.arange(width), positions, start, logits, kept, binding)
         if kept:
             self._steps[tokens.shape] = step
         return step
+
+    def _room(self, batch: int) -> Room:
+        """Columns of the buffers. In those of an engine one stays free for the padding of rows that wait."""
+        positions, columns = self.signature.positions, self.signature.columns
+        if columns is None:
+            return Room(self._least, positions)
+        ends = columns - 1 if batch > 1 else columns
+        return Room(columns, ends if positions is None else min(ends, positions), fixed=True)
+
+    def _set_context(self, context: dict[str, Array]) -> None:
+        """Put the context where the session runs."""
+        memory = self._opened().memory
+        self._free_context()
+        self._context, self._placed = context, {name: memory.put(array) for name, array in context.items()}
+
+    def _free_context(self) -> None:
+        for buffer in self._placed.values():
+            self._opened().memory.free(buffer)
+        self._context, self._placed = {}, {}
+
+    def _forget_steps(self) -> None:
+        for step in self._steps.values():
+            step.binding.close()
+        self._steps.clear()
+
+    def _drop(self) -> None:
+        self._forget_steps()
+        if self._cache is not None:
+            self._cache.close()
+        self._cache = None
+        self._free_context()
 
     def _opened(self) -> Session:
         if self._session is None:
@@ -228,14 +308,6 @@ class Decoder:
             needed = ", ".join(self.signature.context)
             raise DataInvalid(f"the model reads {needed} once per sequence", hint="give them to reset() first")
         return self._cache
-
-
-def _open(model: bytes | Path, options: SessionOptions | None) -> Session:
-    chosen = options or SessionOptions()
-    if chosen.providers != (CPU,):
-        what = f"decoders run on {CPU}, not on {', '.join(chosen.providers)}"
-        raise EnvironmentMismatch(what, hint="build an engine for a GPU")
-    return Session(model, chosen)
 
 
 def _check_shape(ids: NDArray[Any], batch: int) -> tuple[int, int]:
@@ -256,10 +328,11 @@ def _check_counts(counts: Sequence[int] | Counts, batch: int, width: int) -> lis
     return found
 
 
-def _no_such_token(tokens: NDArray[np.int64], vocabulary: int) -> DataInvalid:
-    wrong = tokens[(tokens < 0) | (tokens >= vocabulary)][0]
-    what = f"token {wrong} does not exist, the model has a vocabulary of {vocabulary}"
-    return DataInvalid(what, hint="is the tokenizer that of the model?")
+def _check_tokens(tokens: NDArray[np.integer[Any]], vocabulary: int) -> None:
+    wrong = tokens[(tokens < 0) | (tokens >= vocabulary)]
+    if wrong.size:
+        what = f"token {wrong[0]} does not exist, the model has a vocabulary of {vocabulary}"
+        raise DataInvalid(what, hint="is the tokenizer that of the model?")
 
 
 def _check_context(given: Context, wanted: Mapping[str, Port], batch: int) -> None:

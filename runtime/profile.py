@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from qexport.errors import ResourceExhausted
-from qexport.runtime.session import Feeds, Session, SessionOptions
+from qexport.runtime.backends.ort import OrtSession
+from qexport.runtime.session import Feeds, SessionOptions
 from qexport.safe_io import read_text
 
 RUNS = 9
@@ -35,7 +36,7 @@ class Kernel:
     seconds: float
 
 
-def profile(opener: Callable[[SessionOptions], Session], options: SessionOptions, feeds: Feeds) -> list[Kernel]:
+def profile(opener: Callable[[SessionOptions], OrtSession], options: SessionOptions, feeds: Feeds) -> list[Kernel]:
     """Run a model a few times on the same inputs and return what each operator took.
 
     Args:

@@ -1,24 +1,25 @@
-"""Run an ONNX model in onnxruntime: named arrays in, named arrays out."""
+"""What every backend is to those who run models: a session over a loaded model, arrays bound to it, its memory."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.errors import BuildFailed, DataInvalid, EnvironmentMismatch
+from qexport.errors import EnvironmentMismatch
 
-Feeds = Mapping[str, NDArray[Any]]
+Array: TypeAlias = NDArray[Any]
+Feeds: TypeAlias = Mapping[str, Array]
+Shape: TypeAlias = tuple[int, ...]
+Profile: TypeAlias = Mapping[str, tuple[Shape, Shape, Shape]]
+"""Of every input the smallest, the best and the largest shape that an engine was built for."""
 
 # Its CPU kernel is several times slower than the Add and LayerNormalization that it replaces (onnxruntime 1.31).
 SLOW_FUSIONS = ("SkipLayerNormFusion",)
-# They drop an activation whose quantizer saturates where it would, and take fp8's zero for the lowest number (1.31).
-QUANTIZER_FUSIONS = ("ReluQuantRewrite", "ClipQuantRewrite")
 
 
 def load_onnxruntime() -> ModuleType:
@@ -44,10 +45,15 @@ class SessionOptions:
     """How to run.
 
     Attributes:
+        backend: ``ort-cpu``, ``ort-cuda``, ``tensorrt-rtx`` or ``tensorrt``; where it is left open, ``open_session``
+            chooses by what was built and what the machine has.
+        device: Which GPU, as the driver counts them.
+        graphs: Whether calls that come again in the same shape are recorded as CUDA graphs, which saves the time to
+            launch their kernels one by one.
         threads: Threads inside one operator; 0 lets onnxruntime choose.
         spin: Whether threads without work wait in a loop. A session alone answers sooner by it; of two that run
             in turn, each takes the processor from the other.
-        providers: Execution providers in order of preference.
+        providers: Execution providers of onnxruntime in order of preference.
         optimize: Whether onnxruntime may rewrite the graph.
         disabled: Its optimizers that stay off.
         literal: Whether Q/DQ nodes run as they are written, instead of being merged into integer kernels; weights
@@ -57,6 +63,9 @@ class SessionOptions:
         profile: Where the times of all operators go, a path without its ending; ``runtime.profile`` reads them.
     """
 
+    backend: str | None = None
+    device: int = 0
+    graphs: bool = False
     threads: int = 0
     spin: bool = True
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
@@ -79,12 +88,9 @@ _TYPES: dict[str, np.dtype[Any]] = {
 }
 
 
-_BFLOAT16 = ("bfloat16", 16)  # what numpy and ONNX call it
-
-
 @dataclass(frozen=True, slots=True)
 class Port:
-    """An input or an output as onnxruntime tells it.
+    """An input or an output of a model.
 
     Attributes:
         name: Its name.
@@ -102,118 +108,103 @@ class Port:
         return _TYPES.get(self.kind)
 
 
-class Binding:
-    """Arrays that every run reads and writes where they lie; their shapes are those of each run."""
+class Buffer(Protocol):
+    """Numbers in the memory of a session, which a graph reads and writes where they lie; arrays are such on a CPU."""
 
-    def __init__(self, session: Any, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> None:
-        """Bind all inputs and outputs; an output may be what an input reads, if its operator can do that."""
-        wrap = load_onnxruntime().OrtValue.ortvalue_from_numpy
-        self._session, self._binding = session, session.io_binding()
-        for name, array in inputs.items():
-            self._binding.bind_ortvalue_input(name, wrap(np.ascontiguousarray(array)))
-        for name, array in outputs.items():
-            assert array.flags.c_contiguous, "what is written must lie in one piece"
-            self._binding.bind_ortvalue_output(name, wrap(array))
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of its axes."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of its numbers."""
+
+
+class Memory(Protocol):
+    """Where the buffers of a session lie. Buffers here are ``[rows, heads, columns, size]``."""
+
+    def zeros(self, shape: Shape, dtype: np.dtype[Any]) -> Buffer:
+        """A new buffer of zeros."""
+
+    def put(self, array: Array) -> Buffer:
+        """A buffer with the numbers of an array of any shape."""
+
+    def host(self, shape: Shape, dtype: np.dtype[Any]) -> Array:
+        """An array on the CPU that the session copies from and to at its best speed."""
+
+    def move(self, old: Buffer, shape: Shape, rows: Sequence[int], columns: Sequence[int]) -> Buffer:
+        """A new buffer of ``shape`` in place of ``old``, which is freed.
+
+        Its row ``i`` begins with the first ``columns[i]`` columns of row ``rows[i]``; all else is zero.
+        """
+
+    def clear(self, buffer: Buffer, columns: int) -> None:
+        """Put zeros into the first ``columns`` columns of every row."""
+
+    def free(self, buffer: Buffer) -> None:
+        """Give its memory back."""
+
+
+class Binding(Protocol):
+    """Arrays and buffers that every run reads and writes; their shapes are those of each run. For one thread."""
 
     def run(self) -> None:
-        """Run once.
+        """Run once: read what the arrays hold now, leave the results in those of the outputs.
 
         Raises:
             BuildFailed: An array has a shape or type that the model has not, or an operator failed.
         """
-        try:
-            self._session.run_with_iobinding(self._binding)
-        except Exception as error:
-            raise BuildFailed(f"onnxruntime failed on bound arrays: {error}") from error
+
+    def close(self) -> None:
+        """Let go of what a run needs besides the arrays; a second time does nothing."""
 
 
-class Session:
-    """A loaded model; ``run`` may be called from several threads.
+class Session(Protocol):
+    """A loaded model. It may be used from several threads, each with bindings of its own.
 
     Attributes:
+        backend: ``ort-cpu``, ``ort-cuda``, ``tensorrt-rtx`` or ``tensorrt``.
         inputs: Names of the inputs.
         outputs: Names of the outputs.
         ports: The inputs with types and shapes.
         results: The outputs likewise.
         metadata: What the file says of itself.
+        profiles: Shapes that it takes, one of these at a time; empty where it takes all that fit the ports.
+        memory: Where buffers lie.
     """
 
-    def __init__(
-        self,
-        model: bytes | Path,
-        options: SessionOptions | None = None,
-        weights: Mapping[str, NDArray[Any]] | None = None,
-    ) -> None:
-        """Load ``model``; ``weights`` are initializers kept outside of it, shared without a copy."""
-        ort = load_onnxruntime()
-        chosen = options or SessionOptions()
-        settings = ort.SessionOptions()
-        settings.intra_op_num_threads = chosen.threads
-        settings.log_severity_level = 4
-        settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if chosen.spin else "0")
-        disabled = list(chosen.disabled)
-        if chosen.literal:
-            settings.add_session_config_entry("session.disable_quant_qdq", "1")
-            disabled += QUANTIZER_FUSIONS
-        if chosen.lean:
-            settings.enable_cpu_mem_arena = settings.enable_mem_pattern = False
-            settings.add_session_config_entry("session.disable_prepacking", "1")
-        if chosen.profile is not None:
-            settings.enable_profiling, settings.profile_file_prefix = True, chosen.profile
-        if not chosen.optimize:
-            settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        # onnxruntime reads these arrays for as long as the session lives
-        self._weights = {name: _shared(ort, array) for name, array in (weights or {}).items()}
-        self._lean = chosen.lean
-        if self._weights and not self._lean:
-            settings.add_external_initializers(list(self._weights), list(self._weights.values()))
-        source = model if isinstance(model, bytes) else str(model)
-        try:
-            self._session = ort.InferenceSession(
-                source, settings, providers=list(chosen.providers), disabled_optimizers=disabled
-            )
-        except Exception as error:
-            raise BuildFailed(f"onnxruntime cannot load the model: {error}") from error
-        taken = [port for port in self._session.get_inputs() if port.name not in self._weights]
-        self.ports, self.results = (_ports(found) for found in (taken, self._session.get_outputs()))
-        self.inputs, self.outputs = (tuple(port.name for port in ports) for ports in (self.ports, self.results))
-        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+    backend: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    ports: tuple[Port, ...]
+    results: tuple[Port, ...]
+    metadata: dict[str, str]
+    profiles: tuple[Profile, ...]
+    memory: Memory
 
-    def bind(self, inputs: Mapping[str, NDArray[Any]], outputs: Mapping[str, NDArray[Any]]) -> Binding:
-        """Bind arrays to all inputs and outputs, for any number of runs; several bindings share the session."""
-        return Binding(self._session, inputs, outputs)
+    def bind(self, inputs: Mapping[str, Array | Buffer], outputs: Mapping[str, Array | Buffer]) -> Binding:
+        """Bind all inputs and outputs for any number of runs.
 
-    def run(self, feeds: Feeds, outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
-        """Run once; returns the named outputs, all of them by default."""
-        names = list(outputs) if outputs is not None else list(self.outputs)
-        try:
-            arrays = self._run(names, {name: feeds[name] for name in self.inputs})
-        except KeyError as error:
-            raise DataInvalid(f"input {error.args[0]!r} is missing", hint=f"the model reads {self.inputs}") from error
-        except Exception as error:
-            shapes = {name: array.shape for name, array in feeds.items()}
-            raise BuildFailed(f"onnxruntime failed on inputs of shape {shapes}: {error}") from error
-        return dict(zip(names, arrays, strict=True))
+        Args:
+            inputs: Arrays that each run copies from, and buffers of ``memory``, which it reads where they lie.
+            outputs: The same for what it writes; an output may be the buffer that an input reads if its operator can
+                do that.
+        """
 
-    def _run(self, names: list[str], feeds: Feeds) -> Sequence[NDArray[Any]]:
-        if not self._lean:
-            arrays: Sequence[NDArray[Any]] = self._session.run(names, feeds)
-            return arrays
-        wrap = load_onnxruntime().OrtValue.ortvalue_from_numpy
-        given = {name: wrap(np.asarray(array, order="C")) for name, array in feeds.items()}
-        return [found.numpy() for found in self._session.run_with_ort_values(names, given | self._weights)]
+    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """Run once; returns the named outputs, all of them by default.
 
-    def end_profile(self) -> Path:
-        """Stop noting times; returns the file that holds them."""
-        return Path(self._session.end_profiling())
+        Args:
+            feeds: Arrays, or anything with ``__dlpack__``, such as tensors of torch, on the CPU or the session's GPU.
+            outputs: Names.
 
+        Raises:
+            DataInvalid: An input is missing, or lies where the session cannot read it.
+            BuildFailed: The backend failed.
+        """
 
-def _shared(ort: ModuleType, array: NDArray[Any]) -> Any:
-    """An array as onnxruntime's own, not copied."""
-    if array.dtype.name == _BFLOAT16[0]:
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16[1])
-    return ort.OrtValue.ortvalue_from_numpy(array)
+    def run_dlpack(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
+        """The same, but what is returned stays where the session runs, and has ``__dlpack__``."""
 
-
-def _ports(found: Sequence[Any]) -> tuple[Port, ...]:
-    return tuple(Port(port.name, port.type, tuple(port.shape)) for port in found)
+    def close(self) -> None:
+        """Free the model; a second time does nothing."""

@@ -35,6 +35,7 @@ class Signature:
         dtype: Type of the caches.
         vocabulary: Size of the logits.
         positions: The longest sequence; ``None`` where the model does not say.
+        columns: Of every cache, where the graph fixes them; ``None`` where they are free.
         context: Further inputs, which the caller gives once per sequence.
     """
 
@@ -42,6 +43,7 @@ class Signature:
     dtype: np.dtype[Any]
     vocabulary: int
     positions: int | None
+    columns: int | None
     context: Mapping[str, Port]
 
     @property
@@ -64,6 +66,7 @@ def read_signature(session: Session) -> Signature:
     known = {IDS, POSITIONS, WRITE, *past}
     return Signature(
         caches={name: _heads(ports[name]) for name in names},
+        columns=_columns([ports[name] for name in names]),
         dtype=_one_type([ports[name] for name in names]),
         vocabulary=_vocabulary(next(port for port in session.results if port.name == LOGITS)),
         positions=_positions(session.metadata),
@@ -81,11 +84,26 @@ def _demand(what: str, wanted: Sequence[str], found: Mapping[str, Any] | Sequenc
 def _heads(port: Port) -> tuple[int, int]:
     """Heads and size of a head of a cache ``[batch, heads, max_seq, size]``."""
     if len(port.shape) == 4:
-        batch, heads, columns, size = port.shape
-        if isinstance(heads, int) and isinstance(size, int) and not {type(batch), type(columns)} & {int}:
+        batch, heads, _, size = port.shape
+        if isinstance(heads, int) and isinstance(size, int) and not isinstance(batch, int):
             return heads, size
-    expected = "[batch, heads, max_seq, size], the first and the third free"
-    raise ModelInvalid(f"{port.name!r} has the shape {list(port.shape)}, expected {expected}")
+    raise _other_shape(port)
+
+
+def _columns(ports: Sequence[Port]) -> int | None:
+    """The fixed number that all caches have, or ``None`` if it is free in all."""
+    fixed = [port for port in ports if isinstance(port.shape[2], int)]
+    if not fixed:
+        return None
+    columns = fixed[0].shape[2]
+    if len(fixed) < len(ports) or any(port.shape[2] != columns for port in fixed):
+        raise _other_shape(fixed[0])
+    return int(columns) if isinstance(columns, int) else None
+
+
+def _other_shape(port: Port) -> ModelInvalid:
+    expected = "[batch, heads, max_seq, size], the first free, the third free or the same number in all caches"
+    return ModelInvalid(f"{port.name!r} has the shape {list(port.shape)}, expected {expected}")
 
 
 def _one_type(ports: Sequence[Port]) -> np.dtype[Any]:

@@ -6,7 +6,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from qexport.exporter.engines.engine import EngineOptions, build_engine, load_module
+from qexport.exporter.engines.engine import EngineOptions, build_engine
+from qexport.runtime.backends.artefact import load_module
 from qexport.runtime.decoder import Decoder
 from qexport.runtime.session import SessionOptions
 

@@ -13,7 +13,8 @@ from qexport.errors import UsageError
 from qexport.passes.folding.channels import Fold
 from qexport.passes.numbers.groups import Grid
 from qexport.passes.weight_only import WeightOnly
-from qexport.runtime.session import Session, SessionOptions
+from qexport.runtime.backends.ort import OrtSession
+from qexport.runtime.session import SessionOptions
 
 model_from = partial(helpers.model_from, opset=21)
 RNG = np.random.default_rng(0)
@@ -38,7 +39,7 @@ def normed():
 
 
 def outputs(model, x):
-    found = Session(ir.to_proto(model).SerializeToString(), SessionOptions(optimize=False)).run({"x": x[None]})
+    found = OrtSession(ir.to_proto(model).SerializeToString(), SessionOptions(optimize=False)).run({"x": x[None]})
     return np.concatenate([found[name].ravel() for name in sorted(found)])
 
 

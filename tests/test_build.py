@@ -16,9 +16,9 @@ import pytest
 
 import qexport
 from qexport.errors import GateFailed, ModelInvalid, QexportError, UsageError
-from qexport.exporter.engines.engine import PLAN
 from qexport.exporter.options import BuildOptions
 from qexport.exporter.outcome.summary import summary_lines
+from qexport.runtime.backends.artefact import PLAN
 
 LINEAR = "g (float[{n}, 32] x) => (float[{n}, 32] y) {{ h = MatMul(x, w)  y = Relu(h) }}"
 FREE = LINEAR.format(n="n")

@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qexport.errors import DataInvalid, UsageError
-from qexport.runtime.cache import Cache, bucket
+from qexport.runtime.cache import Cache, Room, bucket
 
 F32 = np.dtype(np.float32)
 SHAPES = {"a.key": (2, 4), "a.value": (2, 3)}
 
 
 def cache(batch=1, **options):
-    return Cache(SHAPES, F32, batch, **options)
+    return Cache(SHAPES, F32, batch, Room(**options))
 
 
 def counts(*numbers):
@@ -26,7 +26,8 @@ def step(made, width, *valid):
     """A step as a graph does it: every row writes ``width`` columns of its own number, the padding as -1."""
     numbers = counts(*valid or [width] * made.lengths.size)
     start = made.lengths
-    made.reserve(numbers, width)
+    made.demand(numbers)
+    made.reserve(width)
     for buffer in made.buffers.values():
         for row, (at, count) in enumerate(zip(start, numbers, strict=True)):
             buffer[row, :, at : at + width] = -1
@@ -44,7 +45,7 @@ def right(made):
 
 
 def test_buffers_are_zeros_of_the_asked_shape_and_type():
-    made = Cache(SHAPES, np.dtype(np.float16), 3, least=8)
+    made = Cache(SHAPES, np.dtype(np.float16), 3, Room(least=8))
     assert {name: buffer.shape for name, buffer in made.buffers.items()} == {
         "a.key": (3, 2, 8, 4),
         "a.value": (3, 2, 8, 3),
@@ -64,10 +65,10 @@ def test_capacity_starts_at_256_and_doubles_only_when_a_column_does_not_fit():
 def test_buffers_are_new_only_when_they_grow():
     made = cache(least=4)
     before = dict(made.buffers)
-    assert not made.reserve(counts(4), 4)
+    assert not made.reserve(4)
     assert all(made.buffers[name] is buffer for name, buffer in before.items())
     made.advance(counts(4))
-    assert made.reserve(counts(1), 1)
+    assert made.reserve(1)
     assert all(made.buffers[name] is not buffer for name, buffer in before.items())
 
 
@@ -78,7 +79,7 @@ def test_capacity_never_goes_beyond_what_a_row_may_have(most, capacities):
         more = needed - int(made.lengths[0])
         if capacity is None:
             with pytest.raises(DataInvalid, match=f"row 0 has 3 tokens and {more} more, the model has 3 positions"):
-                made.reserve(counts(more), more)
+                made.demand(counts(more))
         else:
             step(made, more)
             assert made.capacity == capacity
@@ -93,7 +94,7 @@ def test_padding_beside_a_row_that_is_full_gets_room_without_columns_that_count(
     assert made.lengths.tolist() == [6, 4]
     assert right(made)
     with pytest.raises(DataInvalid, match="row 0 has 6 tokens and 1 more, the model has 6 positions"):
-        made.reserve(counts(1, 1), 1)
+        made.demand(counts(1, 1))
 
 
 def test_going_back_touches_no_buffer_and_what_follows_overwrites():

@@ -12,8 +12,9 @@ import pytest
 from cached_models import VOCABULARY, Tiny, forward, portable, serialized
 
 from qexport.errors import DataInvalid, UsageError
+from qexport.runtime.backends.ort import OrtSession
 from qexport.runtime.decoder import Decoder
-from qexport.runtime.session import Session, SessionOptions
+from qexport.runtime.session import SessionOptions
 
 ONE = SessionOptions(threads=1)
 TOLERANCE = 1e-5
@@ -25,7 +26,7 @@ TRUTH = [forward(TINY, row) for row in IDS]
 
 @pytest.fixture(scope="module")
 def session():
-    return Session(MODEL, ONE)
+    return OrtSession(MODEL, ONE)
 
 
 def error(logits, truth):

@@ -115,7 +115,7 @@ def test_a_target_is_ready_with_its_packages_and_its_gpu(
 
 
 def test_a_missing_gpu_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qexport.exporter.engines.device._LIBRARY", "libno-such-driver.so")
+    monkeypatch.setattr("qexport.runtime.backends.gpus._LIBRARY", "libno-such-driver.so")
     check = check_gpu()
     assert check.status == "warning"
     assert "libno-such-driver" in check.found

@@ -23,8 +23,9 @@ from onnx import helper
 import qexport.cli
 from qexport.errors import BuildFailed, EnvironmentMismatch, NativeCrash, QexportError, ResourceExhausted, UsageError
 from qexport.exporter.engines.child import build_in_child
-from qexport.exporter.engines.engine import EngineOptions, build_engine, load_module, run_support
+from qexport.exporter.engines.engine import EngineOptions, build_engine, run_support
 from qexport.exporter.options import BuildOptions
+from qexport.runtime.backends.artefact import load_module
 from qexport.safe_io import digest_bytes, digest_file, publish
 
 PROFILE = {"x": ([1, 64], [8, 64], [32, 64])}

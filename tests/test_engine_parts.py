@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-import os
 import sys
 import types
 
@@ -9,13 +7,13 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from qexport.errors import EnvironmentMismatch, IntegrityError, UnsafeInput, UsageError
-from qexport.exporter.engines.device import find_gpus, read_gpus
-from qexport.exporter.engines.engine import load_module, load_plan, run_support
+from qexport.errors import EnvironmentMismatch, UsageError
+from qexport.exporter.engines.engine import run_support
 from qexport.exporter.engines.frozen import freeze
 from qexport.exporter.engines.messages import Messages, Phases, fraction, listed, readable
 from qexport.exporter.engines.rules import find_faults
-from qexport.safe_io import digest_bytes
+from qexport.runtime.backends.artefact import load_module
+from qexport.runtime.backends.gpus import find_gpus, read_gpus
 
 # ------------------------------------------------------------ messages and progress
 
@@ -109,76 +107,8 @@ def test_run_support_is_the_reason_of_the_driver(monkeypatch):
     assert run_support(module) is None
 
 
-@pytest.fixture
-def artefact(tmp_path, monkeypatch):
-    """A folder as a build leaves it, and the module that built it."""
-    module = types.ModuleType("tensorrt_rtx")
-    module.__version__ = "1.7.1.116"
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", module)
-    plan = b"native code"
-    manifest = {
-        "files": {"engine.plan": {"bytes": len(plan), "digest": digest_bytes(plan)}},
-        "engine": {"module": "tensorrt_rtx", "version": "1.7.1.116"},
-    }
-    (tmp_path / "engine.plan").write_bytes(plan)
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    return tmp_path
-
-
-def edit(artefact, change):
-    path = artefact / "manifest.json"
-    manifest = json.loads(path.read_text())
-    change(manifest)
-    path.write_text(json.dumps(manifest))
-
-
-def test_a_plan_that_its_manifest_vouches_for_is_read(artefact):
-    assert load_plan(artefact) == b"native code"
-
-
-@pytest.mark.parametrize("plan", [b"nativE code", b"native cod", b"native code and more", b""])
-def test_a_plan_that_was_changed_is_refused(artefact, plan):
-    (artefact / "engine.plan").write_bytes(plan)
-    with pytest.raises(IntegrityError):
-        load_plan(artefact)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [lambda m: m["engine"].update(version="1.7.0.1"), lambda m: m["engine"].update(module="os", version="1")],
-    ids=["release", "module"],
-)
-def test_a_plan_of_another_builder_is_an_environment_mismatch(artefact, change):
-    edit(artefact, change)
-    with pytest.raises(EnvironmentMismatch, match="was built by"):
-        load_plan(artefact)
-
-
-def test_a_plan_nobody_vouches_for_is_unsafe(artefact):
-    edit(artefact, lambda manifest: manifest["files"].clear())
-    with pytest.raises(UnsafeInput, match="lists no engine"):
-        load_plan(artefact)
-    (artefact / "manifest.json").unlink()
-    with pytest.raises(UnsafeInput, match="no manifest"):
-        load_plan(artefact)
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"files": 1}', '{"files": {"engine.plan": {}}, "engine": {}}'])
-def test_a_manifest_that_is_not_ours_is_refused(artefact, text):
-    (artefact / "manifest.json").write_text(text)
-    with pytest.raises(IntegrityError):
-        load_plan(artefact)
-
-
-def test_a_plan_that_is_a_link_is_unsafe(artefact):
-    os.rename(artefact / "engine.plan", artefact / "elsewhere")
-    (artefact / "engine.plan").symlink_to("elsewhere")
-    with pytest.raises(UnsafeInput):
-        load_plan(artefact)
-
-
 def test_a_machine_without_driver_says_so(monkeypatch):
-    monkeypatch.setattr("qexport.exporter.engines.device._LIBRARY", "libno-such-driver.so")
+    monkeypatch.setattr("qexport.runtime.backends.gpus._LIBRARY", "libno-such-driver.so")
     with pytest.raises(EnvironmentMismatch, match="no NVIDIA driver: libno-such-driver"):
         find_gpus()
 

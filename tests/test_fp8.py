@@ -34,7 +34,8 @@ from qexport.passes.numbers.range import (
 from qexport.passes.numbers.weights import misfit, quantize_weight
 from qexport.passes.quantize import Quantize
 from qexport.passes.target import TARGETS
-from qexport.runtime.session import Session, SessionOptions
+from qexport.runtime.backends.ort import OrtSession
+from qexport.runtime.session import SessionOptions
 
 E4M3 = ml_dtypes.float8_e4m3fn
 GRID = np.arange(127, dtype=np.uint8).view(E4M3).astype(np.float64)  # 0, 2^-9, ..., 448
@@ -63,7 +64,7 @@ def run(model, **feeds):
     """onnxruntime with the Q/DQ nodes as they are written."""
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
-    return list(Session(proto.SerializeToString(), SessionOptions(threads=1, literal=True)).run(feeds).values())
+    return list(OrtSession(proto.SerializeToString(), SessionOptions(threads=1, literal=True)).run(feeds).values())
 
 
 def pair(scale):

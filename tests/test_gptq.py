@@ -20,7 +20,8 @@ from qexport.passes.numbers.gptq import Rounding, gptq, inverse_factor
 from qexport.passes.numbers.groups import Grid, as_matrix, codes_of, decode, encode, quantize_groups, scales_for
 from qexport.passes.weight_only import WeightOnly
 from qexport.passes.writing.lowbit import Choice
-from qexport.runtime.session import Session, SessionOptions
+from qexport.runtime.backends.ort import OrtSession
+from qexport.runtime.session import SessionOptions
 
 RNG = np.random.default_rng(0)
 CHAIN = "g (float[n, s, 64] x) => (float[n, s, 32] y) { h = MatMul(x, w)  r = Relu(h)  y = MatMul(r, v) }"
@@ -52,7 +53,7 @@ def model_from(text=CHAIN, **weights):
 
 def output(model, x):
     literal = SessionOptions(optimize=False)  # what int4 weights are fused with may round the activations as well
-    return Session(ir.to_proto(model).SerializeToString(), literal).run({"x": x[None]})["y"][0]
+    return OrtSession(ir.to_proto(model).SerializeToString(), literal).run({"x": x[None]})["y"][0]
 
 
 def damped(hessian, share=0.01):

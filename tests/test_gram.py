@@ -12,7 +12,7 @@ from qexport.calibration.statistics.patches import Patch
 from qexport.errors import DataInvalid
 from qexport.passes.placement import Site, plan
 from qexport.passes.target import find_target
-from qexport.runtime.session import Session
+from qexport.runtime.backends.ort import OrtSession
 
 RNG = np.random.default_rng(0)
 CHAIN = "g (float[n, s, 32] x) => (float[n, s, 16] y) { h = MatMul(x, w)  r = Relu(h)  y = MatMul(r, v) }"
@@ -148,7 +148,7 @@ def test_patches_times_kernel_are_the_convolution(attributes):
     text = f"g (float[n, 4, 11, 10] x) => (float y) {{ y = Conv {f'<{attributes}>' if attributes else ''} (x, w) }}"
     w, x = normal(6, 4, 3, 2), normal(1, 4, 11, 10)
     model = model_from(text, w=w)
-    y = Session(ir.to_proto(model).SerializeToString()).run({"x": x})["y"]
+    y = OrtSession(ir.to_proto(model).SerializeToString()).run({"x": x})["y"]
     (tap,) = by_tap([Site(model.graph[0], (0,), 1)])[0]
     rows = np.concatenate(list(tap.rows(x)))
     np.testing.assert_allclose((rows @ w.reshape(6, -1).T).T.reshape(y[0].shape), y[0], rtol=1e-4, atol=1e-4)

@@ -13,10 +13,11 @@ from stepping import checked, same_graph
 from vit_models import CLASSIFIER, CONFIG, LABELLED, weights, write
 
 from qexport.errors import ModelInvalid, UsageError
-from qexport.exporter.engines.engine import EngineOptions, build_engine, load_module
+from qexport.exporter.engines.engine import EngineOptions, build_engine
 from qexport.exporter.families.form import SCORING, Form
 from qexport.exporter.load import load_model, open_folder
 from qexport.passes.portable import LABELS
+from qexport.runtime.backends.artefact import load_module
 
 HALF = Form(ir.DataType.FLOAT16)
 

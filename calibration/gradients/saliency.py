@@ -19,7 +19,8 @@ from qexport.calibration.statistics.collect import numbered, workers
 from qexport.calibration.statistics.gram import cut
 from qexport.errors import DataInvalid, ModelInvalid, UsageError
 from qexport.passes.match import dims
-from qexport.runtime.session import Session, SessionOptions
+from qexport.runtime.backends.ort import OrtSession
+from qexport.runtime.session import SessionOptions
 
 BUDGET = 128 << 20  # bytes of gradients that one run gives
 
@@ -160,7 +161,7 @@ class _Sizes:
         self._inputs = {value.name or "": dims(value) or () for value in model.graph.inputs}
         self._ends = {name: dims(value) for name, value in ends.items()}
         self._model, self._options = model, options
-        self._session: Session | None = None
+        self._session: OrtSession | None = None
 
     def of(self, feeds: Arrays) -> dict[str, tuple[int, ...]]:
         """For one sample."""

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 from qexport.calibration.running.emulate import SHORT, emulate
 from qexport.calibration.running.literal import dequantize_weights
 from qexport.calibration.running.whole_rows import read_whole_rows
-from qexport.runtime.session import Session, SessionOptions
+from qexport.runtime.backends.ort import OrtSession
+from qexport.runtime.session import SessionOptions
 
 SHARED_FROM = 4096  # bytes; smaller tensors travel inside the model, where constant folding sees them
 _SHAREABLE = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8, ir.DataType.UINT8}
 
 
-def open_model(model: ir.Model, options: SessionOptions | None = None, taps: Sequence[str] = ()) -> Session:
+def open_model(model: ir.Model, options: SessionOptions | None = None, taps: Sequence[str] = ()) -> OrtSession:
     """Return a session over ``model``; ``taps`` names inner values to add to its outputs.
 
     The model is not changed. Weights are handed over by reference, so peak memory holds them once
@@ -36,7 +37,7 @@ def open_model(model: ir.Model, options: SessionOptions | None = None, taps: Seq
     if asked.providers[0] == "CPUExecutionProvider":
         emulate(work, SHORT if asked.literal else (ir.DataType.BFLOAT16,))
     proto, weights = take_apart(work, taps)
-    return Session(proto.SerializeToString(), asked, weights)
+    return OrtSession(proto.SerializeToString(), asked, weights)
 
 
 def skeleton(model: ir.Model) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:

@@ -28,9 +28,10 @@ from typing import IO, Any
 from pydantic import TypeAdapter
 
 from qexport.errors import BuildFailed, NativeCrash, QexportError, ResourceExhausted
-from qexport.exporter.engines.engine import EngineOptions, build_engine, load_module
+from qexport.exporter.engines.engine import EngineOptions, build_engine
 from qexport.exporter.engines.messages import listed
 from qexport.exporter.outcome.result import EngineInfo
+from qexport.runtime.backends.artefact import load_module
 from qexport.safe_io import digest_file, write_bytes
 
 _COMMAND = (sys.executable, "-P", "-m", "qexport.exporter.engines.child")

@@ -7,12 +7,10 @@ are strongly typed, so the precision is the model's; TensorRT-RTX builds without
 from __future__ import annotations
 
 import gc
-import importlib
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,21 +19,16 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from qexport.errors import BuildFailed, EnvironmentMismatch, IntegrityError, ResourceExhausted, UnsafeInput, UsageError
-from qexport.exporter.engines.device import find_gpus
+from qexport.errors import BuildFailed, EnvironmentMismatch, ResourceExhausted, UsageError
 from qexport.exporter.engines.frozen import freeze
 from qexport.exporter.engines.messages import Messages, Phases, Progress, describe, listed, readable
 from qexport.exporter.engines.profiles import Profile
 from qexport.exporter.engines.rules import domain_of, find_faults
 from qexport.exporter.outcome.result import EngineInfo
-from qexport.safe_io import digest_bytes, open_beneath, read_bytes
+from qexport.runtime.backends.gpus import find_gpus
+from qexport.safe_io import read_bytes
 
-PLAN = "engine.plan"
-"""Name of the engine in an artefact folder."""
-
-_EXTRAS = {"tensorrt_rtx": "rtx", "tensorrt": "tensorrt"}
-_MANIFEST = "manifest.json"
-_MANIFEST_LIMIT = 64 << 20
+_OURS = "qexport."  # what metadata that runtimes read begins with
 _TICK = 0.1  # seconds; a signal that comes just before a wait does not end it
 
 
@@ -74,18 +67,6 @@ class Engine:
 
     plan: bytes
     info: EngineInfo
-
-
-def load_module(name: str) -> ModuleType:
-    """Import ``tensorrt`` or ``tensorrt_rtx``; raise ``EnvironmentMismatch`` with what to install."""
-    if name not in _EXTRAS:
-        raise UsageError(f"no engine builder called {name!r}", hint=f"known: {', '.join(_EXTRAS)}")
-    try:
-        return importlib.import_module(name)
-    except (ImportError, OSError, RuntimeError) as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name == name
-        what = f"the package {name} is not installed" if missing else f"{name} cannot be imported: {error}"
-        raise EnvironmentMismatch(what, hint=f"pip install 'qexport[{_EXTRAS[name]}]'") from error
 
 
 def build_engine(model: bytes | Path, module: ModuleType, options: EngineOptions | None = None) -> Engine:
@@ -134,7 +115,7 @@ def _build_engine(model: bytes | Path, module: ModuleType, options: EngineOption
     _configure(config, module, options)
     _add_profiles(builder, config, options.profiles, messages)
     parser = module.OnnxParser(network, logger)
-    _parse(parser, model, module, dict(options.frozen))
+    graph = _parse(parser, model, module, dict(options.frozen))
     _let_decompose(network, module)
     plan = _build(builder, network, config, phases)
     if plan is None:
@@ -146,8 +127,9 @@ def _build_engine(model: bytes | Path, module: ModuleType, options: EngineOption
         seconds=time.perf_counter() - start,
         bytes=len(content),
         layers=network.num_layers,
-        compute_capabilities=options.compute_capabilities,
+        compute_capabilities=_built_for(module, options.compute_capabilities),
         profiles=options.profiles,
+        metadata={name: text for name, text in graph.metadata_props.items() if name.startswith(_OURS)},
         note=run_support(module) or "",
     )
     return Engine(content, info)
@@ -162,49 +144,6 @@ def run_support(module: ModuleType) -> str | None:
     if all(float(gpu.capability) < 7.5 for gpu in gpus):
         return f"{module.__name__} needs compute capability 7.5, the GPU has {gpus[0].capability}"
     return None
-
-
-def load_plan(directory: Path) -> bytes:
-    """Read the engine of an artefact folder for a runtime to load: only what its manifest vouches for.
-
-    Raises:
-        UnsafeInput: There is no manifest or it does not list the engine, so nobody says where it comes from.
-        IntegrityError: The engine is not the one the manifest lists, or the manifest cannot be read.
-        EnvironmentMismatch: It was built by a module or version other than the one installed.
-    """
-    manifest = _read_manifest(directory)
-    try:
-        record, info = manifest["files"].get(PLAN), manifest["engine"]
-        if record is None or info is None:
-            raise UnsafeInput("the manifest lists no engine", where=str(directory), hint="build it again")
-        expected, digest, name, version = record["bytes"], record["digest"], info["module"], info["version"]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise IntegrityError("the manifest is not one of qexport's", where=str(directory / _MANIFEST)) from error
-    with open_beneath(directory, PLAN) as file:
-        plan = file.read(expected + 1)
-    if len(plan) != expected or digest_bytes(plan) != digest:
-        raise IntegrityError("the engine is not the one that was built", where=str(directory / PLAN), hint="rebuild it")
-    installed = load_module(name).__version__ if name in _EXTRAS else None
-    if installed is None or _release(installed) != _release(version):
-        what = f"the engine was built by {name} {version}, installed is {installed}"
-        raise EnvironmentMismatch(what, where=str(directory / PLAN), hint="rebuild it or install that version")
-    return plan
-
-
-def _read_manifest(directory: Path) -> Any:
-    if not (directory / _MANIFEST).exists():
-        raise UnsafeInput("there is no manifest beside the engine", where=str(directory), hint="build it again")
-    with open_beneath(directory, _MANIFEST) as file:
-        text = file.read(_MANIFEST_LIMIT)
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise IntegrityError("the manifest is damaged", where=str(directory / _MANIFEST)) from error
-
-
-def _release(version: object) -> list[str]:
-    """Return the parts that must be equal: engines load in the release that built them."""
-    return str(version).split(".")[:3]
 
 
 def _logger(module: ModuleType, messages: Messages) -> Any:
@@ -253,7 +192,8 @@ def _flags(module: ModuleType) -> int:
     return 0 if flag is None else 1 << int(flag)
 
 
-def _parse(parser: Any, model: bytes | Path, module: ModuleType, frozen: Mapping[str, int]) -> None:
+def _parse(parser: Any, model: bytes | Path, module: ModuleType, frozen: Mapping[str, int]) -> ir.Model:
+    """Let the parser read the model; returns it without its weights."""
     parsed = _read(parser, model, frozen)
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     if not parsed and all(error.node() < 0 for error in errors):
@@ -267,6 +207,7 @@ def _parse(parser: Any, model: bytes | Path, module: ModuleType, frozen: Mapping
     faults = [f"{node.name} ({node.op_type}): {reason}" for node, reason in find_faults(graph, module.__name__)]
     if faults:
         raise BuildFailed(listed(f"{module.__name__} must not be given nodes", faults))
+    return graph
 
 
 def _read(parser: Any, model: bytes | Path, frozen: Mapping[str, int]) -> bool:
@@ -329,6 +270,14 @@ def _capabilities(module: ModuleType, wanted: Iterable[str]) -> list[Any]:
     if "current" in names and (reason := run_support(module)):
         raise EnvironmentMismatch(f"there is no current compute capability: {reason}", hint="name it, such as 8.6")
     return [known[name] for name in names]
+
+
+def _built_for(module: ModuleType, asked: tuple[str, ...]) -> tuple[str, ...]:
+    """The GPUs that the engine runs on; TensorRT builds for the one at hand, which is named nowhere else."""
+    if asked == ("current",) or (not asked and not hasattr(module, "ComputeCapability")):
+        with suppress(EnvironmentMismatch):
+            return (find_gpus()[0].capability,)
+    return asked
 
 
 def _capability(member: str) -> str:

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from qexport.errors import ModelInvalid
 from qexport.exporter.admit import admit_file
 from qexport.passes.portable import IDS, LOGITS, MASK, MAX_POSITIONS, PAST, WRITE, parse_positions
+from qexport.runtime.backends.ort import OrtSession
 from qexport.runtime.decoder import Decoder
-from qexport.runtime.session import Port, Session, SessionOptions
+from qexport.runtime.session import Port, SessionOptions
 
 Tokens: TypeAlias = NDArray[np.int64]  # [batch, sequence], zeros behind the end of a row
 Pieces: TypeAlias = Iterator[tuple[int, NDArray[np.floating[Any]]]]  # first column, logits [batch, columns, vocabulary]
@@ -88,7 +89,7 @@ class WholeRows:
     layout = "scoring"
 
     def __init__(self, path: Path, options: SessionOptions) -> None:
-        self._session, self._where = Session(path, options), str(path)
+        self._session, self._where = OrtSession(path, options), str(path)
         ports = {port.name: port for port in self._session.ports}
         logits = next((port for port in self._session.results if port.name == LOGITS), None)
         if IDS not in ports or not ports.keys() <= {IDS, MASK} or logits is None or len(logits.shape) != 3:

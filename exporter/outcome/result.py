@@ -170,7 +170,8 @@ class BackedOff(_Record):
 class EngineInfo(_Record):
     """An engine that was built.
 
-    ``profiles`` maps input name to min, opt and max shape; ``note`` says why it cannot run on this machine.
+    ``profiles`` maps input name to min, opt and max shape; ``metadata`` is what the model says of itself to runtimes,
+    which an engine cannot; ``note`` says why it cannot run on this machine.
     """
 
     module: str
@@ -180,6 +181,7 @@ class EngineInfo(_Record):
     layers: int
     compute_capabilities: tuple[str, ...]
     profiles: tuple[dict[str, tuple[list[int], list[int], list[int]]], ...]
+    metadata: dict[str, str] = Field(default_factory=dict)
     ran: bool = False
     note: str = ""
 

@@ -26,7 +26,8 @@ from qexport.passes.match import Names, constant
 from qexport.passes.numbers.range import Range, integers_for
 from qexport.passes.placement import CHANNEL_AXIS
 from qexport.passes.target import Target
-from qexport.runtime.session import Session, SessionOptions
+from qexport.runtime.backends.ort import OrtSession
+from qexport.runtime.session import SessionOptions
 
 SOFTMAX_IN, SOFTMAX_OUT = "softmax input", "softmax output"
 EMBEDDINGS, ATTENTION, FFN = "sum of embeddings", "self-attention output", "residual after FFN"
@@ -131,7 +132,7 @@ class Switchboard:
     model: ir.Model
     ranges: Mapping[str, Range]
     target: Target
-    _session: Session = field(init=False)
+    _session: OrtSession = field(init=False)
     _flags: dict[str, str] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -143,7 +144,7 @@ class Switchboard:
             self._flags[name] = _switch(work.graph, value, numbers, names)
         self._session = open_model(work, SessionOptions(threads=1, literal=True))
 
-    def with_quantized(self, names: Collection[str]) -> Session:
+    def with_quantized(self, names: Collection[str]) -> OrtSession:
         """The model with the tensors called ``names`` quantized."""
         flags = {flag: np.array(name in names) for name, flag in self._flags.items()}
         return Preset(self._session, flags)
@@ -220,7 +221,7 @@ def leave_one_out(
         feeds = fill({name: array[None] for name, array in sample.items()}, layout.rows)
         rows = layout.run(truth, feeds, 1)[layout.main]
 
-        def run_one(session: Session, feeds: Feeds = feeds) -> Vectors:
+        def run_one(session: OrtSession, feeds: Feeds = feeds) -> Vectors:
             return layout.run(session, feeds, 1)[layout.main]
 
         found = side_by_side(run_one, sessions.values())

@@ -25,8 +25,9 @@ from qexport.exporter.precision.excerpt import Excerpt
 from qexport.exporter.proof.layout import Feeds, Layout, Vectors, fill, find_layout
 from qexport.passes.match import Names, constant
 from qexport.passes.target import Target
+from qexport.runtime.backends.ort import OrtSession
 from qexport.runtime.session import Feeds as AnyFeeds
-from qexport.runtime.session import Session, SessionOptions
+from qexport.runtime.session import SessionOptions
 
 GROUP = 8  # layers whose inputs and outputs are held at a time
 Error = NDArray[Any]
@@ -56,13 +57,13 @@ class Port:
     inputs: tuple[str, ...]
     probe: str
     dtype: np.dtype[Any]
-    local: Callable[[], Session]
+    local: Callable[[], OrtSession]
 
 
-class Preset(Session):
+class Preset(OrtSession):
     """A session some of whose inputs are set."""
 
-    def __init__(self, inner: Session, preset: Mapping[str, NDArray[Any]]) -> None:
+    def __init__(self, inner: OrtSession, preset: Mapping[str, NDArray[Any]]) -> None:
         self._inner, self._preset = inner, preset
 
     def run(self, feeds: AnyFeeds, outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
@@ -123,7 +124,7 @@ class Probe:
                 error = found.astype(np.float32) - values[port.raw].astype(np.float32)
                 yield port, error.astype(port.dtype)
 
-    def _injecting(self, errors: Mapping[str, Error]) -> Session:
+    def _injecting(self, errors: Mapping[str, Error]) -> OrtSession:
         return Preset(self._session, {**self._zeros, **errors})
 
 
@@ -145,7 +146,7 @@ class _Locals:
         self._made = {value.name for node in model.graph for value in node.outputs}
         self._made |= {value.name for value in model.graph.inputs}
 
-    def cut(self, inputs: Sequence[str], output: str) -> Callable[[], Session] | None:
+    def cut(self, inputs: Sequence[str], output: str) -> Callable[[], OrtSession] | None:
         """What opens ``inputs`` to ``output``; ``None`` where the quantized model does not know one of them."""
         if not self._made.issuperset([*inputs, output]) or not inputs:
             return None

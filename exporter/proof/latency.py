@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from qexport.calibration.running.execute import open_model
 from qexport.exporter.outcome.result import Latency
 from qexport.passes.target import Target
-from qexport.runtime.session import Session, SessionOptions, available_providers
+from qexport.runtime.backends.ort import OrtSession
+from qexport.runtime.session import SessionOptions, available_providers
 
 PAIRS = 15
 SECONDS = 8.0  # time after which no further pair is begun, once there are MIN_PAIRS
@@ -50,7 +51,7 @@ def measured_on(target: Target) -> tuple[str, ...]:
     return tuple(name for name in target.providers if name in available_providers())
 
 
-def _pairs(sessions: tuple[Session, Session], feeds: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
+def _pairs(sessions: tuple[OrtSession, OrtSession], feeds: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
     """Seconds of each pair, ``[pairs, 2]``; the order within a pair alternates."""
     for session in sessions * WARM_UP:
         session.run(feeds)

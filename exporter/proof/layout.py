@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from qexport.calibration.reading.spec import Sample
 from qexport.errors import ModelInvalid
 from qexport.passes.portable import MASK
-from qexport.runtime.session import Session
+from qexport.runtime.backends.ort import OrtSession
 
 BATCH = 16
 ELEMENTS = 1 << 22  # of all outputs together in one run, unless a single sample has more
@@ -50,7 +50,7 @@ class Layout:
             return self.wanted
         return next(iter(self.vectors or self.ranks))
 
-    def run(self, session: Session, feeds: Feeds, count: int) -> dict[str, Vectors]:
+    def run(self, session: OrtSession, feeds: Feeds, count: int) -> dict[str, Vectors]:
         """Run a batch of ``count`` samples; positions that the attention mask hides are zero in every output."""
         feeds = fill(feeds, self.rows)
         outputs = session.run(feeds, list(self.ranks))
@@ -61,7 +61,7 @@ class Layout:
         }
 
 
-def find_layout(session: Session, sample: Sample, static: int | None, wanted: str | None = None) -> Layout:
+def find_layout(session: OrtSession, sample: Sample, static: int | None, wanted: str | None = None) -> Layout:
     """Try a model on copies of one sample: an output is judged by rows if it has as many as there are copies.
 
     Where no output has, samples are to be run one by one. Outputs of integers count only where there are no others.

@@ -20,7 +20,8 @@ from qexport.exporter.outcome.result import LayerQuality, OutputQuality, Quality
 from qexport.exporter.proof.layout import Feeds, Layout, Vectors, fill, find_layout
 from qexport.exporter.proof.marks import without_marks
 from qexport.passes.target import Target
-from qexport.runtime.session import Session, SessionOptions
+from qexport.runtime.backends.ort import OrtSession
+from qexport.runtime.session import SessionOptions
 
 LAYER_SAMPLES = 16
 TIMED_BATCH = 8
@@ -123,7 +124,7 @@ def _as_built(target: Target) -> SessionOptions:
 
 
 def _run_both(
-    left: Session, right: Session, layout: Layout, indices: list[int], feeds: Feeds
+    left: OrtSession, right: OrtSession, layout: Layout, indices: list[int], feeds: Feeds
 ) -> dict[str, tuple[Vectors, Vectors]]:
     """Rows of both models by output; what is not finite in the float model is zero in both."""
     truth, found = (layout.run(session, feeds, len(indices)) for session in (left, right))

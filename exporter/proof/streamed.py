@@ -14,7 +14,8 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from qexport.calibration.running.emulate import SHORT, emulate, widen
 from qexport.exporter.onnx_file import release_pages
-from qexport.runtime.session import Session, SessionOptions
+from qexport.runtime.backends.ort import OrtSession
+from qexport.runtime.session import SessionOptions
 
 BUDGET = 192 << 20
 """Bytes of weights that are in memory at a time, unless a single one has more."""
@@ -178,7 +179,7 @@ def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
 # ---------------------------------------------------------------- running
 
 
-def _open(model: ir.Model, segment: _Segment, known: Feeds) -> Session:
+def _open(model: ir.Model, segment: _Segment, known: Feeds) -> OrtSession:
     """A session over one segment; large weights are handed over where they lie."""
     graph, shared = onnx.GraphProto(name="segment"), {}
     for name, value in segment.weights.items():
@@ -205,7 +206,8 @@ def _open(model: ir.Model, segment: _Segment, known: Feeds) -> Session:
     for domain, version in model.opset_imports.items():
         proto.opset_import.add(domain=domain, version=version)
     proto.functions.extend(ir.to_proto(function) for function in model.functions.values())
-    return Session(proto.SerializeToString(), SessionOptions(threads=0, spin=False, optimize=False, lean=True), shared)
+    options = SessionOptions(threads=0, spin=False, optimize=False, lean=True)
+    return OrtSession(proto.SerializeToString(), options, shared)
 
 
 def _in_float32(model: ir.Model, *, rounded: bool) -> ir.Model:

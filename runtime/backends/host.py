@@ -1,0 +1,85 @@
+"""Memory of sessions that run on the processor, and what those take as arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from qexport.errors import DataInvalid
+from qexport.runtime.session import Array, Buffer, Shape
+
+_CPU, _CUDA, _PINNED = 1, 2, 3  # DLDeviceType
+
+
+class HostMemory:
+    """Buffers are arrays."""
+
+    def zeros(self, shape: Shape, dtype: np.dtype[Any]) -> Array:
+        """A new array of zeros."""
+        return np.zeros(shape, dtype)
+
+    def put(self, array: Array) -> Array:
+        """The array itself."""
+        return array
+
+    def host(self, shape: Shape, dtype: np.dtype[Any]) -> Array:
+        """The same."""
+        return np.zeros(shape, dtype)
+
+    def move(self, old: Buffer, shape: Shape, rows: Sequence[int], columns: Sequence[int]) -> Array:
+        """Copy the first columns of some rows into a new array of zeros."""
+        new, given = np.zeros(shape, old.dtype), _array(old)
+        for place, (row, count) in enumerate(zip(rows, columns, strict=True)):
+            new[place, :, :count] = given[row, :, :count]
+        return new
+
+    def clear(self, buffer: Buffer, columns: int) -> None:
+        """Put zeros into the first columns."""
+        _array(buffer)[:, :, :columns] = 0
+
+    def free(self, buffer: Buffer) -> None:
+        """Nothing: arrays are freed when nobody has them."""
+
+
+HOST = HostMemory()
+
+
+def device_of(value: object) -> int | None:
+    """The GPU where something with ``__dlpack__`` lies; ``None`` for the memory of the processor.
+
+    Raises:
+        DataInvalid: It lies elsewhere.
+    """
+    kind, index = value.__dlpack_device__()  # type: ignore[attr-defined]  # whoever has __dlpack__ has this too
+    if int(kind) not in (_CPU, _CUDA, _PINNED):
+        raise DataInvalid(f"a tensor lies on a device of kind {int(kind)}", hint="bring it to the CPU or a CUDA GPU")
+    return int(index) if int(kind) == _CUDA else None
+
+
+def as_arrays(feeds: Mapping[str, Any]) -> dict[str, Array]:
+    """Arrays over what is fed, not copied.
+
+    Raises:
+        DataInvalid: Something lies on a GPU.
+    """
+    return {name: value if type(value) is np.ndarray else as_array(name, value) for name, value in feeds.items()}
+
+
+def as_array(name: str, value: Any) -> Array:
+    """An array over the numbers of ``value``."""
+    if isinstance(value, np.ndarray) or not hasattr(value, "__dlpack__"):
+        return np.asarray(value)
+    if (index := device_of(value)) is not None:
+        what = f"input {name!r} lies on GPU {index}, the session runs on the CPU"
+        raise DataInvalid(what, hint="bring it to the CPU, or ask for a backend that runs on the GPU")
+    try:
+        return np.from_dlpack(value)
+    except (BufferError, RuntimeError) as error:
+        raise DataInvalid(f"input {name!r} cannot be read through DLPack: {error}") from error
+
+
+def _array(buffer: Buffer) -> Array:
+    assert isinstance(buffer, np.ndarray), "a buffer of another memory"
+    return buffer

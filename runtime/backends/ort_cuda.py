@@ -1,0 +1,160 @@
+"""Buffers and bindings of onnxruntime on a GPU: what is bound lies there, small arrays go back and forth.
+
+An array that is bound as an input is copied once, when it is bound; so inputs are bound where they lie on the GPU and
+written anew before each run. That also lets onnxruntime record a run as a CUDA graph, which keeps its addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from qexport.errors import BuildFailed, DataInvalid
+from qexport.runtime.backends.host import HOST, as_array, device_of
+from qexport.runtime.session import Array, Buffer, SessionOptions, Shape
+
+CUDA = "CUDAExecutionProvider"
+EAGER = "-1"  # no graph is recorded
+_GRAPH = "gpu_graph_id"
+_ids = count(1)  # 0 is onnxruntime's own; a number never stands for two shapes, which it would not notice
+
+
+@dataclass(eq=False, slots=True)
+class Held:
+    """A buffer on the GPU; ``value`` is ``None`` once it is freed."""
+
+    value: Any
+    shape: Shape
+    dtype: np.dtype[Any]
+
+
+class DeviceMemory:
+    """Buffers on a GPU. They grow and lose rows by way of the processor, which happens rarely."""
+
+    def __init__(self, ort: ModuleType, device: int) -> None:
+        """Allocate by ``ort`` on the GPU ``device``."""
+        self._ort, self._device = ort, device
+
+    def zeros(self, shape: Shape, dtype: np.dtype[Any]) -> Held:
+        """A new buffer of zeros."""
+        return self.put(np.zeros(shape, dtype))
+
+    def put(self, array: Array) -> Held:
+        """A buffer with the numbers of an array."""
+        value = self._ort.OrtValue.ortvalue_from_numpy(array, "cuda", self._device)
+        return Held(value, array.shape, array.dtype)
+
+    def host(self, shape: Shape, dtype: np.dtype[Any]) -> Array:
+        """An array of zeros."""
+        return np.zeros(shape, dtype)
+
+    def move(self, old: Buffer, shape: Shape, rows: Sequence[int], columns: Sequence[int]) -> Held:
+        """Copy the first columns of some rows into a new buffer of zeros."""
+        given = _held(old).value.numpy()
+        self.free(old)
+        return self.put(HOST.move(given, shape, rows, columns))
+
+    def clear(self, buffer: Buffer, columns: int) -> None:
+        """Put zeros everywhere, of which the first ``columns`` columns are a part."""
+        if columns:
+            _held(buffer).value.update_inplace(np.zeros(buffer.shape, buffer.dtype))
+
+    def free(self, buffer: Buffer) -> None:
+        """Give it back to onnxruntime."""
+        _held(buffer).value = None
+
+
+class DeviceBinding:
+    """Arrays that go to the GPU before each run and come back after it, and buffers that stay there."""
+
+    def __init__(
+        self,
+        ort: ModuleType,
+        session: Any,
+        options: SessionOptions,
+        inputs: Mapping[str, Array | Buffer],
+        outputs: Mapping[str, Array | Buffer],
+    ) -> None:
+        """Make room on the GPU for the arrays and bind everything."""
+        self._session, self._binding = session, session.io_binding()
+        self._graph = str(next(_ids)) if options.graphs else EAGER
+        self._run = ort.RunOptions()
+        self._run.add_run_config_entry(_GRAPH, self._graph)
+        make = ort.OrtValue.ortvalue_from_shape_and_type
+        self._sent: list[tuple[Any, Array]] = []
+        self._fetched: list[tuple[Any, Array]] = []
+        for given, bind, copied in (
+            (inputs, self._binding.bind_ortvalue_input, self._sent),
+            (outputs, self._binding.bind_ortvalue_output, self._fetched),
+        ):
+            for name, array in given.items():
+                if isinstance(array, Held):
+                    bind(name, array.value)
+                    continue
+                mine = as_array(name, array)
+                value = make(mine.shape, mine.dtype.type, "cuda", options.device)
+                bind(name, value)
+                copied.append((value, mine))
+
+    def run(self) -> None:
+        """Send, run, fetch."""
+        try:
+            for value, array in self._sent:
+                value.update_inplace(array)
+            self._session.run_with_iobinding(self._binding, self._run)
+            for value, array in self._fetched:
+                array[...] = value.numpy()
+        except Exception as error:
+            raise BuildFailed(f"onnxruntime failed on bound arrays: {error}") from error
+
+    def close(self) -> None:
+        """Give back the graph that was recorded and the room on the GPU."""
+        release = getattr(self._session, "release_captured_graph", None)  # onnxruntime has it since 1.31
+        if self._graph != EAGER and release is not None:
+            release(int(self._graph))
+        self._graph = EAGER
+        self._binding.clear_binding_inputs()
+        self._binding.clear_binding_outputs()
+        self._sent.clear()
+        self._fetched.clear()
+
+
+def device_values(
+    ort: ModuleType, session: Any, device: int, given: Mapping[str, Any], names: Sequence[str]
+) -> dict[str, Any]:
+    """Run once with the outputs left on the GPU; tensors that lie there are read where they are.
+
+    Raises:
+        DataInvalid: A tensor lies on another GPU.
+        BuildFailed: onnxruntime failed.
+    """
+    binding, run = session.io_binding(), ort.RunOptions()
+    run.add_run_config_entry(_GRAPH, EAGER)
+    for name, value in given.items():
+        binding.bind_ortvalue_input(name, _sent(ort, device, name, value))
+    for name in names:
+        binding.bind_output(name, "cuda", device)
+    try:
+        session.run_with_iobinding(binding, run)
+    except Exception as error:
+        raise BuildFailed(f"onnxruntime failed: {error}") from error
+    return dict(zip(names, binding.get_outputs(), strict=True))
+
+
+def _sent(ort: ModuleType, device: int, name: str, value: Any) -> Any:
+    """What is fed, on the GPU."""
+    if isinstance(value, np.ndarray) or not hasattr(value, "__dlpack__") or device_of(value) is None:
+        return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(as_array(name, value)), "cuda", device)
+    if device_of(value) != device:
+        raise DataInvalid(f"input {name!r} lies on GPU {device_of(value)}, the session runs on GPU {device}")
+    return ort.OrtValue.from_dlpack(value)
+
+
+def _held(buffer: Buffer) -> Held:
+    assert isinstance(buffer, Held), "a buffer of another memory"
+    return buffer
