@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 from helpers import model_from
 
-from qexport.errors import DataInvalid, UsageError
+from qexport.errors import DataInvalid, QexportError, UsageError
 from qexport.runtime.accounting import curve, machine
 from qexport.runtime.accounting.costs import Costs, count_costs
 from qexport.runtime.accounting.curve import Plan, Setting, measure_profile, profile_of, stored_profile
@@ -287,6 +287,16 @@ def test_loading_uses_what_is_stored_or_measures(folder, decoder, tmp_path):
     assert profile_of(tmp_path, decoder, Setting(HERE, 1)) == KNOWN
     (tmp_path / FILE).write_text("{}")
     assert profile_of(tmp_path, decoder, Setting(HERE, 1)).curve != KNOWN.curve
+
+
+@pytest.mark.parametrize("content", [None, b"no graph"])
+def test_a_folder_without_a_graph_is_an_error_of_ours_unless_its_profile_is_known(decoder, tmp_path, content):
+    if content is not None:
+        (tmp_path / "model.onnx").write_bytes(content)
+    with pytest.raises(QexportError, match=r"no graph|no such"):
+        profile_of(tmp_path, decoder, Setting(HERE, 1))
+    keep(tmp_path, KNOWN)
+    assert profile_of(tmp_path, decoder, Setting(HERE, 1)) == KNOWN
 
 
 def _broken():

@@ -172,6 +172,18 @@ def test_without_a_draft_there_is_no_picture_of_its_acceptance():
     assert set(plots.draw(found)) == {"roofline.svg", "speedup.svg"}
 
 
+def test_of_a_device_that_nobody_measured_no_shares_are_told():
+    contest = Contest()
+    laps = race([contest.way("plain", 1.0), contest.way("K = 2", 1.2, 2)], 2, 1)
+    found = judge(Subject("target", "draft", TOKENS, Known(None, TARGET, DRAFT)), laps)
+    use = found.entries[1].stats.hardware.target
+    assert (use.mbu, use.mfu, use.bound) == (None, None, None)
+    assert use.bytes > 0
+    assert set(plots.draw(found)) == {"acceptance.svg", "speedup.svg"}
+    assert found.entries[1].predicted is not None
+    json.dumps(found.as_json(), allow_nan=False)
+
+
 def test_a_curve_lies_below_the_roof_where_the_machine_is_not_that_fast():
     for width, intensity, rate in plots.points(TARGET):
         costs = TARGET.costs

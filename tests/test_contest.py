@@ -11,9 +11,11 @@ from helpers import call, exported
 
 from qexport.errors import UsageError
 from qexport.runtime.accounting.contest import BenchOptions, run_bench
+from qexport.runtime.session import SessionOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 STORIES = ROOT / "samples/decoder/stories260k"
+ONE = SessionOptions(threads=1)
 PROMPTS = ("Once upon a time", "Lily and Tom went to the park")
 
 
@@ -26,11 +28,13 @@ def folder(tmp_path_factory):
 
 
 def run(capsys, folder, *more):
-    return call(capsys, "bench", str(folder / "stories"), "--prompts", str(folder / "prompts.txt"), *more)
+    return call(
+        capsys, "bench", str(folder / "stories"), "--prompts", str(folder / "prompts.txt"), "--threads", "1", *more
+    )
 
 
 def test_a_draft_that_is_the_target_is_always_right(folder):
-    options = BenchOptions(max_tokens=25, ahead=(2, 3), auto=False)
+    options = BenchOptions(max_tokens=25, ahead=(2, 3), auto=False, session=ONE)
     told = []
     found = run_bench((folder / "stories", folder / "stories"), PROMPTS, options, lambda: told.append(1))
     assert [entry.name for entry in found.entries] == ["plain", "K = 2", "K = 3", "lookup"]
@@ -82,7 +86,7 @@ def test_json_is_one_object_on_stdout(capsys, folder):
 
 
 def test_without_a_draft_it_is_plain_decoding_and_copies(folder):
-    found = run_bench((folder / "stories", None), PROMPTS[:1], BenchOptions(max_tokens=5))
+    found = run_bench((folder / "stories", None), PROMPTS[:1], BenchOptions(max_tokens=5, session=ONE))
     assert [entry.name for entry in found.entries] == ["plain", "lookup"]
     assert found.known.draft is None
     assert found.entries[1].stats.hardware.draft is None

@@ -18,7 +18,7 @@ from qexport.runtime.accounting.profiles import Profile
 from qexport.runtime.accounting.race import Decoded, Way, race
 from qexport.runtime.accounting.utilization import Known
 from qexport.runtime.generation.generator import GenerateOptions, Generator, open_generator
-from qexport.runtime.generation.prompts import Text
+from qexport.runtime.generation.prompts import Prompt, Text
 from qexport.runtime.generation.stops import Stop
 from qexport.runtime.sampling.settings import Sampling
 from qexport.runtime.session import SessionOptions
@@ -55,7 +55,7 @@ class BenchOptions:
     auto: bool = True
     lookup: bool = True
     sampling: Sampling = field(default_factory=Sampling)
-    session: SessionOptions = field(default_factory=lambda: SessionOptions(threads=1))
+    session: SessionOptions = field(default_factory=SessionOptions)
 
     def __post_init__(self) -> None:
         """Raise :class:`UsageError` on numbers that measure nothing."""
@@ -68,7 +68,7 @@ class BenchOptions:
 
 def run_bench(
     folders: tuple[Path, Path | None],
-    prompts: Sequence[Text],
+    prompts: Sequence[Text | Prompt],
     options: BenchOptions | None = None,
     told: Told = lambda: None,
 ) -> Bench:
@@ -76,7 +76,7 @@ def run_bench(
 
     Args:
         folders: Of the target, and of the draft if there is one.
-        prompts: Texts or tokens; each is a request of its own.
+        prompts: Texts, tokens, or either with references; each is a request of its own.
         options: How.
         told: Is called after each prompt and round.
 
@@ -124,7 +124,7 @@ def _turns(asked: BenchOptions, draft: Path | None) -> SessionOptions:
 
 def _profile(model: Model, threads: int) -> Profile:
     """Measured now, whatever is stored: it is held against times of this very run."""
-    costs = load_costs(str(model.folder.path / MODEL))
+    costs = load_costs(model.folder.path / MODEL)
     with model.decoder() as decoder:
         return measure_profile(decoder, costs, Setting(fingerprint(), threads), Plan(seconds=SECONDS))
 
@@ -141,13 +141,13 @@ def _ways(loaded: Generator, asked: BenchOptions) -> Iterator[tuple[str, Generat
         yield LOOKUP, Generator(target, None, replace(plain, speculate="auto", lookup=True))
 
 
-def _way(name: str, generator: Generator, prompts: Sequence[Text], asked: BenchOptions) -> Way:
+def _way(name: str, generator: Generator, prompts: Sequence[Text | Prompt], asked: BenchOptions) -> Way:
     ahead = generator.options.speculate
 
     def decode(number: int) -> Decoded:
         began = time.perf_counter()
-        stream = generator.generate(prompts[number], asked.sampling, Stop(tokens=asked.max_tokens))
-        tokens = tuple(token.id for token in stream)
-        return Decoded(tokens, time.perf_counter() - began, stream.runs[0])
+        batch = generator.batch([prompts[number]], asked.sampling, Stop(tokens=asked.max_tokens))
+        tokens = tuple(token.id for _, token in batch)
+        return Decoded(tokens, time.perf_counter() - began, batch.runs[0])
 
     return Way(name, decode, ahead if isinstance(ahead, int) else None)

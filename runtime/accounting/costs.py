@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qexport.errors import ModelInvalid
 from qexport.passes.portable import PAST
+from qexport.safe_io import open_file
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -76,11 +79,21 @@ def count_costs(model: ir.Model) -> Costs:
     )
 
 
-def load_costs(path: str) -> Costs:
-    """Count what the decoder in a file costs; its weights are not read where they lie in a file of their own."""
-    import onnx_ir as ir
+def load_costs(path: Path) -> Costs:
+    """Count what the decoder in a file costs; its weights are not read where they lie in a file of their own.
 
-    return count_costs(ir.load(path))
+    Raises:
+        ModelInvalid: The file is no graph.
+        QexportError: It cannot be read.
+    """
+    import onnx_ir as ir
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # it has no types
+
+    open_file(path).close()
+    try:
+        return count_costs(ir.load(path))
+    except (DecodeError, ValueError) as error:
+        raise ModelInvalid(f"no graph: {error}", where=str(path)) from error
 
 
 def _cache_bytes(value: ir.Value) -> int:

@@ -131,12 +131,15 @@ def profile_of(folder: Path, decoder: Steps, setting: Setting | None = None, bat
         decoder: That model, loaded; it has forgotten everything if it was measured.
         setting: Where it runs and how.
         batch: Rows.
+
+    Raises:
+        QexportError: There is no graph in the folder, and no stored profile that fits.
     """
     where = setting or Setting(fingerprint())
     stored = stored_profile(folder, where, batch)
     if stored is not None:
         return stored
-    return measure_profile(decoder, load_costs(str(folder / MODEL)), where, Plan(batch=batch))
+    return measure_profile(decoder, load_costs(folder / MODEL), where, Plan(batch=batch))
 
 
 def stored_profile(folder: Path, where: Setting, batch: int = 1) -> Profile | None:

@@ -13,6 +13,7 @@ from qexport.errors import EnvironmentMismatch
 from qexport.runtime.accounting.bench import Bench, predicted
 from qexport.runtime.accounting.machine import Machine
 from qexport.runtime.accounting.profiles import Profile
+from qexport.runtime.accounting.utilization import Known
 
 SIZE, GRID = (7.5, 4.6), 0.3  # inches, points
 TARGET, DRAFT, ROOF, QUIET = "#33658a", "#f6ae2d", "#2f4858", "#9aa5b1"
@@ -29,9 +30,11 @@ def demand_matplotlib() -> None:
 
 
 def draw(bench: Bench) -> dict[str, bytes]:
-    """Return the pictures: file name to content; those of a draft only where there is one."""
+    """Return the pictures: file name to content; those of a draft and of a machine only where there is one."""
     demand_matplotlib()
-    pictures = {"roofline": _roofline(bench), "speedup": _speedup(bench)}
+    pictures = {"speedup": _speedup(bench)}
+    if bench.known.machine is not None:
+        pictures["roofline"] = _roofline(bench.known, bench.known.machine)
     if bench.acceptance is not None:
         pictures["acceptance"] = _acceptance(bench)
     return {f"{name}.svg": _save(figure) for name, figure in pictures.items()}
@@ -53,11 +56,10 @@ def attainable(machine: Machine, intensity: float, rate: float) -> float:
     return min(machine.flops, intensity * rate)
 
 
-def _roofline(bench: Bench) -> Any:
+def _roofline(known: Known, machine: Machine) -> Any:
     """Both models at every width, under the roofs of memory and of the cache that holds the target."""
     figure, axes = _figure("operations per byte", "operations per second")
-    known = bench.known
-    machine, target, draft = known.machine, known.target, known.draft
+    target, draft = known.target, known.draft
     models = [("target", target, TARGET), *([("draft", draft, DRAFT)] if draft else [])]
     dots = [point for _, profile, _ in models for point in points(profile)]
     span = np.geomspace(min(dot[1] for dot in dots) / 3, max(max(dot[1] for dot in dots), _ridge(machine)) * 3, 100)

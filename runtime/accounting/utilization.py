@@ -8,7 +8,7 @@ padding and columns of a cache that are not valid are no work that had to be don
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qexport.runtime.accounting.costs import Costs
 from qexport.runtime.accounting.machine import Machine
@@ -18,9 +18,15 @@ from qexport.runtime.accounting.records import PrefillRecord, RoundRecord, Run
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What times are held against: peaks of the machine, and what target and draft cost on it."""
+    """What times are held against: peaks of the machine, and what target and draft cost on it.
 
-    machine: Machine
+    Attributes:
+        machine: ``None`` where nobody measured the device that the models run on: shares of it are not told then.
+        target: Its curve.
+        draft: That of the draft, if there is one.
+    """
+
+    machine: Machine | None
     target: Profile
     draft: Profile | None = None
 
@@ -37,7 +43,8 @@ class Use:
         intensity: Operations per byte.
         mbu: Share of the peak bandwidth, for a working set of this size.
         mfu: Share of the peak of single precision; more than 1 is possible for products of integers.
-        bound: ``memory`` where the bandwidth sets the higher limit on time, or ``compute``.
+        bound: ``memory`` where the bandwidth sets the higher limit on time, or ``compute``. These three are ``None``
+            where nobody measured the machine.
     """
 
     calls: int
@@ -45,9 +52,9 @@ class Use:
     bytes: float
     operations: float
     intensity: float
-    mbu: float
-    mfu: float
-    bound: str
+    mbu: float | None = None
+    mfu: float | None = None
+    bound: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +101,7 @@ def mfu(operations: float, seconds: float, peak: float) -> float:
 
 
 def measure_use(runs: Sequence[Run], known: Known) -> Hardware:
-    """Hold what was run against what the machine can do."""
+    """Hold what was run against what the machine can do, as far as that is known."""
     rounds = [record for run in runs for record in run.rounds]
     target = _use(_in_rounds(rounds), known.target.costs, known.machine)
     drafted = any(record.draft_calls for record in rounds)
@@ -110,15 +117,20 @@ def measure_use(runs: Sequence[Run], known: Known) -> Hardware:
     )
 
 
-def _use(work: _Work, costs: Costs, machine: Machine) -> Use:
+def _use(work: _Work, costs: Costs, machine: Machine | None) -> Use:
     read, done = costs.bytes_read(work.cached, work.calls), costs.operations(work.tokens, work.pairs)
-    peak = machine.peak(read / max(work.calls, 1))
-    return Use(
+    told = Use(
         calls=work.calls,
         seconds=work.seconds,
         bytes=read,
         operations=done,
         intensity=done / read if read else 0.0,
+    )
+    if machine is None:
+        return told
+    peak = machine.peak(read / max(work.calls, 1))
+    return replace(
+        told,
         mbu=mbu(read, work.seconds, peak),
         mfu=mfu(done, work.seconds, machine.flops),
         bound="memory" if read / peak > done / machine.flops else "compute",

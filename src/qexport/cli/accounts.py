@@ -62,8 +62,10 @@ def _hardware(found: Stats) -> Iterator[tuple[str, str]]:
     )
     for name, use in uses:
         if use is not None and use.calls:
-            told = f"MBU {use.mbu:.1%}, MFU {use.mfu:.1%}, {use.intensity:.2g} operations per byte"
-            yield f"machine, {name}", f"{told}: bound by {use.bound}"
+            told = f"{use.intensity:.2g} operations per byte"
+            if use.mbu is not None and use.mfu is not None:
+                told = f"MBU {use.mbu:.1%}, MFU {use.mfu:.1%}, {told}: bound by {use.bound}"
+            yield f"machine, {name}", told
     if known.bytes_per_token:
         yield "bytes per token", f"{known.bytes_per_token / 1e6:.1f} MB"
         yield "predicted speed", f"{known.predicted_speedup:.2f}x plain"

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from qexport.runtime.accounting.bench import Bench, Entry
     from qexport.runtime.accounting.contest import BenchOptions
-    from qexport.runtime.accounting.utilization import Use
 
 
 class Asked(TypedDict):
@@ -43,7 +42,7 @@ class Asked(TypedDict):
 @click.option("--speculate", metavar="WAYS", help="auto, off, numbers of tokens ahead, with commas.  [default: all]")
 @click.option("--rounds", type=int, default=1, show_default=True, metavar="R", help="How often each is decoded.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the most likely token.")
-@click.option("--threads", type=int, default=1, show_default=True, metavar="N", help="Threads; 0 for all processors.")
+@click.option("--threads", type=int, default=0, metavar="N", help="Threads; all processors when not given.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder for plots and JSON.")
 @shared_flags
 def bench(target: Path, **asked: Unpack[Asked]) -> None:
@@ -92,14 +91,13 @@ def _options(asked: Asked) -> BenchOptions:
 
 
 def _print(console: Console, found: Bench) -> None:
-    known = found.known
-    machine, pair = known.machine, f" with {found.draft}" if found.draft else ""
+    known, pair = found.known, f" with {found.draft}" if found.draft else ""
     console.print(printable(f"{found.target}{pair}: {found.prompts} prompts, {found.max_tokens} tokens, in turn"))
-    console.print(
-        f"{machine.threads} threads, {machine.memory / 1e9:.1f} GB/s, {machine.flops / 1e9:.0f} GFLOP/s; "
-        f"t(1) {known.target.milliseconds(1):.2f} ms"
-        + (f", draft {known.draft.milliseconds(1):.2f} ms" if known.draft else "")
-    )
+    if known.machine is not None:
+        peaks = f"{known.machine.memory / 1e9:.1f} GB/s, {known.machine.flops / 1e9:.0f} GFLOP/s"
+        console.print(f"{known.machine.threads} threads, at most {peaks}")
+    draft = f", of the draft {known.draft.milliseconds(1):.2f} ms" if known.draft else ""
+    console.print(f"a call with one token takes {known.target.milliseconds(1):.2f} ms{draft}")
     header = ("way", "tokens/s", "speed", "95 %", "formula", "per call", "taken", "same", "TTFT ms", "TPOT ms", "p95")
     console.print(make_table(header, [_speed(entry, found.prompts) for entry in found.entries]))
     console.print("where the time of rounds goes, and how much of the machine is used")
@@ -135,12 +133,12 @@ def _shares(entry: Entry) -> tuple[object, ...]:
         entry.name,
         *shares(entry.stats),
         f"{entry.stats.overhead:.1%}",
-        _share(target),
-        "" if target is None else f"{target.mfu:.1%}",
-        _share(draft),
+        _share(None if target is None else target.mbu),
+        _share(None if target is None else target.mfu),
+        _share(None if draft is None else draft.mbu),
         "" if hardware is None else f"{hardware.bytes_per_token / 1e6:.1f}",
     )
 
 
-def _share(use: Use | None) -> str:
-    return "" if use is None else f"{use.mbu:.0%}"
+def _share(found: float | None) -> str:
+    return "" if found is None else f"{found:.1%}"
