@@ -19,7 +19,20 @@ from qexport import __version__
 from qexport.errors import QexportError, ResourceExhausted, UsageError, printable
 from qexport.runtime.memory import return_freed_blocks
 
-COMMANDS = ("build", "export", "eval", "bench", "sensitivity", "plan", "check", "inspect", "recipe", "doctor")
+COMMANDS = (
+    "build",
+    "export",
+    "eval",
+    "generate",
+    "embed",
+    "bench",
+    "sensitivity",
+    "plan",
+    "check",
+    "inspect",
+    "recipe",
+    "doctor",
+)
 """Each is a module of this package with a click command of the same name."""
 
 INTERRUPTED, TERMINATED = 130, 143
