@@ -23,6 +23,7 @@ from qexport.safe_io import read_text
 
 BLOCKS = (2 << 20, 8 << 20, 32 << 20, 128 << 20)  # bytes that are read again and again; the last is the memory's
 SIZE = 512  # of the matrices that are multiplied
+CPU = "cpu"  # what the processor is called among devices
 TRIES, SECONDS = 12, 0.2  # at most, for each number
 _KNOWN = ("vendor_id", "cpu family", "model", "model name", "stepping")
 
@@ -41,7 +42,7 @@ class Fingerprint:
     processor: str
     cores: int
     runtime: str
-    device: str = "cpu"
+    device: str = CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +192,7 @@ class HostMeter:
         return lambda feeds: session.run(None, feeds)
 
 
-def fingerprint(device: str = "cpu", runtime: str | None = None) -> Fingerprint:
+def fingerprint(device: str = CPU, runtime: str | None = None) -> Fingerprint:
     """Say what times on this machine depend on.
 
     Args:
