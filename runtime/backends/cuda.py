@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from qexport.errors import BuildFailed, EnvironmentMismatch, ResourceExhausted
+from qexport.errors import BuildFailed, EnvironmentMismatch, ResourceExhausted, UsageError
 from qexport.runtime.session import Array, Buffer, Shape
 
 _NO_MEMORY = 2  # cudaErrorMemoryAllocation
@@ -179,11 +179,11 @@ class CudaMemory:
 
     def __init__(self, cuda: Cuda) -> None:
         """Allocate on the GPU of ``cuda``."""
-        self._cuda, self.stream = cuda, cuda.stream()
+        self._cuda, self.stream, self._closed = cuda, cuda.stream(), False
 
     def zeros(self, shape: Shape, dtype: np.dtype[Any]) -> DeviceBuffer:
         """A new buffer of zeros."""
-        self._cuda.use()
+        self._demand_open()
         made = self._cuda.buffer(shape, dtype)
         self._cuda.clear(made, self.stream)
         self._cuda.wait(self.stream)
@@ -191,7 +191,7 @@ class CudaMemory:
 
     def put(self, array: Array) -> DeviceBuffer:
         """A buffer with the numbers of an array."""
-        self._cuda.use()
+        self._demand_open()
         made = self._cuda.buffer(array.shape, array.dtype)
         self._cuda.send(np.ascontiguousarray(array), made.address, self.stream)
         self._cuda.wait(self.stream)
@@ -199,7 +199,7 @@ class CudaMemory:
 
     def host(self, shape: Shape, dtype: np.dtype[Any]) -> Array:
         """An array that copies need not stage."""
-        self._cuda.use()
+        self._demand_open()
         return self._cuda.pinned(shape, dtype)
 
     def move(self, old: Buffer, shape: Shape, rows: Sequence[int], columns: Sequence[int]) -> DeviceBuffer:
@@ -220,7 +220,7 @@ class CudaMemory:
     def clear(self, buffer: Buffer, columns: int) -> None:
         """Put zeros everywhere, of which the first ``columns`` columns are a part."""
         if columns:
-            self._cuda.use()
+            self._demand_open()
             self._cuda.clear(device_buffer(buffer), self.stream)
             self._cuda.wait(self.stream)
 
@@ -229,8 +229,14 @@ class CudaMemory:
         device_buffer(buffer).release()
 
     def close(self) -> None:
-        """End the stream."""
+        """End the stream; buffers can still be freed."""
         self._cuda.end_stream(self.stream)
+        self._closed = True
+
+    def _demand_open(self) -> None:
+        if self._closed:
+            raise UsageError("the session is closed")
+        self._cuda.use()
 
 
 def device_buffer(buffer: Buffer) -> DeviceBuffer:

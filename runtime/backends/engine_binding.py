@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qexport.errors import BuildFailed, DataInvalid
+from qexport.errors import BuildFailed, DataInvalid, UsageError
 from qexport.runtime.backends.cuda import DeviceBuffer
 from qexport.runtime.backends.lanes import Lane
 from qexport.runtime.session import Array, Buffer, Port, Shape
@@ -54,8 +54,8 @@ class EngineBinding:
     def run(self) -> None:
         """Send, run, fetch, wait."""
         if self._closed:
-            raise BuildFailed("the binding is closed")
-        self._cuda.use()
+            raise UsageError("the binding is closed")
+        self._session.demand_open()
         lane = self._lane or self._session.lanes.take(self.profile, self)
         try:
             if lane.holder is not self:

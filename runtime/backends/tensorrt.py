@@ -95,8 +95,7 @@ class EngineSession:
 
     def bind(self, inputs: Mapping[str, Array | Buffer], outputs: Mapping[str, Array | Buffer]) -> Binding:
         """Bind arrays and buffers for any number of runs; bindings of several threads run side by side."""
-        self._opened()
-        self.cuda.use()
+        self.demand_open()
         return EngineBinding(self, inputs, outputs)
 
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Array]:
@@ -131,6 +130,12 @@ class EngineSession:
         self._engine = self._runtime = None
 
     # ------------------------------------------------------------ for bindings
+
+    def demand_open(self) -> None:
+        """Let this thread be about the GPU; raise ``UsageError`` where the engine is freed."""
+        if self._engine is None:
+            raise UsageError("the session is closed")
+        self.cuda.use()
 
     def find_profile(self, shapes: Mapping[str, Shape]) -> int:
         """Index of the profile that has these shapes with the least beyond them.
@@ -177,8 +182,7 @@ class EngineSession:
 
     def _given(self, feeds: Mapping[str, Any]) -> dict[str, Array | Buffer]:
         """What is fed: arrays, and buffers over what lies on the GPU already."""
-        self._opened()
-        self.cuda.use()
+        self.demand_open()
         missing = [name for name in self.inputs if name not in feeds]
         if missing:
             raise DataInvalid(f"input {missing[0]!r} is missing", hint=f"the model reads {self.inputs}")
@@ -210,10 +214,6 @@ class EngineSession:
             binding.run()
         finally:
             binding.close()
-
-    def _opened(self) -> None:
-        if self._engine is None:
-            raise UsageError("the session is closed")
 
 
 def make_logger(module: ModuleType, messages: deque[str]) -> Any:
