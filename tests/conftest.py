@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from pathlib import Path
@@ -33,3 +34,18 @@ def samples():
 def outlier_model():
     """The module ``outlier_model.py`` beside this file."""
     return importlib.import_module("outlier_model")
+
+
+@pytest.fixture(scope="session")
+def decoders(tmp_path_factory, samples):
+    """Folder of one of the decoders among the samples as ``export`` writes it, by name; each is written once."""
+    from qexport.exporter.export import export
+
+    root = tmp_path_factory.mktemp("decoders")
+
+    @functools.cache
+    def find(name):
+        export(samples / "decoder" / name, output=root / name)
+        return root / name
+
+    return find

@@ -46,6 +46,13 @@ def made_of(weights, positions=1024):
     return made
 
 
+def broken(*tokens):
+    """A model that has no numbers after some tokens."""
+    weights = {name: array.copy() for name, array in Tiny().weights.items()}
+    weights["table"][list(tokens)] = float("nan")
+    return made_of(weights)
+
+
 def write_folder(folder: Path, tiny=None, made=None, **settings):
     """An export: a graph, a tokenizer, settings, and a manifest that vouches for them."""
     folder.mkdir()

@@ -29,7 +29,7 @@ class Batch:
     def __init__(self, bench: Bench, replies: Sequence[Reply], size: int) -> None:
         """Answer ``size`` rows at a time."""
         self.runs: list[Run] = []
-        self._replies = replies
+        self._replies, self._size = replies, size
         self._tokens = _answer(bench, replies, size, self.runs)
 
     def __iter__(self) -> Iterator[tuple[int, Token]]:
@@ -49,7 +49,17 @@ class Batch:
     @property
     def completions(self) -> list[Completion | None]:
         """Outputs that have ended, in the order of the prompts; ``None`` for the others."""
-        return [None if reply.reason is None else reply.completion() for reply in self._replies]
+        return [self.completion(number) for number in range(len(self._replies))]
+
+    def completion(self, number: int) -> Completion | None:
+        """The output of one prompt, once it has ended."""
+        reply = self._replies[number]
+        return None if reply.reason is None else reply.completion()
+
+    def run(self, number: int) -> Run:
+        """What the output of one prompt took, once its group of rows is done."""
+        group, place = divmod(number, self._size)
+        return self.runs[group].of_row(place)
 
     def close(self) -> None:
         """Stop here and free the memory; a second time does nothing."""
@@ -85,7 +95,7 @@ class Stream:
     @property
     def completion(self) -> Completion | None:
         """The output, once it has ended."""
-        return self._batch.completions[0]
+        return self._batch.completion(0)
 
     @property
     def runs(self) -> list[Run]:

@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 from qexport.errors import UsageError
 from qexport.runtime.generation.batches import Batch, Stream
 from qexport.runtime.generation.detokenizing import Alphabet, Detokenizer
-from qexport.runtime.generation.lookahead import Tolerant
+from qexport.runtime.generation.lookahead import Lookout
 from qexport.runtime.generation.models import Model, demand_pair
 from qexport.runtime.generation.prompts import Prompt, Text, demand_tokens, read_row
 from qexport.runtime.generation.replies import Completion, Reply
@@ -20,8 +20,7 @@ from qexport.runtime.generation.stops import Cutter, Stop
 from qexport.runtime.sampling.sampler import Sampler
 from qexport.runtime.sampling.settings import Sampling
 from qexport.runtime.session import SessionOptions
-from qexport.runtime.speculation.draft import Draft
-from qexport.runtime.speculation.proposal import Proposer, Reference
+from qexport.runtime.speculation.proposal import Reference
 from qexport.runtime.speculation.rounds import Fixed, Rounds
 from qexport.runtime.speculation.rules import equality
 
@@ -30,6 +29,7 @@ Rule: TypeAlias = Literal["rejection", "equality"]
 
 BATCH = 8
 MOST_AHEAD = 64
+PLAIN = Fixed(1)  # asks nobody, where there is nobody
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,6 @@ class GenerateOptions:
             ``equality`` those that plain decoding with the same seed has, so that the output is the same token for
             token with and without a draft.
         batch: Rows that are decoded together.
-        verify: Whether to hold every file against its digest when a model is loaded.
     """
 
     session: SessionOptions | None = None
@@ -54,7 +53,6 @@ class GenerateOptions:
     lookup: bool = True
     rule: Rule = "rejection"
     batch: int = BATCH
-    verify: bool = True
 
     def __post_init__(self) -> None:
         """Raise :class:`UsageError` on what is out of range."""
@@ -90,6 +88,11 @@ class Generator:
         self.target, self.draft, self.options = target, draft, options
         self.tokenizer = target.folder.tokenizer
         self._alphabet = Alphabet(self.tokenizer)
+        self._idle: list[Lookout] = []
+        ahead = options.speculate
+        if isinstance(ahead, int) and draft is None and not options.lookup:
+            what = f"{ahead} tokens ahead are asked for, and there is neither a draft nor lookup"
+            raise UsageError(what, hint="give a draft, or switch off")
 
     def __enter__(self) -> Generator:
         return self
@@ -173,7 +176,7 @@ class Generator:
             self.draft.close()
 
     def _reply(self, prompt: Prompt, number: int, stop: Stop) -> Reply:
-        row, positions = read_row(prompt, number, self.target), self.target.signature.positions
+        row, positions = read_row(prompt, number, self.target), self.target.positions
         return Reply(
             number=number,
             row=row,
@@ -193,15 +196,24 @@ class Generator:
     def _rounds(self, stack: ExitStack, sampler: Sampler) -> Rounds:
         """Decoders of a group of rows, closed by the stack, and the loop over them."""
         target = stack.enter_context(self.target.decoder())
-        proposer: Proposer | None = None
-        ahead = self.options.speculate
-        if self.draft is not None and ahead != "off":
-            draft = stack.enter_context(self.draft.decoder())
-            proposer = Tolerant(Draft(draft, sampler, self.target.signature.vocabulary))
-        found = Rounds(target, sampler, proposer, Fixed(ahead if isinstance(ahead, int) else 4))
+        if self.options.speculate == "off":
+            return Rounds(target, sampler, None, PLAIN)
+        lookout = self._lookout()
+        stack.callback(self._idle.append, lookout)
+        stack.callback(lookout.rest)
+        found = Rounds(target, sampler, lookout.proposer(stack, sampler), lookout.policy)
         if self.options.rule == "equality":
             found.rule = equality
         return found
+
+    def _lookout(self) -> Lookout:
+        """One that nobody uses now."""
+        try:
+            return self._idle.pop()
+        except IndexError:
+            ahead = self.options.speculate
+            fixed = ahead if isinstance(ahead, int) else None
+            return Lookout(self.target, self.draft, ahead=fixed, lookup=self.options.lookup)
 
 
 def open_generator(
@@ -223,6 +235,10 @@ def open_generator(
     asked = options or GenerateOptions()
     alone = draft is None or asked.speculate == "off"
     session = asked.session or SessionOptions(spin=alone)
-    first = Model(Path(target), session, verify=asked.verify)
-    second = None if draft is None else Model(Path(draft), asked.draft_session or session, verify=asked.verify)
+    first = Model(Path(target), session)
+    second = None if draft is None else Model(Path(draft), asked.draft_session or session)
+    if asked.speculate == "auto":
+        for model in (first, second):
+            if model is not None and (second is not None or asked.lookup):
+                model.profile()  # measured now, if it must be, and not while somebody waits for tokens
     return Generator(first, second, replace(asked, session=session))

@@ -3,9 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from qexport.errors import QexportError
+from qexport.runtime.generation.models import Model
+from qexport.runtime.sampling.sampler import Sampler
+from qexport.runtime.speculation.cascade import Cascade
+from qexport.runtime.speculation.draft import Draft
+from qexport.runtime.speculation.lookup import Lookup
+from qexport.runtime.speculation.policy import Auto
 from qexport.runtime.speculation.proposal import NOTHING, Effort, Proposal, Proposer, Row
+from qexport.runtime.speculation.rounds import Fixed, Policy
+from qexport.runtime.speculation.terms import Terms
+
+
+class Lookout:
+    """What looks ahead for a target: copies first, which cost nothing, then a draft.
+
+    It learns how far that pays, and keeps references that it has read. It serves one request at a time.
+
+    Attributes:
+        policy: How far to look.
+    """
+
+    def __init__(self, target: Model, draft: Model | None, *, ahead: int | None, lookup: bool) -> None:
+        """Know nothing yet.
+
+        Args:
+            target: Who decides.
+            draft: A model that looks ahead, if there is one.
+            ahead: How many tokens; ``None`` for what pays.
+            lookup: Whether to copy.
+        """
+        self._target, self._draft, self._terms = target, draft, Terms()
+        self._copies = Lookup(self._terms) if lookup else None
+        self.policy: Policy
+        if ahead is None:
+            drafting = None if draft is None else draft.drafting
+            self.policy = Auto(target.verifying, drafting, self._terms, copies=lookup)
+        else:
+            self.policy = Fixed(ahead)
+
+    def proposer(self, stack: ExitStack, sampler: Sampler) -> Proposer | None:
+        """Who proposes for a group of rows, with caches that the stack closes; ``None`` where nobody does."""
+        asked: list[Proposer] = [] if self._copies is None else [self._copies]
+        if self._draft is not None:
+            decoder = stack.enter_context(self._draft.decoder())
+            asked.append(Tolerant(Draft(decoder, sampler, self._target.signature.vocabulary)))
+        return Cascade(asked, self._terms) if len(asked) > 1 else asked[0] if asked else None
+
+    def rest(self) -> None:
+        """Forget the rows of the last request."""
+        if self._copies is not None:
+            self._copies.begin(())
 
 
 class Tolerant:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+from functools import cached_property
 from pathlib import Path
 
-from qexport.errors import DataInvalid, ModelInvalid, UsageError
+from qexport.errors import DataInvalid, ModelInvalid, QexportError, UsageError
+from qexport.runtime.accounting.curve import Setting, profile_of
+from qexport.runtime.accounting.machine import fingerprint
+from qexport.runtime.accounting.profiles import Profile
+from qexport.runtime.backends.choose import open_session
 from qexport.runtime.decoder import Decoder
-from qexport.runtime.generation.folders import MODEL, Folder, read_folder
+from qexport.runtime.generation.folders import Folder, read_folder
 from qexport.runtime.session import Session, SessionOptions
 from qexport.runtime.signature import Signature, read_signature
+
+CPU = "ort-cpu"
+GUESS = 0.1  # of a call with one token, for every one more
 
 
 class Model:
@@ -17,31 +26,34 @@ class Model:
     Attributes:
         folder: Tokenizer and settings.
         signature: What the graph asks for.
+        positions: Tokens that a row may have; ``None`` for no end.
         options: How it runs.
     """
 
-    def __init__(self, path: Path, options: SessionOptions, *, verify: bool = True) -> None:
+    def __init__(self, path: Path, options: SessionOptions) -> None:
         """Load what ``export`` or ``build`` wrote.
 
         Args:
             path: The folder.
             options: How to run.
-            verify: Whether to hold every file against its digest.
 
         Raises:
             UsageError: There is no such folder, or no export in it.
+            UnsafeInput: There is no manifest.
             IntegrityError: A file is not the one that was published.
             ModelInvalid: The graph is not in the portable layout, or needs another model's output.
             DataInvalid: No tokenizer, or one that knows more tokens than the model.
+            QexportError: As ``runtime.backends.choose.open_session``.
         """
-        self.folder: Folder = read_folder(path, verify=verify)
+        self.folder: Folder = read_folder(path)
         self.options = options
-        self._session: Session | None = Session(path / MODEL, options)
-        self.signature: Signature = _portable(self._session, path)
-        known, size = self.folder.tokenizer.size, self.signature.vocabulary
-        if known > size:
-            what = f"the tokenizer knows {known} tokens, the model's logits are {size}"
-            raise DataInvalid(what, where=str(path), hint="is it the tokenizer of this model?")
+        self._measuring = threading.Lock()
+        self._session: Session | None = open_session(path, options)
+        try:
+            self.signature, self.positions = _examine(self._session, self.folder)
+        except BaseException:
+            self.close()
+            raise
 
     def decoder(self) -> Decoder:
         """One more decoder with a state of its own; whoever asks for it closes it.
@@ -49,25 +61,63 @@ class Model:
         Raises:
             UsageError: The model is closed.
         """
-        if self._session is None:
-            raise UsageError("the model is closed", where=str(self.folder.path))
-        return Decoder(self._session)
+        return Decoder(self._opened())
+
+    def profile(self) -> Profile | None:
+        """What its calls take, as the folder says for this machine or as it is measured once, in less than a second.
+
+        ``None`` where that cannot be told, as of a folder without the graph.
+        """
+        with self._measuring:
+            return self._profile
+
+    def verifying(self, width: float) -> float:
+        """t(S), milliseconds of a call with ``width`` tokens; a guess at its shape where there is no profile."""
+        known = self.profile()
+        return 1 + GUESS * (width - 1) if known is None else known.milliseconds(width)
+
+    def drafting(self, ahead: float) -> float:
+        """u(K), milliseconds of ``ahead`` tokens one after the other."""
+        return ahead * self.verifying(1)
+
+    @cached_property
+    def _profile(self) -> Profile | None:
+        backend, options = self._opened().backend, self.options
+        machine = fingerprint() if backend == CPU else fingerprint(f"GPU {options.device}", backend)
+        with self.decoder() as decoder:
+            try:
+                return profile_of(self.folder.path, decoder, Setting(machine, options.threads))
+            except QexportError:
+                return None
 
     def close(self) -> None:
-        """Let go of the weights, when the last decoder is closed too; a second time does nothing."""
+        """Free the model; a second time does nothing."""
+        if self._session is not None:
+            self._session.close()
         self._session = None
 
+    def _opened(self) -> Session:
+        if self._session is None:
+            raise UsageError("the model is closed", where=str(self.folder.path))
+        return self._session
 
-def _portable(session: Session, path: Path) -> Signature:
-    """Raise :class:`ModelInvalid` for graphs that do not decode by themselves."""
+
+def _examine(session: Session, folder: Folder) -> tuple[Signature, int | None]:
+    """What a graph asks for and how long rows may be; raise what is wrong with it, or with its tokenizer."""
+    where = str(folder.path)
     try:
         found = read_signature(session)
     except ModelInvalid as error:
-        raise ModelInvalid(error.what, where=str(path / MODEL), hint=error.hint) from error
+        raise ModelInvalid(error.what, where=where, hint=error.hint) from error
     if found.context:
         what = f"it reads {', '.join(found.context)}, which another model gives"
-        raise ModelInvalid(what, where=str(path / MODEL), hint="text is generated by decoders alone")
-    return found
+        raise ModelInvalid(what, where=where, hint="text is generated by decoders alone")
+    known, size = folder.tokenizer.size, found.vocabulary
+    if known > size:
+        what = f"the tokenizer knows {known} tokens, the model's logits are {size}"
+        raise DataInvalid(what, where=where, hint="is it the tokenizer of this model?")
+    with Decoder(session) as decoder:
+        return found, decoder.limit
 
 
 def demand_pair(target: Model, draft: Model) -> None:

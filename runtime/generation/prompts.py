@@ -45,7 +45,7 @@ def read_row(prompt: Prompt, number: int, model: Model) -> Row:
     Raises:
         DataInvalid: No token, one that does not exist, or so many that there is no room for another.
     """
-    where, folder, positions = f"prompt {number}", model.folder, model.signature.positions
+    where, folder, positions = f"prompt {number}", model.folder, model.positions
     if isinstance(prompt.text, str):
         _demand_short(prompt.text, positions, where)
         ids = folder.tokenizer.encode(prompt.text)
