@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 from qexport.errors import UsageError
 from qexport.runtime.accounting.bench import AUTO, PLAIN, Bench, Subject, judge
-from qexport.runtime.accounting.costs import load_costs
-from qexport.runtime.accounting.curve import MODEL, Plan, Setting, measure_profile
-from qexport.runtime.accounting.machine import fingerprint, measure_machine
+from qexport.runtime.accounting.curve import Plan, Setting, measure_profile
+from qexport.runtime.accounting.machine import CPU, measure_machine
 from qexport.runtime.accounting.plots import demand_matplotlib, draw
 from qexport.runtime.accounting.profiles import Profile
 from qexport.runtime.accounting.race import Decoded, Way, race
@@ -89,10 +88,11 @@ def run_bench(
         raise UsageError("there are no prompts", hint="give some, one per line")
     target, draft = folders
     with open_generator(target, draft=draft, options=GenerateOptions(session=_turns(asked, draft))) as loaded:
+        curve = _profile(loaded.target)
         known = Known(
-            machine=measure_machine(asked.session.threads),
-            target=_profile(loaded.target, asked.session.threads),
-            draft=None if loaded.draft is None else _profile(loaded.draft, asked.session.threads),
+            machine=measure_machine(asked.session.threads) if curve.fingerprint.device == CPU else None,
+            target=curve,
+            draft=None if loaded.draft is None else _profile(loaded.draft),
         )
         ways = [_way(name, generator, prompts, asked) for name, generator in _ways(loaded, asked)]
         laps = race(ways, len(prompts), asked.rounds, told)
@@ -122,11 +122,14 @@ def _turns(asked: BenchOptions, draft: Path | None) -> SessionOptions:
     return asked.session if draft is None else replace(asked.session, spin=False)
 
 
-def _profile(model: Model, threads: int) -> Profile:
+def _profile(model: Model) -> Profile:
     """Measured now, whatever is stored: it is held against times of this very run."""
-    costs = load_costs(model.folder.path / MODEL)
+    known = model.profile()
+    if known is None:
+        what, hint = "nothing says what a call of the decoder reads", "keep model.onnx beside its engine"
+        raise UsageError(what, where=str(model.folder.path), hint=hint)
     with model.decoder() as decoder:
-        return measure_profile(decoder, costs, Setting(fingerprint(), threads), Plan(seconds=SECONDS))
+        return measure_profile(decoder, known.costs, Setting(known.fingerprint, known.threads), Plan(seconds=SECONDS))
 
 
 def _ways(loaded: Generator, asked: BenchOptions) -> Iterator[tuple[str, Generator]]:
