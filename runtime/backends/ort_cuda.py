@@ -19,7 +19,7 @@ from qexport.runtime.backends.host import HOST, as_array, device_of
 from qexport.runtime.session import Array, Buffer, SessionOptions, Shape
 
 CUDA = "CUDAExecutionProvider"
-EAGER = "-1"  # no graph is recorded
+EAGER = -1  # no graph is recorded
 _GRAPH = "gpu_graph_id"
 _ids = count(1)  # 0 is onnxruntime's own; a number never stands for two shapes, which it would not notice
 
@@ -82,9 +82,11 @@ class DeviceBinding:
     ) -> None:
         """Make room on the GPU for the arrays and bind everything."""
         self._session, self._binding = session, session.io_binding()
-        self._graph = str(next(_ids)) if options.graphs else EAGER
-        self._run = ort.RunOptions()
-        self._run.add_run_config_entry(_GRAPH, self._graph)
+        self._eager, self._number, self._recorded = _run_options(ort, EAGER), 0, None
+        if options.graphs:
+            self._number = next(_ids)
+            self._recorded = _run_options(ort, self._number)
+        self._ran = False
         make = ort.OrtValue.ortvalue_from_shape_and_type
         self._sent: list[tuple[Any, Array]] = []
         self._fetched: list[tuple[Any, Array]] = []
@@ -106,7 +108,9 @@ class DeviceBinding:
         try:
             for value, array in self._sent:
                 value.update_inplace(array)
-            self._session.run_with_iobinding(self._binding, self._run)
+            again = self._ran and self._recorded is not None  # what runs once is not worth recording
+            self._session.run_with_iobinding(self._binding, self._recorded if again else self._eager)
+            self._ran = True
             for value, array in self._fetched:
                 array[...] = value.numpy()
         except Exception as error:
@@ -115,9 +119,9 @@ class DeviceBinding:
     def close(self) -> None:
         """Give back the graph that was recorded and the room on the GPU."""
         release = getattr(self._session, "release_captured_graph", None)  # onnxruntime has it since 1.31
-        if self._graph != EAGER and release is not None:
-            release(int(self._graph))
-        self._graph = EAGER
+        if self._recorded is not None and self._ran and release is not None:
+            release(self._number)
+        self._recorded = None
         self._binding.clear_binding_inputs()
         self._binding.clear_binding_outputs()
         self._sent.clear()
@@ -133,8 +137,7 @@ def device_values(
         DataInvalid: A tensor lies on another GPU.
         BuildFailed: onnxruntime failed.
     """
-    binding, run = session.io_binding(), ort.RunOptions()
-    run.add_run_config_entry(_GRAPH, EAGER)
+    binding, run = session.io_binding(), _run_options(ort, EAGER)
     for name, value in given.items():
         binding.bind_ortvalue_input(name, _sent(ort, device, name, value))
     for name in names:
@@ -144,6 +147,13 @@ def device_values(
     except Exception as error:
         raise BuildFailed(f"onnxruntime failed: {error}") from error
     return dict(zip(names, binding.get_outputs(), strict=True))
+
+
+def _run_options(ort: ModuleType, graph: int) -> Any:
+    """To record a run as this graph, or to run what was recorded as it."""
+    made = ort.RunOptions()
+    made.add_run_config_entry(_GRAPH, str(graph))
+    return made
 
 
 def _sent(ort: ModuleType, device: int, name: str, value: Any) -> Any:
