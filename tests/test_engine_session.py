@@ -6,6 +6,7 @@ import ast
 import gc
 import importlib
 from pathlib import Path
+from types import ModuleType
 
 import fake_cuda
 import fake_tensorrt
@@ -18,8 +19,11 @@ from fake_tensorrt import EngineValidity, Library, plan_of
 
 import qexport
 from qexport.errors import BuildFailed, DataInvalid, EnvironmentMismatch, UsageError
+from qexport.exporter.engines import engine
+from qexport.exporter.engines.engine import EngineOptions, build_engine
 from qexport.runtime.backends import dlpack
 from qexport.runtime.backends.cuda import Cuda, CudaMemory, open_cuda
+from qexport.runtime.backends.gpus import Gpu
 from qexport.runtime.backends.tensorrt import EngineSession
 from qexport.runtime.session import SessionOptions
 
@@ -319,3 +323,30 @@ def test_no_backend_is_imported_with_the_package():
         }
         assert imported.isdisjoint({"onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "cuda", "torch"})
         importlib.import_module(f"qexport.runtime.backends.{name}")
+
+
+@pytest.mark.rtx
+def test_an_engine_that_is_built_says_what_a_decoder_has_to_know():
+    real = pytest.importorskip("tensorrt_rtx")
+    sizes = {"batch": (1, 1, 1), "sequence": (1, 4, 8), "max_seq": (16, 16, 16)}
+    model = portable(Tiny(positions=300))
+    profile = {
+        value.name: tuple(
+            [size if isinstance(size, int) else sizes[str(size)][end] for size in value.shape] for end in range(3)
+        )
+        for value in model.graph.inputs
+    }
+    options = EngineOptions(profiles=(profile,), frozen=(("max_seq", 16),), compute_capabilities=("8.6",))
+    info = build_engine(MODEL, real, options).info
+    assert info.metadata == {"qexport.max_positions": "300"}
+    assert info.compute_capabilities == ("8.6",)
+
+
+def test_the_gpu_that_an_engine_was_built_on_is_noted_where_it_runs_on_no_other(monkeypatch):
+    monkeypatch.setattr(engine, "find_gpus", lambda: (Gpu("test", "9.0", 1 << 30),))
+    standard, rtx = ModuleType("tensorrt"), ModuleType("tensorrt_rtx")
+    rtx.ComputeCapability = object
+    assert engine._built_for(standard, ()) == ("9.0",)
+    assert engine._built_for(rtx, ("current",)) == ("9.0",)
+    assert engine._built_for(rtx, ()) == ()
+    assert engine._built_for(rtx, ("8.6", "8.9")) == ("8.6", "8.9")
