@@ -76,6 +76,20 @@ def test_the_command_writes_numbers_and_pictures(capsys, folder, tmp_path):
     assert code == 0, err  # its own folder is replaced
 
 
+def test_prompts_may_have_references_to_copy_from(capsys, folder, tmp_path):
+    text = "Once upon a time there was a little girl named Lily. She loved to play outside in the park."
+    prompt = {"prompt": "Once upon a time", "references": [text]}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(prompt) + "\n")
+    options = ["--prompts", str(tmp_path / "prompts.jsonl"), "--max-tokens", "20", "--threads", "1", "--json"]
+    code, told, err = call(capsys, "bench", str(folder / "stories"), *options)
+    assert code == 0, err
+    plain, lookup = json.loads(told)["entries"]
+    assert lookup["same"] == 1
+    assert lookup["stats"]["tokens"] == plain["stats"]["tokens"]
+    assert lookup["stats"]["target_calls"] < plain["stats"]["target_calls"]
+    assert lookup["stats"]["proposers"][0]["proposer"] == "reference"
+
+
 def test_json_is_one_object_on_stdout(capsys, folder):
     code, told, err = run(capsys, folder, "--max-tokens", "4", "--limit", "1", "--speculate", "off", "--json")
     assert code == 0, err
@@ -100,6 +114,8 @@ def test_without_a_draft_it_is_plain_decoding_and_copies(folder):
         (["--rounds", "0"], "0 rounds"),
         (["--max-tokens", "1"], "of 1 tokens"),
         (["--temperature", "-1"], "temperature"),
+        (["--threads", "-1"], "--threads"),
+        (["--backend", "ort-gpu"], "ort-gpu"),
     ],
 )
 def test_bad_options_are_refused(capsys, folder, options, told):
@@ -111,7 +127,7 @@ def test_bad_options_are_refused(capsys, folder, options, told):
 def test_a_file_without_prompts_is_refused(capsys, folder, tmp_path):
     (tmp_path / "empty.txt").write_text("\n  \n")
     code, _, err = call(capsys, "bench", str(folder / "stories"), "--prompts", str(tmp_path / "empty.txt"))
-    assert code == 2
+    assert code == 5
     assert "no prompts" in err
     with pytest.raises(UsageError, match="no prompts"):
         run_bench((folder / "stories", None), [])

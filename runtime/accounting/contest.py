@@ -45,7 +45,8 @@ class BenchOptions:
         auto: Whether looking as far ahead as pays is one more way.
         lookup: Whether copying from prompt and output alone is one more.
         sampling: How tokens are chosen.
-        session: How both models run.
+        session: How the target runs.
+        draft_session: How the draft runs; as the target does if not given.
     """
 
     max_tokens: int = 128
@@ -55,6 +56,7 @@ class BenchOptions:
     lookup: bool = True
     sampling: Sampling = field(default_factory=Sampling)
     session: SessionOptions = field(default_factory=SessionOptions)
+    draft_session: SessionOptions | None = None
 
     def __post_init__(self) -> None:
         """Raise :class:`UsageError` on numbers that measure nothing."""
@@ -87,7 +89,7 @@ def run_bench(
     if not prompts:
         raise UsageError("there are no prompts", hint="give some, one per line")
     target, draft = folders
-    with open_generator(target, draft=draft, options=GenerateOptions(session=_turns(asked, draft))) as loaded:
+    with open_generator(target, draft=draft, options=_loading(asked, draft)) as loaded:
         curve = _profile(loaded.target)
         known = Known(
             machine=measure_machine(asked.session.threads) if curve.fingerprint.device == CPU else None,
@@ -117,9 +119,12 @@ def publish_bench(output: Path, folders: tuple[Path, Path | None], measured: Cal
     return found
 
 
-def _turns(asked: BenchOptions, draft: Path | None) -> SessionOptions:
+def _loading(asked: BenchOptions, draft: Path | None) -> GenerateOptions:
     """Of two models that run in turn, neither waits in a loop for the other."""
-    return asked.session if draft is None else replace(asked.session, spin=False)
+    if draft is None:
+        return GenerateOptions(session=asked.session)
+    second = asked.draft_session or asked.session
+    return GenerateOptions(session=replace(asked.session, spin=False), draft_session=replace(second, spin=False))
 
 
 def _profile(model: Model) -> Profile:

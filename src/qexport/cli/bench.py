@@ -29,6 +29,8 @@ class Asked(TypedDict):
     rounds: int
     temperature: float
     threads: int
+    backend: str | None
+    draft_backend: str | None
     output: Path | None
     as_json: bool
 
@@ -36,13 +38,15 @@ class Asked(TypedDict):
 @click.command()
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--draft", type=click.Path(path_type=Path), metavar="DIR", help="A smaller decoder that looks ahead.")
-@click.option("--prompts", type=click.Path(path_type=Path), metavar="FILE", required=True, help="One prompt per line.")
+@click.option("--prompts", type=click.Path(path_type=Path), metavar="FILE", required=True, help="As for generate.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Take the first N prompts.")
 @click.option("--max-tokens", type=int, default=128, show_default=True, metavar="N", help="Most tokens of each.")
 @click.option("--speculate", metavar="WAYS", help="auto, off, numbers of tokens ahead, with commas.  [default: all]")
 @click.option("--rounds", type=int, default=1, show_default=True, metavar="R", help="How often each is decoded.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the most likely token.")
 @click.option("--threads", type=int, default=0, metavar="N", help="Threads; all processors when not given.")
+@click.option("--backend", metavar="NAME", help="What runs the target, such as ort-cpu; what fits when not given.")
+@click.option("--draft-backend", metavar="NAME", help="The same for the draft.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder for plots and JSON.")
 @shared_flags
 def bench(target: Path, **asked: Unpack[Asked]) -> None:
@@ -54,9 +58,9 @@ def bench(target: Path, **asked: Unpack[Asked]) -> None:
     """
     from qexport.cli.progress import RichProgress
     from qexport.runtime.accounting.contest import publish_bench, run_bench
-    from qexport.safe_io import read_text
+    from qexport.runtime.generation.prompt_files import read_prompts_file
 
-    prompts = [line for line in read_text(asked["prompts"]).splitlines() if line.strip()][: asked["limit"]]
+    prompts = read_prompts_file(asked["prompts"])[: asked["limit"]]
     options, folders, output = _options(asked), (target, asked["draft"]), asked["output"]
 
     def measured() -> Bench:
@@ -79,6 +83,8 @@ def _options(asked: Asked) -> BenchOptions:
     numbers = [word for word in words if word not in {"auto", "off"}]
     if not all(word.isdecimal() for word in numbers):
         raise UsageError(f"--speculate is {asked['speculate']!r}", hint="auto, off, or numbers such as 2,4,6,auto")
+    if asked["threads"] < 0:
+        raise UsageError(f"--threads is {asked['threads']}, expected 0 for all, or more")
     return BenchOptions(
         max_tokens=asked["max_tokens"],
         rounds=asked["rounds"],
@@ -86,7 +92,8 @@ def _options(asked: Asked) -> BenchOptions:
         auto=not words or "auto" in words,
         lookup=not words or "auto" in words,
         sampling=Sampling(temperature=asked["temperature"]),
-        session=SessionOptions(threads=asked["threads"]),
+        session=SessionOptions(backend=asked["backend"], threads=asked["threads"]),
+        draft_session=SessionOptions(backend=asked["draft_backend"], threads=asked["threads"]),
     )
 
 
