@@ -13,7 +13,7 @@ from qexport.runtime.speculation.terms import Terms
 
 COPIES = ("lookup", "reference")
 DRAFT = "draft"
-EVERY = 8  # rounds after which K and the length of copies are weighed again
+EVERY = 16  # rounds after which K and the length of copies are weighed again
 
 
 class Auto:
