@@ -26,6 +26,7 @@ COMMANDS = (
     "generate",
     "embed",
     "bench",
+    "certify",
     "sensitivity",
     "plan",
     "check",
