@@ -162,30 +162,12 @@ def test_what_is_never_right_is_no_longer_copied_and_what_always_is_is_copied_fu
 
 
 def test_chances_move_by_a_step_towards_what_is_seen():
-    history = History([5, 6, 5], list(BEFOREHAND))
+    history = History([5, 6, 5])
     history.follow(6)
     history.follow(7)
     assert history.chances[1] == pytest.approx(BEFOREHAND[1] + (1 - BEFOREHAND[1]) * STEP)
     assert history.chances[2] == pytest.approx(BEFOREHAND[2] * (1 - STEP))
     assert history.matched == 0
-
-
-def test_rows_begin_with_a_quarter_of_what_others_have_learned_and_learn_for_themselves():
-    lookup = Lookup(free())
-    first, beside = row_of([5, 6, 5]), row_of([7, 8, 7])
-    lookup.begin([first, beside])
-    lookup.propose([first, beside], [1, 1])
-    first.ids.append(6)
-    lookup.propose([first, beside], [1, 1])
-    learned, other = (lookup._rows[place].sources[0].chances for place in (0, 1))
-    assert learned[1] > other[1] == BEFOREHAND[1]
-    lookup.keep([1])
-    lookup.begin([row_of([5, 6, 5])])
-    lookup.propose([first], [1])
-    handed_on = BEFOREHAND[1] + (learned[1] - BEFOREHAND[1]) / 4
-    assert lookup._rows[0].sources[0].chances[1] > BEFOREHAND[1]
-    assert lookup._usual["lookup"][1] == pytest.approx(handed_on + (BEFOREHAND[1] - handed_on) / 4)
-    assert lookup._usual["reference"] == list(BEFOREHAND)
 
 
 def test_in_a_batch_a_token_must_be_worth_the_time_of_all_rows():

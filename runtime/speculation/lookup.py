@@ -6,19 +6,16 @@ number that must match. Here the numbers follow from what copies are worth: behi
 right with a chance c(m), and if it is, ``m + 1`` tokens match. So the j-th copied token is taken with the chance c(m)
 c(m+1) ... c(m+j-1), and a copy is as long as makes the most of the sum of these less what it costs to verify them. As c
 is learned from every token that is decided, copies end by themselves where text is not copied, and start again where
-it is. Each row learns for itself, so that texts of other kinds beside it do no harm, and begins with what rows before
-have learned.
+it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from qexport.runtime.speculation.proposal import NOTHING, Effort, Proposal, Row, Span
-from qexport.runtime.speculation.sources import BEFOREHAND, Chances, History, Reading, Shelf, Source, foresee
+from qexport.runtime.speculation.sources import Chances, History, Reading, Shelf, Source, foresee
 from qexport.runtime.speculation.terms import Terms
-
-HANDED_ON = 1 / 4  # of what a row has learned, to rows that come
 
 
 class Lookup:
@@ -41,19 +38,13 @@ class Lookup:
         self._terms, self._least = terms or Terms(), least
         self._rows: list[_Row | None] = []
         self._shelf = Shelf()
-        self._usual: dict[str, Chances] = {kind.proposer: list(BEFOREHAND) for kind in (History, Reading)}
 
     def begin(self, rows: Sequence[Row]) -> None:
-        """Forget the rows, but neither the references nor what was learned. Prompts are read when first asked."""
-        self.keep([])
+        """Forget the rows, not the references. Prompts are read with the first proposal."""
         self._rows = [None] * len(rows)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget the others."""
-        stay = set(rows)
-        for index, known in enumerate(self._rows):
-            if known is not None and index not in stay:
-                known.hand_on(self._usual)
         self._rows = [self._rows[index] for index in rows]
 
     def propose(self, rows: Sequence[Row], most: Sequence[int]) -> list[Proposal]:
@@ -87,7 +78,7 @@ class Lookup:
     def _known(self, index: int, row: Row) -> _Row:
         known = self._rows[index]
         if known is None or known.read > len(row.ids):
-            known = self._rows[index] = _Row(row, self._shelf, self._usual)
+            known = self._rows[index] = _Row(row, self._shelf)
         known.follow(row.ids)
         return known
 
@@ -103,17 +94,11 @@ class _Row:
 
     __slots__ = ("read", "sources")
 
-    def __init__(self, row: Row, shelf: Shelf, usual: Mapping[str, Chances]) -> None:
-        prompt, named = row.ids[: row.prompt], [reference for reference in row.references if reference.ids]
-        readings = [Reading(each.name, shelf.find(each), prompt, list(usual[Reading.proposer])) for each in named]
-        self.sources: tuple[Source, ...] = (*readings, History(prompt, list(usual[History.proposer])))
+    def __init__(self, row: Row, shelf: Shelf) -> None:
+        prompt = row.ids[: row.prompt]
+        readings = [Reading(named.name, shelf.find(named), prompt) for named in row.references if named.ids]
+        self.sources: tuple[Source, ...] = (*readings, History(prompt))
         self.read = row.prompt
-
-    def hand_on(self, usual: Mapping[str, Chances]) -> None:
-        for source in self.sources:
-            known = usual[source.proposer]
-            for place, chance in enumerate(source.chances):
-                known[place] += (chance - known[place]) * HANDED_ON
 
     def follow(self, ids: Sequence[int]) -> None:
         for place in range(self.read, len(ids)):

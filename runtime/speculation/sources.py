@@ -43,10 +43,10 @@ class History:
     room = 1 << 30
     __slots__ = ("_text", "chances", "matched", "start")
 
-    def __init__(self, prompt: Sequence[int], chances: Chances) -> None:
-        """The row as it begins, with chances that are its own from now on."""
+    def __init__(self, prompt: Sequence[int]) -> None:
+        """The row as it begins."""
         self._text = text = Automaton(prompt)
-        self.chances = chances
+        self.chances: Chances = list(BEFOREHAND)
         self.matched, self.start = text.matched, text.before + 1
 
     def follow(self, token: int) -> None:
@@ -69,11 +69,11 @@ class Reading:
     proposer = "reference"
     __slots__ = ("_ends", "_state", "_text", "chances", "matched", "name", "start")
 
-    def __init__(self, name: str, index: Index, prompt: Sequence[int], chances: Chances) -> None:
-        """Compare with the end of the prompt; the chances are its own from now on."""
+    def __init__(self, name: str, index: Index, prompt: Sequence[int]) -> None:
+        """Compare with the end of the prompt."""
         self.name, self._text, self._ends = name, index.text, index.ends
         self._state, self.matched, self.start = ROOT, 0, 0
-        self.chances = chances
+        self.chances: Chances = list(BEFOREHAND)
         for token in prompt[-READ_BACK:]:
             self._state, self.matched = self._text.step(self._state, self.matched, token)
         self.start = self._ends[self._state] + 1
