@@ -6,21 +6,39 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qexport.runtime.backends.choose import open_session as open_session
+    from qexport.runtime.decoder import Decoder as Decoder
     from qexport.runtime.embedding.batcher import Batcher as Batcher
     from qexport.runtime.embedding.embedder import Embedder as Embedder
     from qexport.runtime.embedding.embedder import embed as embed
     from qexport.runtime.embedding.embedder import open_embedder as open_embedder
     from qexport.runtime.embedding.options import EmbedOptions as EmbedOptions
+    from qexport.runtime.session import Session as Session
+    from qexport.runtime.session import SessionOptions as SessionOptions
 
 _HOMES = {
     "Batcher": "qexport.runtime.embedding.batcher",
+    "Decoder": "qexport.runtime.decoder",
     "EmbedOptions": "qexport.runtime.embedding.options",
     "Embedder": "qexport.runtime.embedding.embedder",
     "embed": "qexport.runtime.embedding.embedder",
     "open_embedder": "qexport.runtime.embedding.embedder",
+    "open_session": "qexport.runtime.backends.choose",
+    "Session": "qexport.runtime.session",
+    "SessionOptions": "qexport.runtime.session",
 }
 
-__all__ = ["Batcher", "EmbedOptions", "Embedder", "embed", "open_embedder"]
+__all__ = [
+    "Batcher",
+    "Decoder",
+    "EmbedOptions",
+    "Embedder",
+    "Session",
+    "SessionOptions",
+    "embed",
+    "open_embedder",
+    "open_session",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -106,7 +106,7 @@ class FakeCuda:
         self.put(stream, copy)
         return (Error(SUCCESS),)
 
-    def cudaMemcpy2DAsync(self, target, pitch, source, step, width, height, kind, stream):  # noqa: N802
+    def cudaMemcpy2DAsync(self, target, pitch, source, step, width, height, kind, stream):  # noqa: N802 the runtime's name
         assert kind == Kind.cudaMemcpyDeviceToDevice
         assert width <= min(pitch, step)
 

@@ -12,6 +12,7 @@ import pytest
 from cached_models import Tiny, portable, serialized
 
 import qexport.runtime.backends.choose as choose
+from qexport import runtime
 from qexport.errors import EnvironmentMismatch, IntegrityError, QexportError, UnsafeInput, UsageError
 from qexport.runtime.backends.artefact import load_plan, open_artefact, runs_on
 from qexport.runtime.backends.choose import open_session
@@ -69,6 +70,14 @@ def edit(artefact, change):
 
 def plan_of(folder, device=None):
     return load_plan(open_artefact(folder), device)
+
+
+def test_the_public_names_are_there():
+    assert {"Decoder", "Session", "SessionOptions", "open_session"} <= set(runtime.__all__)
+    for name in runtime.__all__:
+        assert getattr(runtime, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'decoder_of'"):
+        runtime.decoder_of  # noqa: B018 the point is a name that does not exist
 
 
 # ------------------------------------------------------------ engines
