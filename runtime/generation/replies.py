@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from qexport.errors import DataInvalid
 from qexport.runtime.generation.detokenizing import Detokenizer
@@ -15,8 +15,7 @@ from qexport.runtime.speculation.rounds import Outcome
 Reason: TypeAlias = Literal["stop", "length", "failed"]
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """A token of an output.
 
     Attributes:
@@ -115,7 +114,9 @@ class Reply:
     reason: Reason | None = None
     error: DataInvalid | None = None
     tokens: list[Token] = field(default_factory=list)
-    tally: Tally = Tally()
+    calls: int = 0
+    proposed: int = 0
+    accepted: int = 0
 
     @property
     def left(self) -> int:
@@ -125,11 +126,9 @@ class Reply:
     def take(self, outcome: Outcome, *, prompt: bool = False) -> list[Token]:
         """Take what a round brought, up to where the output ends."""
         proposal = outcome.proposal
-        self.tally = Tally(
-            self.tally.calls + (not prompt),
-            self.tally.proposed + len(proposal.ids),
-            self.tally.accepted + outcome.accepted,
-        )
+        self.calls += not prompt
+        self.proposed += len(proposal.ids)
+        self.accepted += outcome.accepted
         if outcome.failure is not None:
             self.reason, self.error = "failed", outcome.failure
         found = []
@@ -151,7 +150,7 @@ class Reply:
             text="".join(token.text for token in self.tokens),
             reason=self.reason,
             copied=tuple(_pieces(self.tokens)),
-            tally=self.tally,
+            tally=Tally(self.calls, self.proposed, self.accepted),
             error=self.error,
         )
 
