@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 
 from qexport.errors import UsageError
 from qexport.runtime.generation.batches import Batch, Stream
-from qexport.runtime.generation.detokenizing import Alphabet, Detokenizer
+from qexport.runtime.generation.detokenizing import Alphabet, Detokenizer, Sort
 from qexport.runtime.generation.lookahead import Lookout
 from qexport.runtime.generation.models import Model, demand_pair
 from qexport.runtime.generation.prompts import Prompt, Text, demand_tokens, read_row
@@ -189,7 +189,7 @@ class Generator:
     def _ends(self, stop: Stop) -> frozenset[int]:
         """Tokens that end an output; of special ones no text is ever seen, so strings are their names."""
         named = (self.tokenizer.token(text) for text in stop.strings)
-        special = (token for token in named if token is not None and self._alphabet.is_silent(token))
+        special = (token for token in named if token is not None and self._alphabet[token].sort is Sort.SILENT)
         own = self.target.folder.ends if stop.eos else ()
         return frozenset((*stop.ids, *own, *special))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 from qexport.errors import DataInvalid
 from qexport.runtime.generation.detokenizing import Detokenizer
@@ -15,7 +15,8 @@ from qexport.runtime.speculation.rounds import Outcome
 Reason: TypeAlias = Literal["stop", "length", "failed"]
 
 
-class Token(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Token:
     """A token of an output.
 
     Attributes:
