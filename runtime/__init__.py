@@ -13,30 +13,57 @@ if TYPE_CHECKING:
     from qexport.runtime.embedding.embedder import embed as embed
     from qexport.runtime.embedding.embedder import open_embedder as open_embedder
     from qexport.runtime.embedding.options import EmbedOptions as EmbedOptions
+    from qexport.runtime.generation.generator import GenerateOptions as GenerateOptions
+    from qexport.runtime.generation.generator import Generator as Generator
+    from qexport.runtime.generation.generator import open_generator as open_generator
+    from qexport.runtime.generation.prompts import Prompt as Prompt
+    from qexport.runtime.generation.replies import Completion as Completion
+    from qexport.runtime.generation.replies import Token as Token
+    from qexport.runtime.generation.stops import Stop as Stop
+    from qexport.runtime.sampling.settings import Sampling as Sampling
     from qexport.runtime.session import Session as Session
     from qexport.runtime.session import SessionOptions as SessionOptions
+    from qexport.runtime.speculation.proposal import Reference as Reference
 
 _HOMES = {
     "Batcher": "qexport.runtime.embedding.batcher",
+    "Completion": "qexport.runtime.generation.replies",
     "Decoder": "qexport.runtime.decoder",
-    "EmbedOptions": "qexport.runtime.embedding.options",
-    "Embedder": "qexport.runtime.embedding.embedder",
     "embed": "qexport.runtime.embedding.embedder",
+    "Embedder": "qexport.runtime.embedding.embedder",
+    "EmbedOptions": "qexport.runtime.embedding.options",
+    "GenerateOptions": "qexport.runtime.generation.generator",
+    "Generator": "qexport.runtime.generation.generator",
     "open_embedder": "qexport.runtime.embedding.embedder",
+    "open_generator": "qexport.runtime.generation.generator",
     "open_session": "qexport.runtime.backends.choose",
+    "Prompt": "qexport.runtime.generation.prompts",
+    "Reference": "qexport.runtime.speculation.proposal",
+    "Sampling": "qexport.runtime.sampling.settings",
     "Session": "qexport.runtime.session",
     "SessionOptions": "qexport.runtime.session",
+    "Stop": "qexport.runtime.generation.stops",
+    "Token": "qexport.runtime.generation.replies",
 }
 
 __all__ = [
     "Batcher",
+    "Completion",
     "Decoder",
     "EmbedOptions",
     "Embedder",
+    "GenerateOptions",
+    "Generator",
+    "Prompt",
+    "Reference",
+    "Sampling",
     "Session",
     "SessionOptions",
+    "Stop",
+    "Token",
     "embed",
     "open_embedder",
+    "open_generator",
     "open_session",
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from qexport.runtime.accounting.machine import measure_machine
+from qexport.runtime.accounting.machine import CPU, measure_machine
 from qexport.runtime.accounting.stats import Stats, account
 from qexport.runtime.accounting.utilization import Known
 from qexport.runtime.generation.batches import Batch
@@ -43,4 +43,7 @@ def judge(
 
 def _known(generator: Generator) -> Known | None:
     target, draft = generator.target.profile(), None if generator.draft is None else generator.draft.profile()
-    return None if target is None else Known(measure_machine(generator.target.options.threads), target, draft)
+    if target is None:
+        return None
+    here = target.fingerprint.device == CPU
+    return Known(measure_machine(target.threads) if here else None, target, draft)

@@ -170,7 +170,7 @@ class Generator:
             return [found for found in batch.completions if found is not None]
 
     def close(self) -> None:
-        """Let go of the models; requests under way end first. A second time does nothing."""
+        """Free the models: a request that is under way fails. A second time does nothing."""
         self.target.close()
         if self.draft is not None:
             self.draft.close()
