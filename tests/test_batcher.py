@@ -69,15 +69,24 @@ def test_a_request_may_be_larger_than_any_batch_and_than_the_queue(path):
         assert batcher.embed([]).shape == (0, 4)
 
 
-def test_a_text_waits_for_company_if_it_is_told_to(path):
-    embedder = opened(path, batch_tokens=12)
-    spy = spied(embedder)
-    with Batcher(embedder, wait=SOON) as batcher:
+def crowded(path, **asked):
+    """A batcher whose last batch had four texts, and its spy."""
+    spy, batcher, _ = stopped(path, **asked)
+    futures = [batcher.submit([text]) for text in "abcd"]
+    spy.go.set()
+    wait(futures, SOON)
+    assert spy.batches == [(1, 6), (4, 3)]
+    spy.batches.clear()
+    return spy, batcher
+
+
+def test_a_text_waits_for_as_many_as_came_the_last_time(path):
+    spy, batcher = crowded(path, wait=SOON)
+    with batcher:
         first = batcher.submit(["a"])
         time.sleep(0.05)
         assert not first.done()
-        rest = [batcher.submit([text]) for text in "bcd"]  # twelve tokens: a full batch waits for nobody
-        wait([first, *rest], SOON)
+        wait([first, *(batcher.submit([text]) for text in "bcd")], SOON)
         assert spy.batches == [(4, 3)]
         last = batcher.submit(["e"])
         begin = time.monotonic()
@@ -85,11 +94,23 @@ def test_a_text_waits_for_company_if_it_is_told_to(path):
     expect(last.result(0), "e")
 
 
-def test_the_wait_ends(path):
-    with Batcher(opened(path), wait=0.05) as batcher:
+def test_a_full_batch_waits_for_nobody(path):
+    _, batcher = crowded(path, wait=SOON, batch_tokens=12)
+    with batcher:
         begin = time.monotonic()
-        expect(batcher.embed(["a"]), "a")
-        assert 0.05 <= time.monotonic() - begin < SOON
+        expect(batcher.embed(["a b c d e f g h i j"]), "a b c d e f g h i j")
+        assert time.monotonic() - begin < SOON / 2
+
+
+def test_the_wait_ends_and_is_over_for_who_stays_alone(path):
+    _, batcher = crowded(path, wait=0.2)
+    with batcher:
+        begin = time.monotonic()
+        batcher.embed(["a"])
+        waited = time.monotonic() - begin
+        assert waited >= 0.2
+        batcher.embed(["a"])
+        assert time.monotonic() - begin - waited < 0.2
 
 
 def test_what_is_wrong_with_a_text_is_told_to_its_caller_alone(tmp_path):

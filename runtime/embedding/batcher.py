@@ -17,6 +17,7 @@ from qexport.runtime.embedding.embedder import Embedder, Vector, Vectors
 from qexport.runtime.embedding.options import EmbedStats
 from qexport.runtime.tokenizing import Encoded
 
+WAIT = 0.002  # seconds
 LOOK = 256  # waiting texts among which a batch is looked for
 
 
@@ -44,16 +45,17 @@ class Batcher:
     """Embeds for many callers at once; they wait for futures, which may be cancelled.
 
     The text that has waited longest is served next, with those of the others that fit best beside it. While a batch
-    runs, the next ones collect; so the default does not wait for company. What is wrong with a text is told to its
+    runs, the next ones collect. A batch starts as soon as as many texts wait as the last one had, so that a caller who
+    is alone waits for nobody, and those who were just answered may come back. What is wrong with a text is told to its
     caller alone, also where it shows only in the model.
     """
 
-    def __init__(self, embedder: Embedder, *, wait: float = 0.0, room: int = 1024, workers: int = 1) -> None:
+    def __init__(self, embedder: Embedder, *, wait: float = WAIT, room: int = 1024, workers: int = 1) -> None:
         """Start to serve; the embedder stays the caller's, to be closed after this.
 
         Args:
             embedder: What computes.
-            wait: Seconds that a text may wait for others while there is less than a full batch.
+            wait: Seconds that a text waits at most for as many others as the last batch had.
             room: Texts that may wait; who brings more waits for room.
             workers: Batches that run at the same time.
         """
@@ -62,7 +64,7 @@ class Batcher:
         self._embedder, self._wait, self._room = embedder, wait, room
         self._waiting: list[_Waiting] = []
         self._changed = threading.Condition()
-        self._closing = False
+        self._closing, self._usual = False, 0
         self._stats = EmbedStats()
         self._workers = [threading.Thread(target=self._work, name="embed", daemon=True) for _ in range(workers)]
         for worker in self._workers:
@@ -182,8 +184,10 @@ class Batcher:
         """Seconds until a batch should start, ``None`` where nothing waits."""
         if not self._waiting:
             return None
+        if self._closing or len(self._waiting) >= self._usual:
+            return 0.0
         full = sum(len(waiting.row.ids) for waiting in self._waiting[:LOOK]) >= self._embedder.budget
-        return 0.0 if full or self._closing else self._waiting[0].since + self._wait - time.monotonic()
+        return 0.0 if full else self._waiting[0].since + self._wait - time.monotonic()
 
     def _choose(self) -> list[_Waiting]:
         """Take out the batch in which the oldest text goes best."""
@@ -191,6 +195,7 @@ class Batcher:
         batches = self._embedder.pack([waiting.row for waiting in near])
         chosen = {int(index) for index in next(batch for batch in batches if 0 in batch)}
         self._waiting = [waiting for index, waiting in enumerate(self._waiting) if index not in chosen]
+        self._usual = len(chosen)
         return [near[index] for index in sorted(chosen) if _begin(near[index].request)]
 
     def _serve(self, batch: Sequence[_Waiting]) -> None:

@@ -58,6 +58,11 @@ class Embedder:
         self.close()
 
     @property
+    def backend(self) -> str:
+        """What runs the model."""
+        return self._session.backend
+
+    @property
     def width(self) -> int:
         """Numbers of a vector."""
         if self.form.width is not None:
