@@ -94,7 +94,7 @@ class Draft:
                 lengths.append(len(read))
                 missing.append([])
                 continue
-            same = min(_agree(row.ids, read, self._decided[index]), len(row.ids) - 1)  # the last is read for its logits
+            same = min(agree(row.ids, read, self._decided[index]), len(row.ids) - 1)  # the last is read for its logits
             self._decided[index] = len(row.ids)
             lengths.append(same)
             missing.append(row.ids[same:])
@@ -126,7 +126,7 @@ class Draft:
         return Proposal(tuple(ids[:-1]), np.stack(chances), ids[-1], self.name)
 
 
-def _agree(ids: Sequence[int], read: Sequence[int], known: int) -> int:
+def agree(ids: Sequence[int], read: Sequence[int], known: int) -> int:
     """Tokens from the start on in which both agree, of which ``known`` need no look."""
     end = min(len(ids), len(read))
     return next((place for place in range(min(known, end), end) if ids[place] != read[place]), end)
