@@ -6,7 +6,7 @@ import re
 
 import measure
 
-PAGES = ("README.md", "docs/benchmarks.md", "docs/export.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/export.md", "docs/runtime.md")
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
 
 
