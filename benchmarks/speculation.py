@@ -1,0 +1,190 @@
+"""Decoding ahead: every way against plain decoding and against transformers, prompt by prompt in one run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import measure
+
+import qexport
+from qexport.runtime.accounting.race import Decoded, Lap, Way, compare, race
+from qexport.runtime.accounting.records import PrefillRecord, Run
+from qexport.runtime.accounting.stats import account
+from qexport.runtime.generation.generator import GenerateOptions, Generator, open_generator
+from qexport.runtime.generation.stops import Stop
+from qexport.runtime.session import SessionOptions
+
+PAIRS = {
+    "draft -> target": ("draft", "target"),
+    "pair-draft -> pair-target": ("pair-draft", "pair-target"),
+    "stories260k -> stories3m": ("stories260k", "stories3m"),
+}
+AHEAD = (1, 2, 3, 4, 5, 6, 8)
+PEERS = ("plain", "assisted", "assisted-2", "assisted-3", "assisted-4", "lookup-3", "lookup-10")
+PROMPTS, TOKENS, LENGTH, STRIDE = 64, 128, 48, 110
+COMPARED = 12  # prompts that transformers decodes too
+IDENTICAL = 200  # prompts of the last pair that are held against plain decoding
+ONE = SessionOptions(threads=1, spin=False)
+
+NOTE = (
+    f"Greedy, onnxruntime CPU, one thread, float32. {PROMPTS} prompts of {LENGTH} tokens from held-out text, {TOKENS} "
+    "tokens each, one at a time; all ways decode a prompt before the next one is decoded. Speed: tokens per second, "
+    "prompts included, over plain decoding (95 % of resamplings of prompts). `K = n`: always n tokens ahead; `auto`: "
+    "as many as the measured curves and the acceptance so far say, copies from prompt and output where they pay. "
+    "Overhead: time of rounds outside of onnxruntime: the rule, rollback, all of Python. Same: prompts with the "
+    "tokens of plain decoding."
+)
+PEER_NOTE = (
+    f"The first {COMPARED} of these prompts, decoded by transformers in a process beside it, in turn in the same run: "
+    "plain, assisted generation by its defaults and with a constant number of tokens, prompt lookup. Same: prompts "
+    "with the tokens of our plain decoding; near ties may fall to either side between two runtimes."
+)
+
+
+class Transformers:
+    """The peer, in a process of its own that is asked by lines."""
+
+    def __init__(self, target: Path, draft: Path) -> None:
+        """Load both models."""
+        command = [sys.executable, "-W", "ignore", str(measure.HERE / "speculation_peer.py"), str(target), str(draft)]
+        self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.versions = self._answer()
+
+    def __enter__(self) -> Transformers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._child.stdin is not None
+        self._child.stdin.close()
+        self._child.wait()
+
+    def way(self, mode: str, prompts: Sequence[list[int]]) -> Way:
+        """One of its modes."""
+
+        def decode(number: int) -> Decoded:
+            answer = self._ask({"mode": mode, "prompts": [prompts[number]], "tokens": TOKENS})
+            return Decoded(tuple(answer["tokens"][0]), answer["seconds"], Run(PrefillRecord(0, 0, (LENGTH,)), ()))
+
+        return Way(f"transformers {mode}", decode)
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._child.stdin is not None
+        print(json.dumps(request), file=self._child.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._child.stdout is not None
+        answer: dict[str, Any] = json.loads(self._child.stdout.readline())
+        return answer
+
+
+def main() -> None:
+    """Measure all pairs."""
+    rows, peers = [], []
+    for name, (draft, target) in PAIRS.items():
+        with open_generator(exported(target), draft=exported(draft), options=GenerateOptions(session=ONE)) as loaded:
+            prompts = windows(loaded, PROMPTS)
+            laps = race([way(each, loaded, prompts) for each in ways(loaded)], PROMPTS, 1)
+            rows += [_row(name, lap, laps) for lap in laps]
+            measure.report("speculation", rows, NOTE)
+            best = max(laps[1:], key=lambda lap: lap.tokens_per_second).way.name
+            folders = (measure.SAMPLES / "decoder" / target, measure.SAMPLES / "decoder" / draft)
+            with Transformers(*folders) as peer:
+                ours = [each for each in ways(loaded) if each in ("plain", "auto", "lookup", best)]
+                both = [way(each, loaded, prompts) for each in ours] + [peer.way(mode, prompts) for mode in PEERS]
+                peers += _peer_rows(name, race(both, COMPARED, 1))
+                measure.report("speculation_peers", peers, f"{PEER_NOTE} {json.dumps(peer.versions)}")
+            if name == list(PAIRS)[-1]:
+                _demand_identical(loaded)
+
+
+def exported(name: str) -> Path:
+    """The portable graph of a sample."""
+    folder = measure.WORK / "decoders" / name
+    if not (folder / "manifest.json").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        qexport.export(measure.SAMPLES / "decoder" / name, output=folder)
+    return folder
+
+
+def windows(loaded: Generator, count: int) -> list[list[int]]:
+    """Prompts from the held-out text."""
+    ids = loaded.tokenizer.encode((measure.SAMPLES / "decoder/heldout.txt").read_text(encoding="utf-8"))
+    stride = min(STRIDE, (len(ids) - LENGTH) // count)
+    return [list(ids[start : start + LENGTH]) for start in range(0, stride * count, stride)]
+
+
+def ways(loaded: Generator) -> dict[str, Generator]:
+    """All ways, which share what is loaded."""
+    target, draft = loaded.target, loaded.draft
+    found = {"plain": Generator(target, None, GenerateOptions(session=ONE, speculate="off", lookup=False))}
+    for ahead in AHEAD:
+        found[f"K = {ahead}"] = Generator(target, draft, GenerateOptions(session=ONE, speculate=ahead, lookup=False))
+    found["auto, draft"] = Generator(target, draft, GenerateOptions(session=ONE, lookup=False))
+    found["auto"] = Generator(target, draft, GenerateOptions(session=ONE))
+    found["lookup"] = Generator(target, None, GenerateOptions(session=ONE))
+    return found
+
+
+def way(name: str, loaded: Generator, prompts: Sequence[list[int]]) -> Way:
+    """One of ours."""
+    generator = ways(loaded)[name]
+
+    def decode(number: int) -> Decoded:
+        began = time.perf_counter()
+        batch = generator.batch([prompts[number]], stop=Stop(tokens=TOKENS, eos=False))
+        tokens = tuple(token.id for _, token in batch)
+        return Decoded(tokens, time.perf_counter() - began, batch.runs[0])
+
+    return Way(name, decode)
+
+
+def _row(pair: str, lap: Lap, laps: Sequence[Lap]) -> dict[str, Any]:
+    ratio, stats = compare(lap, laps[0]), account(lap.runs)
+    return {
+        "pair": pair,
+        "way": lap.way.name,
+        "tokens/s": f"{lap.tokens_per_second:.0f}",
+        "speed": f"{ratio.value:.2f}x ({ratio.low:.2f} .. {ratio.high:.2f})",
+        "tokens per call": f"{stats.tokens_per_call:.2f}",
+        "taken, %": " ".join(f"{found.proposer} {100 * found.rate:.0f}" for found in stats.proposers),
+        "overhead, %": f"{100 * stats.overhead:.1f}",
+        "same": f"{lap.same(laps[0])}/{PROMPTS}",
+    }
+
+
+def _peer_rows(pair: str, laps: Sequence[Lap]) -> list[dict[str, Any]]:
+    theirs = [lap for lap in laps if lap.way.name.startswith("transformers")]
+    best = max(theirs, key=lambda lap: lap.tokens_per_second)
+    return [
+        {
+            "pair": pair,
+            "way": lap.way.name,
+            "tokens/s": f"{lap.tokens_per_second:.0f}",
+            "over their best": f"{(ratio := compare(lap, best)).value:.2f}x ({ratio.low:.2f} .. {ratio.high:.2f})",
+            "same": f"{lap.same(laps[0])}/{COMPARED}",
+        }
+        for lap in laps
+    ]
+
+
+def _demand_identical(loaded: Generator) -> None:
+    """Greedy tokens with K = 4 are those of plain decoding, on more prompts."""
+    prompts = windows(loaded, IDENTICAL)
+    laps = race([way(name, loaded, prompts) for name in ("plain", "K = 4")], IDENTICAL, 1)
+    same, stats = laps[1].same(laps[0]), account(laps[1].runs)
+    row = {"prompts": IDENTICAL, "identical": same, "tokens per call": f"{stats.tokens_per_call:.2f}"}
+    measure.report("speculation_identity", [row], f"stories260k -> stories3m, K = 4, greedy, {TOKENS} tokens each.")
+
+
+if __name__ == "__main__":
+    main()
