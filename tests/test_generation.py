@@ -16,9 +16,14 @@ from hypothesis import strategies as st
 from qexport.errors import BuildFailed, UsageError
 from qexport.runtime.cache import Cache
 from qexport.runtime.decoder import Decoder
+from qexport.runtime.generation import models as generation_models
 from qexport.runtime.generation.stops import Stop
 from qexport.runtime.sampling.sampler import NotFiniteError
 from qexport.runtime.sampling.settings import Sampling
+from qexport.runtime.speculation.chains import Chains
+from qexport.runtime.speculation.draft import Draft
+from qexport.runtime.speculation.proposal import NOTHING
+from qexport.runtime.speculation.unrolled import Unrolled
 
 TARGET = Tiny()
 WARM = Sampling(temperature=1.0, seed=5)
@@ -222,6 +227,53 @@ def test_a_draft_that_breaks_down_is_left_alone(monkeypatch, drafted, plain):
     assert len(calls) == 5
 
 
+# ---------------------------------------------------------------- a draft that has drafted for long
+
+
+@pytest.fixture
+def unrolled(monkeypatch, target, draft):
+    """A generator whose draft is unrolled from the first request on."""
+    monkeypatch.setattr(generation_models, "UNROLL_AFTER", 0)
+    with opened(target, draft, speculate=4, lookup=False) as generator:
+        yield generator
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), WARM, Sampling(temperature=1.0, top_k=9)], ids=str)
+def test_a_draft_in_one_call_says_what_it_says_step_by_step(monkeypatch, drafted, unrolled, sampling):
+    expected = drafted.complete(PROMPTS, sampling, Stop(24))
+    monkeypatch.setattr(Draft, "propose", lambda *_: pytest.fail("step by step"))
+    if sampling.top_k:
+        with pytest.raises(pytest.fail.Exception, match="step by step"):
+            unrolled.complete(PROMPTS, sampling, Stop(24))
+        return
+    found = unrolled.complete(PROMPTS, sampling, Stop(24))
+    assert [(one.tokens, one.tally) for one in found] == [(one.tokens, one.tally) for one in expected]
+
+
+def test_a_draft_is_unrolled_once_it_has_drafted_for_long(monkeypatch, target, draft):
+    monkeypatch.setattr(generation_models, "UNROLL_AFTER", 12)
+    asked = []
+    for kind in (Draft, Unrolled):
+        monkeypatch.setattr(kind, "propose", lambda self, rows, most: asked.append(type(self)) or [NOTHING] * len(rows))
+    with opened(target, draft, speculate=4, lookup=False) as generator:
+        for expected in (Draft, Draft, Unrolled):
+            generator.complete(PROMPTS[:1], stop=Stop(10, eos=False))
+            assert set(asked) == {expected}
+            asked.clear()
+
+
+def test_a_draft_that_cannot_be_unrolled_goes_on_step_by_step(monkeypatch, unrolled, plain):
+    expected = told(plain, PROMPTS, stop=Stop(16))
+    monkeypatch.setattr(Chains, "session", broken_down)
+    assert told(unrolled, PROMPTS, stop=Stop(16)) == expected
+    assert unrolled.complete(PROMPTS, stop=Stop(16))[0].tally.accepted > 0
+    assert unrolled.draft.chains() is None
+
+
+def broken_down(*_):
+    raise BuildFailed("the device is gone")
+
+
 # ---------------------------------------------------------------- what is left behind
 
 
@@ -238,7 +290,9 @@ def caches(monkeypatch):
     return found
 
 
-def test_memory_is_free_when_a_request_ends_is_closed_or_is_dropped(drafted, caches):
+@pytest.mark.parametrize("kind", ["drafted", "unrolled"])
+def test_memory_is_free_when_a_request_ends_is_closed_or_is_dropped(request, kind, caches):
+    drafted = request.getfixturevalue(kind)
     gc.collect()
     gc.disable()  # nothing here waits for the collector
     try:

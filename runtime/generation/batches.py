@@ -110,8 +110,12 @@ class Stream:
 def _answer(bench: Bench, replies: Sequence[Reply], size: int, runs: list[Run]) -> News:
     """One group of rows after the other, each in caches of its own: what one leaves there never meets another."""
     for first in range(0, len(replies), size):
-        with bench() as rounds:
-            yield from _answer_group(rounds, replies[first : first + size], runs)
+        yield from _open_group(bench, replies[first : first + size], runs)
+
+
+def _open_group(bench: Bench, replies: Sequence[Reply], runs: list[Run]) -> News:
+    with bench() as rounds:
+        yield from _answer_group(rounds, replies, runs)
 
 
 def _answer_group(rounds: Rounds, replies: Sequence[Reply], runs: list[Run]) -> News:

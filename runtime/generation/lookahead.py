@@ -15,6 +15,7 @@ from qexport.runtime.speculation.policy import Auto
 from qexport.runtime.speculation.proposal import NOTHING, Effort, Proposal, Proposer, Row
 from qexport.runtime.speculation.rounds import Fixed, Policy
 from qexport.runtime.speculation.terms import Terms
+from qexport.runtime.speculation.unrolled import Unrolled, unrolls
 
 
 class Lookout:
@@ -48,8 +49,7 @@ class Lookout:
         """Who proposes for a group of rows, with caches that the stack closes; ``None`` where nobody does."""
         asked: list[Proposer] = [] if self._copies is None else [self._copies]
         if self._draft is not None:
-            decoder = stack.enter_context(self._draft.decoder())
-            asked.append(Tolerant(Draft(decoder, sampler, self._target.signature.vocabulary)))
+            asked.append(self._drafting(self._draft, stack, sampler))
         return Cascade(asked, self._terms) if len(asked) > 1 else asked[0] if asked else None
 
     def rest(self) -> None:
@@ -57,17 +57,31 @@ class Lookout:
         if self._copies is not None:
             self._copies.begin(())
 
+    def _drafting(self, draft: Model, stack: ExitStack, sampler: Sampler) -> Proposer:
+        """The draft, all tokens in one call where that is possible."""
+        vocabulary = self._target.signature.vocabulary
+        chains = draft.chains() if unrolls(sampler.settings) else None
+        if chains is None:
+            inner: Proposer = Draft(stack.enter_context(draft.decoder()), sampler, vocabulary)
+        else:
+            inner = Unrolled(chains, sampler, vocabulary)
+        found = Tolerant(inner)
+        stack.callback(lambda: draft.note(found.rounds, failed=chains is not None and found.failure is not None))
+        return found
+
 
 class Tolerant:
     """A proposer that is left alone once it fails: what it was to speed up goes on without it.
 
     Attributes:
         failure: What happened to it.
+        rounds: How often it was asked.
     """
 
     def __init__(self, inner: Proposer) -> None:
         """Ask ``inner`` for as long as it answers."""
         self.failure: QexportError | None = None
+        self.rounds = 0
         self._inner = inner
 
     @property
@@ -90,6 +104,7 @@ class Tolerant:
 
     def propose(self, rows: Sequence[Row], most: Sequence[int]) -> list[Proposal]:
         """What it proposes, or nothing."""
+        self.rounds += 1
         if self.failure is None:
             try:
                 return self._inner.propose(rows, most)

@@ -10,14 +10,18 @@ from qexport.errors import DataInvalid, ModelInvalid, QexportError, UsageError
 from qexport.runtime.accounting.curve import Setting, profile_of
 from qexport.runtime.accounting.machine import fingerprint
 from qexport.runtime.accounting.profiles import Profile
+from qexport.runtime.backends.artefact import MODEL
 from qexport.runtime.backends.choose import open_session
 from qexport.runtime.decoder import Decoder
 from qexport.runtime.generation.folders import Folder, read_folder
 from qexport.runtime.session import Session, SessionOptions
 from qexport.runtime.signature import Signature, read_signature
+from qexport.runtime.speculation.chains import Chains
 
 CPU = "ort-cpu"
 GUESS = 0.1  # of a call with one token, for every one more
+UNROLL_AFTER = 500  # rounds: each saves a tenth of a millisecond or two, and each number of tokens takes 50 to open
+UNROLL_MOST = 16 << 20  # bytes of a graph, of which each number of tokens keeps a copy
 
 
 class Model:
@@ -47,6 +51,7 @@ class Model:
         """
         self.folder: Folder = read_folder(path)
         self.options = options
+        self._drafted = 0  # rounds
         self._measuring = threading.Lock()
         self._session: Session | None = open_session(path, options)
         try:
@@ -80,6 +85,33 @@ class Model:
         """u(K), milliseconds of ``ahead`` tokens one after the other."""
         return ahead * self.verifying(1)
 
+    def chains(self) -> Chains | None:
+        """Its graph unrolled, several tokens in one call, once it has drafted enough to make up for opening that.
+
+        ``None`` before, and for graphs that cannot be unrolled, that are large, or that no processor runs.
+        """
+        if self._drafted < UNROLL_AFTER:
+            return None
+        with self._measuring:
+            return self._chains
+
+    def note(self, rounds: int, *, failed: bool) -> None:
+        """Remember that it has looked ahead for so many rounds, or that it cannot do so unrolled."""
+        with self._measuring:
+            self._drafted += rounds
+            if failed:
+                self._chains = None
+
+    @cached_property
+    def _chains(self) -> Chains | None:
+        file = self.folder.path / MODEL
+        if self._opened().backend != CPU or not file.is_file() or file.stat().st_size > UNROLL_MOST:
+            return None
+        try:
+            return Chains(file, self.options)
+        except QexportError:
+            return None
+
     @cached_property
     def _profile(self) -> Profile | None:
         backend, options = self._opened().backend, self.options
@@ -94,6 +126,9 @@ class Model:
         """Free the model; a second time does nothing."""
         if self._session is not None:
             self._session.close()
+            chains = self.__dict__.pop("_chains", None)
+            if chains is not None:
+                chains.close()
         self._session = None
 
     def _opened(self) -> Session:
