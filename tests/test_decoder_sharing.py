@@ -66,6 +66,17 @@ def test_rows_that_are_kept_go_on_and_the_others_are_gone(session):
     assert error(made.extend(IDS[1:2, 9:40])[0], TRUTH[1][9:40]) < TOLERANCE
 
 
+def test_rows_may_change_places_between_steps_of_one_shape(session):
+    made = Decoder(session)
+    made.reset(2)
+    made.extend(IDS[:2, :9], [9, 6])
+    made.extend(np.stack([IDS[0, 9:11], IDS[1, 6:8]]))
+    made.keep([1, 0])
+    logits = made.extend(np.stack([IDS[1, 8:10], IDS[0, 11:13]]))
+    assert error(logits[0], TRUTH[1][8:10]) < TOLERANCE
+    assert error(logits[1], TRUTH[0][11:13]) < TOLERANCE
+
+
 def test_rows_are_kept_while_their_buffers_have_grown(session):
     made = Decoder(session, capacity=4)
     made.reset(3)
