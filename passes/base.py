@@ -17,7 +17,7 @@ class Decision:
         node: Name of the node that was looked at.
         op: Its operator type.
         action: What was done, in one word: ``quantized``, ``skipped``, ``fused``, ``folded``, ``raised``,
-            ``rounded``, ``softened``, ``noted``, ``kept``, ``pruned``.
+            ``rounded``, ``softened``, ``noted``, ``kept``, ``pruned``, ``unrolled``.
         reason: Why, in a few words that are the same for the same cause, so that they can be counted.
         detail: The numbers of this one case.
         units: How many units stay of how many there were, where some were cut out.
