@@ -29,7 +29,7 @@ Context: TypeAlias = Mapping[str, NDArray[Any]]  # inputs that stay the same for
 Logits: TypeAlias = NDArray[np.float32]  # [batch, sequence, vocabulary]
 
 _INT = np.dtype(np.int64)
-_NARROW, _SMALL = 16, 1 << 22  # tokens of a row, bytes of logits: up to these a step is kept for the next like it
+_NARROW, _SMALL = 16, 1 << 26  # tokens of a row, bytes of logits: up to these a step is kept for the next like it
 
 
 @dataclass(frozen=True, slots=True)
