@@ -16,6 +16,7 @@ from qexport.exporter.families.form import Form
 from qexport.exporter.load import open_folder
 from qexport.passes.portable import MAX_POSITIONS
 from qexport.passes.unroll import Unroll
+from qexport.passes.weight_only import WeightOnly
 
 STORIES = Path(__file__).resolve().parents[1] / "samples/decoder/stories260k"
 POSITIONS, COLUMNS = 40, 48
@@ -278,6 +279,20 @@ def test_a_graph_of_another_kind_is_refused():
 def test_numbers_below_one_are_refused(options):
     with pytest.raises(UsageError, match="expected a number above 0"):
         Unroll(**options)
+
+
+def test_weights_in_few_bits():
+    model = portable(TINY)
+    assert WeightOnly(target="ort-cpu", bits=8, group=16)(model).modified
+    opened, plain = unrolled(model.clone(), steps=3)[0], session(model)
+    said = run(opened, feeds(ROWS))["ids"].tolist()
+    for row, tokens in zip(ROWS, said, strict=True):
+        ids = list(row)
+        for token in tokens:
+            step = feeds([ids])
+            step.pop("last")
+            assert run(plain, step)["logits"][0, -1].argmax() == token
+            ids.append(token)
 
 
 def test_half_precision():

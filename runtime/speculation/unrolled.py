@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -109,8 +110,8 @@ class Unrolled:
             return NOTHING
         if self._sampler.settings.greedy:
             return Proposal(tuple(tokens), proposer=self.name)
-        if np.isnan(chances[:, 0]).any():  # one logit that is no number makes the whole distribution so
+        if math.isnan(chances[:, 0].sum()):  # one logit that is no number makes the whole distribution so
             return NOTHING
-        given = np.zeros((len(tokens), self._vocabulary))
-        given[:, : chances.shape[1]] = chances
+        missing = self._vocabulary - chances.shape[1]
+        given = np.pad(chances, ((0, 0), (0, missing))) if missing else chances.copy()
         return Proposal(tuple(tokens[:-1]), given, tokens[-1], self.name)
