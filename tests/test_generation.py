@@ -6,6 +6,7 @@ import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import psutil
 import pytest
 from cached_models import VOCABULARY, Tiny
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.errors import BuildFailed, UsageError
+from qexport.runtime.accounting.stats import account
 from qexport.runtime.cache import Cache
 from qexport.runtime.decoder import Decoder
 from qexport.runtime.generation import models as generation_models
@@ -203,6 +205,23 @@ def test_a_row_that_fails_later_keeps_what_it_said(tmp_path, plain):
     with opened(write_folder(tmp_path / "target", broken(bad)), speculate="off") as generator:
         found = generator.complete([PROMPTS[0]], stop=Stop(20, eos=False))[0]
     assert (found.tokens, found.reason) == (keeps, "failed")
+
+
+def test_what_is_proposed_makes_no_output_fail(tmp_path, plain):
+    """Masked columns are no part of the sum, but for NaN, which nothing times zero is."""
+    weights = {**TARGET.weights, "head": np.zeros_like(TARGET.weights["head"])}
+    weights["head"][:, 43] = TARGET.weights["norm"]  # mostly the token after which the target has no numbers
+    folders = [write_folder(tmp_path / "target", broken(43)), write_folder(tmp_path / "draft", made_of(weights))]
+    with opened(*folders, speculate=3, lookup=False, batch=2) as generator:
+        batch = generator.batch(PROMPTS, stop=Stop(8, eos=False))
+        news = list(batch)
+    expected = plain.complete(PROMPTS, stop=Stop(8, eos=False))
+    assert [(one.tokens, one.reason) for one in batch.completions] == [(one.tokens, one.reason) for one in expected]
+    again = [row for row in range(len(PROMPTS)) if len(batch.runs_of(row)) == 2]
+    assert again
+    for row, one in enumerate(expected):
+        assert tuple(token.id for number, token in news if number == row) == one.tokens
+        assert account(batch.runs_of(row)).tokens == len(one.tokens)
 
 
 @pytest.mark.parametrize("bad", [range(VOCABULARY), [7, 8, 9]])

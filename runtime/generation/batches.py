@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import TracebackType
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from qexport.runtime.accounting.records import PrefillRecord, RoundRecord, Run
 from qexport.runtime.generation.replies import Completion, Reply, Token
 from qexport.runtime.speculation.rounds import Rounds
 
-Bench: TypeAlias = Callable[[], AbstractContextManager[Rounds]]
 News: TypeAlias = Generator[tuple[int, Token], None, None]
+
+
+class Bench(Protocol):
+    """Where groups of rows are decoded."""
+
+    def __call__(self, *, plain: bool = False) -> AbstractContextManager[Rounds]:
+        """Caches for a group, and the loop over its rows; ``plain`` for one in which nobody looks ahead."""
+        ...
 
 
 class Batch:
@@ -29,7 +36,7 @@ class Batch:
     def __init__(self, bench: Bench, replies: Sequence[Reply], size: int) -> None:
         """Answer ``size`` rows at a time."""
         self.runs: list[Run] = []
-        self._replies, self._size = replies, size
+        self._replies = replies
         self._tokens = _answer(bench, replies, size, self.runs)
 
     def __iter__(self) -> Iterator[tuple[int, Token]]:
@@ -56,10 +63,9 @@ class Batch:
         reply = self._replies[number]
         return None if reply.reason is None else reply.completion()
 
-    def run(self, number: int) -> Run:
-        """What the output of one prompt took, once its group of rows is done."""
-        group, place = divmod(number, self._size)
-        return self.runs[group].of_row(place)
+    def runs_of(self, number: int) -> list[Run]:
+        """What the output of one prompt took, once it has ended: one run, or two where it was tried again."""
+        return [self.runs[group].of_row(place) for group, place in self._replies[number].seats]
 
     def close(self) -> None:
         """Stop here and free the memory; a second time does nothing."""
@@ -108,13 +114,24 @@ class Stream:
 
 
 def _answer(bench: Bench, replies: Sequence[Reply], size: int, runs: list[Run]) -> News:
-    """One group of rows after the other, each in caches of its own: what one leaves there never meets another."""
-    for first in range(0, len(replies), size):
-        yield from _open_group(bench, replies[first : first + size], runs)
+    """One group of rows after the other, each in caches of its own: what one leaves there never meets another.
+
+    A row that fails where something was proposed is tried again in the end, with nothing proposed: what is no number
+    may come from a proposed token alone.
+    """
+    for group in _groups(replies, size):
+        yield from _open_group(bench(), group, runs)
+    for group in _groups([reply for reply in replies if reply.reason is None], size):
+        yield from _open_group(bench(plain=True), group, runs)
 
 
-def _open_group(bench: Bench, replies: Sequence[Reply], runs: list[Run]) -> News:
-    with bench() as rounds:
+def _groups(replies: Sequence[Reply], size: int) -> Iterator[Sequence[Reply]]:
+    return (replies[first : first + size] for first in range(0, len(replies), size))
+
+
+def _open_group(place: AbstractContextManager[Rounds], replies: Sequence[Reply], runs: list[Run]) -> News:
+    """Its caches are let go of as soon as it ends."""
+    with place as rounds:
         yield from _answer_group(rounds, replies, runs)
 
 
@@ -125,6 +142,8 @@ def _answer_group(rounds: Rounds, replies: Sequence[Reply], runs: list[Run]) -> 
     found = rounds.begin([reply.row for reply in active])
     prefill = found.record
     assert isinstance(prefill, PrefillRecord)
+    for place, reply in enumerate(replies):
+        reply.seats.append((len(runs), place))
     try:
         while True:
             news = [
@@ -136,7 +155,7 @@ def _answer_group(rounds: Rounds, replies: Sequence[Reply], runs: list[Run]) -> 
             for reply, tokens in zip(active, news, strict=True):
                 for token in tokens:
                     yield reply.number, token
-            going = [place for place, reply in enumerate(active) if reply.reason is None]
+            going = [place for place, reply in enumerate(active) if not reply.resting]
             if not going:
                 return
             if len(going) < len(active):

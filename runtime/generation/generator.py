@@ -154,9 +154,9 @@ class Generator:
         sampler = Sampler(asked)
 
         @contextmanager
-        def bench() -> Iterator[Rounds]:
+        def bench(*, plain: bool = False) -> Iterator[Rounds]:
             with ExitStack() as stack:
-                yield self._rounds(stack, sampler)
+                yield self._rounds(stack, sampler, plain=plain)
 
         return Batch(bench, replies, self.options.batch)
 
@@ -193,10 +193,10 @@ class Generator:
         own = self.target.folder.ends if stop.eos else ()
         return frozenset((*stop.ids, *own, *special))
 
-    def _rounds(self, stack: ExitStack, sampler: Sampler) -> Rounds:
+    def _rounds(self, stack: ExitStack, sampler: Sampler, *, plain: bool) -> Rounds:
         """Decoders of a group of rows, closed by the stack, and the loop over them."""
         target = stack.enter_context(self.target.decoder())
-        if self.options.speculate == "off":
+        if plain or self.options.speculate == "off":
             return Rounds(target, sampler, None, PLAIN)
         lookout = self._lookout()
         stack.callback(self._idle.append, lookout)
