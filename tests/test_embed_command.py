@@ -53,6 +53,8 @@ def test_an_array_of_many_windows_is_written_as_it_comes(path, tmp_path):
     texts = [f"{a} {b}" for a in "abcdefghij" for b in "abc"]
     embed_texts(path, texts, Asked(output=tmp_path / "out.npy", options=EmbedOptions(window=7)))
     expect(np.load(tmp_path / "out.npy"), *texts)
+    embed_texts(path, texts, Asked(output=tmp_path / "out.jsonl", options=EmbedOptions(window=7)))
+    assert [json.loads(line)["text"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == texts
 
 
 def test_a_table_of_pairs_gives_all_first_ones_then_all_second_ones(path, tmp_path, capsys):

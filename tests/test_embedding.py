@@ -193,6 +193,8 @@ def test_vectors_that_are_no_numbers_are_told_with_their_text(tmp_path):
     table[WORDS["c"]] = np.nan
     with pytest.raises(BuildFailed, match="the vectors of 2 texts hold NaN or Inf, the first is text 1"):
         opened(folder(tmp_path / "model", table=table)).embed(["a", "b c", "d", "c"])
+    with pytest.raises(BuildFailed, match="the vectors of 1 texts hold NaN or Inf, the first is text 3"):
+        opened(tmp_path / "model", window=2).embed(["a", "b", "d", "c"])
 
 
 def test_a_model_with_a_vector_for_every_token_gives_those_of_the_text(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Hidden: TypeAlias = NDArray[np.float32]  # [rows, tokens, width]
-Mask: TypeAlias = NDArray[np.float32]  # [rows, tokens], 1 where a token is, at least one a row
+Mask: TypeAlias = NDArray[np.float32]  # [rows, tokens], 1 where a token is: at the front of a row, at least one
 Vectors: TypeAlias = NDArray[np.float32]  # [rows, width]
 
 SMALLEST = 1e-12  # vectors that are shorter stay as they are
@@ -41,7 +41,7 @@ def _first(hidden: Hidden, _mask: Mask) -> Vectors:
 
 
 def _last(hidden: Hidden, mask: Mask) -> Vectors:
-    found: Vectors = hidden[np.arange(len(hidden)), mask.shape[1] - 1 - mask[:, ::-1].argmax(1)]
+    found: Vectors = hidden[np.arange(len(hidden)), mask.sum(1).astype(np.intp) - 1]
     return found
 
 
