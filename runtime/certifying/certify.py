@@ -19,18 +19,20 @@ from qexport.runtime.certifying.exact import Grain, Tree, enumerate_tokens
 from qexport.runtime.certifying.gtest import Fit
 from qexport.runtime.certifying.log import Run, record, to_jsonl
 from qexport.runtime.certifying.prompts import TEXTS
-from qexport.runtime.certifying.subject import CASCADE, DRAFT, LOOKUP, PLAIN, Subject, Way, make_rows
+from qexport.runtime.certifying.subject import CASCADE, DRAFT, LOOKUP, PLAIN, UNROLLED, Subject, Way, make_rows
 from qexport.runtime.certifying.trials import Arm, Counted, by_seed, count, references
 from qexport.runtime.generation.models import Model, demand_pair
 from qexport.runtime.sampling.noise import Purpose
 from qexport.runtime.sampling.settings import Sampling
 from qexport.runtime.session import SessionOptions
+from qexport.runtime.speculation.chains import Chains
 from qexport.runtime.speculation.soundness import measure_soundness
 from qexport.safe_io import digest_file
 
 Stage = Callable[[str], AbstractContextManager[object]]
 
 PROMPT = 12  # tokens of a prompt, at most
+MANY = 1 << 30  # rounds
 FIRM = 1e-4  # of an edge of truncation, see ``reference.Wanted``
 FILES = ("model.onnx*", "engine.plan")
 FEW = 2  # prompts of an arm
@@ -44,6 +46,7 @@ MIXED = Sampling(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1)
 
 ARMS = (
     Arm("temperature, 3 ahead", PURE, 3, DRAFT),
+    Arm("temperature, 3 ahead in one call", PURE, 3, UNROLLED, share=0.5),
     Arm("top-k, 2 ahead", TOP_K, 2, DRAFT),
     Arm("top-p, 4 ahead", TOP_P, 4, DRAFT, share=0.5),
     Arm("min-p and penalty, 1 ahead", PENALIZED, 1, DRAFT),
@@ -55,6 +58,7 @@ ARMS = (
 LONG = (
     Way(PURE, 4, DRAFT),
     Way(MIXED, 2, DRAFT),
+    Way(PURE, 3, UNROLLED),
     Way(PURE, 4, CASCADE, steady=False),
     Way(TOP_K, 4, LOOKUP),
 )
@@ -62,6 +66,7 @@ GREEDY = (
     Way(PURE, 1, DRAFT),
     Way(PURE, 3, DRAFT),
     Way(PURE, 8, DRAFT),
+    Way(PURE, 4, UNROLLED),
     Way(PURE, 4, LOOKUP),
     Way(PURE, 4, CASCADE, steady=False),
 )
@@ -153,7 +158,7 @@ def certify(
     if draft is not None:
         demand_pair(*models)
     decoders = [model.decoder() for model in models for _ in range(2)]
-    subject = Subject(*decoders[:2]) if draft is None else Subject(*decoders[:4])
+    subject = Subject(*decoders[:2]) if draft is None else Subject(*decoders[:4], chains=_chains(models[1]))
     prompts = [ids[:PROMPT] for text in texts if (ids := models[0].folder.tokenizer.encode(text))]
     checks, runs = examine(subject, prompts, options, stage)
     paths = {"target": target} if draft is None else {"target": target, "draft": draft}
@@ -191,7 +196,7 @@ def examine(
         runs.append(_greedy_run(subject, prompts, length))
     tests = [*map(_joint, counted), _by_seed(counted, rng)]
     tests.append(Test("outputs", "tokens of long texts", independence.outputs(found, rng)))
-    tests += [Test(NUMBERS, name, fit) for name, fit in independence.used_numbers(found, rng)]
+    tests += [Test(NUMBERS, name, fit) for name, fit in independence.used_numbers(found, rng) if fit.freedom]
     tests += [Test(NUMBERS, name, fit) for name, fit in independence.looked_up_numbers(options.seed)]
     return [*checks, _identity(compared), _decisions(found), *judge(tests, options.level)], runs
 
@@ -200,8 +205,8 @@ W = TypeVar("W", Arm, Way)
 
 
 def _possible(ways: Sequence[W], subject: Subject) -> list[W]:
-    """Those that need no draft, where there is none."""
-    return [way for way in ways if subject.draft is not None or DRAFT not in way.proposer]
+    """Those for which everything is there."""
+    return [way for way in ways if subject.can(way.proposer)]
 
 
 def _counted(subject: Subject, arm: Arm, prompts: Sequence[Sequence[int]], options: CertifyOptions) -> Counted:
@@ -299,6 +304,12 @@ def _length(subject: Subject, prompts: Sequence[Sequence[int]], asked: int) -> i
     if found < 2:
         raise ModelInvalid(f"{min(limits)} positions leave no room behind prompts of {longest} tokens")
     return found
+
+
+def _chains(draft: Model) -> Chains | None:
+    """The draft unrolled, where generation would do that after a while."""
+    draft.note(MANY, failed=False)
+    return draft.chains()
 
 
 def _digests(folder: Path) -> dict[str, str]:

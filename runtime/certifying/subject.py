@@ -10,13 +10,15 @@ from qexport.runtime.decoder import Decoder
 from qexport.runtime.sampling.sampler import Sampler
 from qexport.runtime.sampling.settings import Sampling
 from qexport.runtime.speculation.cascade import Cascade
+from qexport.runtime.speculation.chains import Chains
 from qexport.runtime.speculation.draft import Draft
 from qexport.runtime.speculation.lookup import Lookup
 from qexport.runtime.speculation.proposal import Proposer, Reference, Row
 from qexport.runtime.speculation.rounds import Fixed, Policy, Rounds, Rule
 from qexport.runtime.speculation.rules import verify
+from qexport.runtime.speculation.unrolled import Unrolled
 
-PLAIN, DRAFT, LOOKUP, CASCADE = "plain", "draft", "lookup", "lookup+draft"
+PLAIN, DRAFT, UNROLLED, LOOKUP, CASCADE = "plain", "draft", "unrolled", "lookup", "lookup+draft"
 _STRIDES = (3, 0, 1, 4, 2, 0, 0, 1)
 
 
@@ -27,7 +29,8 @@ class Way:
     Attributes:
         sampling: Settings and seed.
         ahead: Tokens that are proposed at most.
-        proposer: ``plain`` for nobody, ``draft``, ``lookup`` for copies, or ``lookup+draft``.
+        proposer: ``plain`` for nobody, ``draft``, ``unrolled`` for the same in one call, ``lookup`` for copies, or
+            ``lookup+draft``.
         steady: Whether ``ahead`` tokens are asked for in every round, or now more, now fewer, now none.
     """
 
@@ -62,6 +65,7 @@ class Subject:
         truth: The same model for whole rows.
         draft: The loop's; ``None`` to certify copies alone.
         draft_truth: The same model for whole rows.
+        chains: The same model unrolled, where it can be.
         rule: What the loop decides by.
     """
 
@@ -69,6 +73,7 @@ class Subject:
     truth: Decoder
     draft: Decoder | None = None
     draft_truth: Decoder | None = None
+    chains: Chains | None = field(default=None, kw_only=True)
     rule: Rule = field(default=verify, kw_only=True)
 
     def loop(self, way: Way) -> Rounds:
@@ -83,8 +88,20 @@ class Subject:
         """Who looks ahead."""
         if name == PLAIN:
             return None
-        parts: list[Proposer] = [Lookup() if part == LOOKUP else self._draft(sampler) for part in name.split("+")]
+        parts = [self._part(part, sampler) for part in name.split("+")]
         return parts[0] if len(parts) == 1 else Cascade(parts)
+
+    def can(self, name: str) -> bool:
+        """Whether this proposer can be made of what is there."""
+        return (DRAFT not in name or self.draft is not None) and (UNROLLED not in name or self.chains is not None)
+
+    def _part(self, name: str, sampler: Sampler) -> Proposer:
+        if name == LOOKUP:
+            return Lookup()
+        if name == UNROLLED:
+            assert self.chains is not None, "there is no unrolled draft"
+            return Unrolled(self.chains, sampler, self.target.signature.vocabulary)
+        return self._draft(sampler)
 
     def _draft(self, sampler: Sampler) -> Proposer:
         assert self.draft is not None, "there is no draft"
