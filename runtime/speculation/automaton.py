@@ -46,9 +46,13 @@ class Automaton:
     def extend(self, token: int) -> None:
         """Append a token, in constant time when averaged over the text."""
         nexts, links, ends = self._nexts, self._links, self._ends
-        state, position = self._last, len(self.ids)
+        state, position, new = self._last, len(self.ids), len(links)
         self.ids.append(token)
-        self._last = new = self._add({}, ROOT, position + 1, position)
+        nexts.append({})
+        links.append(ROOT)
+        self._lengths.append(position + 1)
+        ends.append(position)
+        self._last = new
         while state >= 0 and token not in nexts[state]:
             nexts[state][token] = new
             state = links[state]
@@ -110,16 +114,13 @@ class Automaton:
         found, length = nexts[state][token], lengths[state] + 1
         if lengths[found] == length:
             return found
-        copy = self._add(dict(nexts[found]), links[found], length, self._ends[found])
+        copy = len(links)
+        nexts.append(dict(nexts[found]))
+        links.append(links[found])
+        lengths.append(length)
+        self._ends.append(self._ends[found])
         links[found] = copy
         while state >= 0 and nexts[state].get(token) == found:
             nexts[state][token] = copy
             state = links[state]
         return copy
-
-    def _add(self, followers: dict[int, State], link: State, length: int, end: int) -> State:
-        self._nexts.append(followers)
-        self._links.append(link)
-        self._lengths.append(length)
-        self._ends.append(end)
-        return len(self._links) - 1

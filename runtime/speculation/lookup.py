@@ -50,6 +50,8 @@ class Lookup:
     def propose(self, rows: Sequence[Row], most: Sequence[int]) -> list[Proposal]:
         """Copies; in a batch none is longer than what its last token is worth to all rows together."""
         best = [self._best(index, row, most[index]) for index, row in enumerate(rows)]
+        if not any(chances for _, chances in best):
+            return [NOTHING] * len(rows)
         depth = self._depth([chances for _, chances in best])
         return [self._proposal(source, chances[:depth]) for source, chances in best]
 

@@ -13,6 +13,7 @@ from qexport.runtime.speculation.terms import Terms
 
 COPIES = ("lookup", "reference")
 DRAFT = "draft"
+AT_ONCE = 8  # rounds that are learned from together, as little code that runs at a time costs more than it says
 EVERY = 16  # rounds after which K and the length of copies are weighed again
 
 
@@ -56,17 +57,22 @@ class Auto:
         self._outlook = Outlook()
         self._times: dict[int, Times] = {}
         self._batch = self._rounds = self._ahead = 0
+        self._news: list[RoundRecord] = []
+        self._probed = False
 
     def plan(self, rows: Sequence[Row]) -> int:
         """Most tokens that anyone may propose in the next round, 0 for a plain one; ``terms`` say who how many."""
         begins = len(rows[0].ids) == rows[0].prompt + 1
+        if self._probed or begins or len(self._news) >= AT_ONCE:
+            self._learn()
         if begins or len(rows) != self._batch:
             self._turn(len(rows), begins=begins)
         if self._rounds % EVERY == 0:
             self._weigh()
         self._rounds += 1
         guard, limits = self._guard, self.terms.limits
-        if guard.probing:
+        self._probed = guard.probing
+        if self._probed:
             return 0
         for name in self._copies:
             limits[name] = self._most if guard.allows(name) else 0
@@ -76,7 +82,15 @@ class Auto:
         return max(limits.values(), default=0)
 
     def observe(self, record: RoundRecord) -> None:
-        """Learn from a round."""
+        """Learn from a round, soon."""
+        self._news.append(record)
+
+    def _learn(self) -> None:
+        news, self._news = self._news, []
+        for record in news:
+            self._learn_from(record)
+
+    def _learn_from(self, record: RoundRecord) -> None:
         tokens, times = sum(record.emitted) / len(record.rows), self._times.get(len(record.rows))
         if not tokens or times is None:
             return  # all rows have failed, or nobody asked how far to look
