@@ -40,7 +40,7 @@ def chances(scores, s, before):
         p[gone], edge = 0, ranked[~gone][-1] - ranked[gone][0]
     if s["top_p"] < 1:
         above = (np.cumsum(p) - p) / p.sum() - s["top_p"]
-        p[above >= 0], edge = 0, min(edge, abs(above).min())
+        p[above >= 0], edge = 0, min(edge, abs(above).min(), *-np.diff(ranked)[np.diff(above >= 0)])
     if s["min_p"] > 0:
         share = p / p[0] - s["min_p"]
         p[share < 0], edge = 0, min(edge, abs(share).min())

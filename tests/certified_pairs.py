@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import cached_models
 import numpy as np
@@ -20,6 +22,15 @@ from qexport.runtime.speculation.rounds import Fixed, Rounds
 from qexport.runtime.speculation.rules import Verdict, residual, verify
 
 ONE = SessionOptions(threads=1)
+CHECKER = Path(__file__).resolve().parents[1] / "samples/check_replay.py"
+
+
+def load_checker():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("check_replay", CHECKER)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def tiny_pair(vocabulary, unlike=0.35):

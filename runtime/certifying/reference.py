@@ -54,13 +54,14 @@ def wanted(logits: Scores, settings: Sampling, before: Sequence[int]) -> Wanted:
     if 0 < settings.top_k < ranked.size:
         last = ranked[settings.top_k - 1]
         gone = ranked < last
-        edges.append(float(last - ranked[gone][0]) if gone.any() else FAR)
+        edges.append(_gap(ranked, gone))
         chances[gone] = 0
     chances /= chances.sum()
     if settings.top_p < 1:
         before_it = np.concatenate([[0.0], np.cumsum(chances)[:-1]])
-        edges.append(float(np.abs(before_it - settings.top_p).min()))
-        chances[before_it >= settings.top_p] = 0
+        gone = before_it >= settings.top_p
+        edges += [float(np.abs(before_it - settings.top_p).min()), _gap(ranked, gone)]
+        chances[gone] = 0
         chances /= chances.sum()
     if settings.min_p > 0:
         share = chances[chances > 0] / chances[0]
@@ -70,6 +71,11 @@ def wanted(logits: Scores, settings: Sampling, before: Sequence[int]) -> Wanted:
     found = np.empty_like(chances)
     found[order] = chances
     return Wanted(found, min(edges))
+
+
+def _gap(ranked: NDArray[np.float64], gone: NDArray[np.bool_]) -> float:
+    """Between the last score that stays and the first that does not."""
+    return float(ranked[~gone][-1] - ranked[gone][0]) if gone.any() else FAR
 
 
 def adjusted(logits: Scores, settings: Sampling, before: Sequence[int]) -> NDArray[np.float64]:
