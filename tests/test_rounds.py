@@ -29,9 +29,9 @@ def decoder(name="target"):
     return Decoder(MODELS[name], ONE, capacity=16)
 
 
-def run(prompts, sampling, *, draft=None, most=4, tokens=30, streams=None):
+def run(prompts, sampling, *, draft=None, most=4, tokens=30, streams=None, coupled=False):
     """Tokens of each row, and the rounds."""
-    sampler = Sampler(sampling)
+    sampler = Sampler(sampling, coupled)
     proposer = Draft(decoder(draft), sampler, VOCABULARY) if isinstance(draft, str) else draft
     rounds = Rounds(decoder(), sampler, proposer, Fixed(most))
     rows = [Row(list(ids), len(ids), stream) for ids, stream in zip(prompts, streams or range(99), strict=False)]
@@ -83,6 +83,15 @@ def test_drawn_tokens_depend_neither_on_how_far_the_draft_looks_nor_on_the_batch
         assert run(PROMPTS, sampling, draft="close", most=most)[0] == first
     alone = [run([prompt], sampling, draft="close", most=4, streams=[row])[0][0] for row, prompt in enumerate(PROMPTS)]
     assert alone == first
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.9, seed=3), Sampling(1.3, top_k=12, top_p=0.9, repetition_penalty=1.2)])
+def test_a_draft_that_draws_with_the_numbers_of_the_target_leaves_every_token_as_it_is(sampling):
+    truth, _ = run(PROMPTS, sampling)
+    for most in (1, 4):
+        found, rounds = run(PROMPTS, sampling, draft="close", most=most, coupled=True)
+        assert found == truth
+        assert sum(sum(one.record.accepted) for one in rounds[1:]) > 5
 
 
 class Parrot:

@@ -22,7 +22,7 @@ from qexport.runtime.sampling.settings import Sampling
 from qexport.runtime.session import SessionOptions
 from qexport.runtime.speculation.proposal import Reference
 from qexport.runtime.speculation.rounds import Fixed, Rounds
-from qexport.runtime.speculation.rules import equality
+from qexport.runtime.speculation.soundness import demand_sound
 
 Speculate: TypeAlias = int | Literal["auto", "off"]
 Rule: TypeAlias = Literal["rejection", "equality"]
@@ -82,6 +82,7 @@ class Generator:
 
         Raises:
             DataInvalid: The draft's tokenizer is not that of the target.
+            ModelInvalid: The target says something else when it is asked for several tokens at once.
         """
         if draft is not None:
             demand_pair(target, draft)
@@ -93,6 +94,17 @@ class Generator:
         if isinstance(ahead, int) and draft is None and not options.lookup:
             what = f"{ahead} tokens ahead are asked for, and there is neither a draft nor lookup"
             raise UsageError(what, hint="give a draft, or switch off")
+        if self.plain:
+            return
+        if draft is not None or ahead != "auto":
+            demand_sound(target.soundness, str(target.folder.path))
+        elif not target.soundness.sound:  # nobody has asked for anything
+            self.options = replace(options, speculate="off")
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing ever looks ahead."""
+        return self.options.speculate == "off" or not (self.draft or self.options.lookup)
 
     def __enter__(self) -> Generator:
         return self
@@ -151,7 +163,7 @@ class Generator:
             self._reply(one if isinstance(one, Prompt) else Prompt(one), number, ends)
             for number, one in enumerate(prompts)
         ]
-        sampler = Sampler(asked)
+        sampler = Sampler(asked, coupled=self.options.rule == "equality")
 
         @contextmanager
         def bench(*, plain: bool = False) -> Iterator[Rounds]:
@@ -196,15 +208,12 @@ class Generator:
     def _rounds(self, stack: ExitStack, sampler: Sampler, *, plain: bool) -> Rounds:
         """Decoders of a group of rows, closed by the stack, and the loop over them."""
         target = stack.enter_context(self.target.decoder())
-        if plain or self.options.speculate == "off":
+        if plain or self.plain:
             return Rounds(target, sampler, None, PLAIN)
         lookout = self._lookout()
         stack.callback(self._idle.append, lookout)
         stack.callback(lookout.rest)
-        found = Rounds(target, sampler, lookout.proposer(stack, sampler), lookout.policy)
-        if self.options.rule == "equality":
-            found.rule = equality
-        return found
+        return Rounds(target, sampler, lookout.proposer(stack, sampler), lookout.policy)
 
     def _lookout(self) -> Lookout:
         """One that nobody uses now."""
@@ -228,7 +237,8 @@ def open_generator(
 
     Raises:
         UsageError: A folder is missing, or holds no export.
-        ModelInvalid: A graph is not in the portable layout.
+        ModelInvalid: A graph is not in the portable layout, or a target says something else when it is asked for
+            several tokens at once.
         IntegrityError: A file is not the one that was published.
         DataInvalid: Tokenizers are missing, or not the same.
     """

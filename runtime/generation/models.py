@@ -17,6 +17,7 @@ from qexport.runtime.generation.folders import Folder, read_folder
 from qexport.runtime.session import Session, SessionOptions
 from qexport.runtime.signature import Signature, read_signature
 from qexport.runtime.speculation.chains import Chains
+from qexport.runtime.speculation.soundness import Soundness, measure_soundness
 
 CPU = "ort-cpu"
 GUESS = 0.1  # of a call with one token, for every one more
@@ -75,6 +76,12 @@ class Model:
         """
         with self._measuring:
             return self._profile
+
+    @cached_property
+    def soundness(self) -> Soundness:
+        """What the logits of a token depend on beside the tokens before it; measured once, by four calls."""
+        with self.decoder() as decoder:
+            return measure_soundness(decoder)
 
     def verifying(self, width: float) -> float:
         """t(S), milliseconds of a call with ``width`` tokens; a guess at its shape where there is no profile."""

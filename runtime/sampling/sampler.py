@@ -27,9 +27,17 @@ class Sampler:
 
     Attributes:
         settings: What was asked for.
+        coupled: Whether a draft draws its tokens with the numbers of the target: they are certain ones then, which are
+            taken where both draw the same.
     """
 
     settings: Sampling
+    coupled: bool = False
+
+    @property
+    def weighed(self) -> bool:
+        """Whether tokens of a draft are taken by their chances, and not for being those of the target."""
+        return not (self.settings.greedy or self.coupled)
 
     def best(self, logits: NDArray[np.floating[Any]], row: Row, ahead: Sequence[int] = ()) -> int:
         """The most likely token after ``row.ids`` and ``ahead``, the lowest id of equals.

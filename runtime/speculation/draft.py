@@ -18,8 +18,9 @@ class Draft:
     """Proposes what a decoder of the same vocabulary would say.
 
     Greedy requests get its best tokens, others tokens that it draws from its own distribution, adjusted and truncated
-    by the same settings as the target's, together with that distribution. It knows of a row what it has read; what
-    was rejected is taken back, what was decided without it is read first, both with the next proposal.
+    by the same settings as the target's, together with that distribution unless both draw alike. It knows of a row
+    what it has read; what was rejected is taken back, what was decided without it is read first, both with the next
+    proposal.
     """
 
     name = "draft"
@@ -49,7 +50,7 @@ class Draft:
 
     def propose(self, rows: Sequence[Row], most: Sequence[int]) -> list[Proposal]:
         """Tokens of the draft; none for rows that are longer than it has positions for, or where it has no numbers."""
-        drawn = not self._sampler.settings.greedy
+        drawn = self._sampler.weighed
         wanted = [max(0, self._affordable(row, more) + drawn) for row, more in zip(rows, most, strict=True)]
         found: list[list[int]] = [[] for _ in rows]
         chances: list[list[Chances]] = [[] for _ in rows]
@@ -72,8 +73,8 @@ class Draft:
 
     def _choose(self, logits: Logits, row: Row, ids: list[int], chances: list[Chances]) -> None:
         scores = self._fit(logits[0])
-        if self._sampler.settings.greedy:
-            ids.append(self._sampler.best(scores, row, ids))
+        if not self._sampler.weighed:
+            ids.append(self._sampler.token(scores, row, ids))
             return
         given = self._sampler.chances(scores, row, ids)
         chances.append(given)

@@ -81,7 +81,7 @@ class Unrolled:
         """How many tokens to say for a row, the spare one included."""
         if self._limit is not None:
             most = min(most, self._limit - len(row.ids))
-        return max(0, most if self._sampler.settings.greedy else most + 1)
+        return max(0, most + self._sampler.weighed)
 
     def _missing(self, rows: Sequence[Row], wanted: Sequence[int]) -> tuple[list[int], list[list[int]]]:
         """How far back to go, and what to read from there on, of rows that want something; notes it as read."""
@@ -102,13 +102,14 @@ class Unrolled:
         settings = self._sampler.settings
         if settings.greedy:
             return None
-        uniform = [[self._sampler.number(row, place, Purpose.DRAFT) for place in range(steps)] for row in rows]
+        purpose = Purpose.DRAFT if self._sampler.weighed else Purpose.TOKEN
+        uniform = [[self._sampler.number(row, place, purpose) for place in range(steps)] for row in rows]
         return Draw(1 / settings.temperature, uniform)
 
     def _proposal(self, tokens: list[int], chances: Chances) -> Proposal:
         if not tokens:
             return NOTHING
-        if self._sampler.settings.greedy:
+        if not self._sampler.weighed:
             return Proposal(tuple(tokens), proposer=self.name)
         if math.isnan(chances[:, 0].sum()):  # one logit that is no number makes the whole distribution so
             return NOTHING
