@@ -173,6 +173,17 @@ def test_there_is_room_for_so_many_and_who_comes_later_waits_or_hears_of_it(path
     assert sum(rows for rows, _ in spy.batches) == 6
 
 
+def test_what_is_cancelled_makes_room(path):
+    spy, batcher, _ = stopped(path, room=1)
+    with batcher, ThreadPoolExecutor(1) as pool:
+        left = batcher.submit(["a"])
+        late = pool.submit(batcher.embed, ["b"], SOON)
+        time.sleep(0.05)
+        assert left.cancel()
+        spy.go.set()
+        expect(late.result(SOON), "b")
+
+
 def test_a_request_without_room_for_all_of_it_leaves_nothing_behind(path):
     spy, batcher, _ = stopped(path, room=2)
     with batcher:

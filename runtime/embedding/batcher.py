@@ -156,7 +156,13 @@ class Batcher:
 
     def _withdraw(self, request: _Request) -> None:
         request.future.cancel()
-        self._waiting = [other for other in self._waiting if other.request is not request]
+        self._keep([other for other in self._waiting if other.request is not request])
+
+    def _keep(self, waiting: list[_Waiting]) -> None:
+        """Let only these wait; whoever waits for room hears of it."""
+        if len(waiting) < len(self._waiting):
+            self._changed.notify_all()
+        self._waiting = waiting
 
     # ---------------------------------------------------------------- workers
 
@@ -168,14 +174,12 @@ class Batcher:
         """Wait for a batch; none when the batcher is closed and nothing is left."""
         with self._changed:
             while True:
-                self._waiting = [waiting for waiting in self._waiting if _wanted(waiting.request)]
+                self._keep([waiting for waiting in self._waiting if _wanted(waiting.request)])
                 left = self._left()
                 if left is None and self._closing:
                     return []
                 if left is not None and left <= 0:
-                    batch = self._choose()
-                    self._changed.notify_all()
-                    if batch:
+                    if batch := self._choose():
                         return batch
                     continue
                 self._changed.wait(left)
@@ -194,7 +198,7 @@ class Batcher:
         near = self._waiting[:LOOK]
         batches = self._embedder.pack([waiting.row for waiting in near])
         chosen = {int(index) for index in next(batch for batch in batches if 0 in batch)}
-        self._waiting = [waiting for index, waiting in enumerate(self._waiting) if index not in chosen]
+        self._keep([waiting for index, waiting in enumerate(self._waiting) if index not in chosen])
         self._usual = len(chosen)
         return [near[index] for index in sorted(chosen) if _begin(near[index].request)]
 
