@@ -16,7 +16,7 @@ from qexport.runtime.speculation import sources
 from qexport.runtime.speculation.lookup import Lookup
 from qexport.runtime.speculation.proposal import NOTHING, Proposal, Reference, Row, Span
 from qexport.runtime.speculation.rounds import Fixed, Rounds
-from qexport.runtime.speculation.sources import BEFOREHAND, DEEP, READ_BACK, STEP, History, Shelf
+from qexport.runtime.speculation.sources import BEFOREHAND, DEEP, HARDLY, READ_BACK, STEP, History, Shelf
 from qexport.runtime.speculation.terms import Terms
 
 TEXTS = st.lists(st.integers(0, 3), min_size=1, max_size=30)
@@ -128,7 +128,8 @@ COSTS = st.lists(st.floats(0, 0.5), min_size=1, max_size=12).map(lambda steps: [
 def test_a_copy_is_as_long_as_makes_the_most_of_it(costs, matched):
     text = list(range(50))
     chances = np.cumprod([BEFOREHAND[min(place, DEEP)] for place in range(matched, matched + len(costs) - 1)])
-    worth = [0, *(np.cumsum(chances) - 1.5 * np.array(costs[1:]))]
+    chances = chances[chances >= HARDLY]
+    worth = [0, *(np.cumsum(chances) - 1.5 * np.array(costs[1 : len(chances) + 1]))]
     found = looked_up(row_of([99, *text[:matched]], ("notes", text)), terms=Terms(costs=costs, worth=1.5), most=20)
     assert worth[len(found.ids)] == pytest.approx(max(worth))
     assert found is not NOTHING or max(worth) == pytest.approx(0)
