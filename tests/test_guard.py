@@ -141,6 +141,24 @@ def test_what_is_earned_may_be_lost_again_but_no_more():
         assert run.seconds - run.tokens - before < DEFAULT.savings + DEFAULT.loan + 3 * (DEFAULT.trial + 1)
 
 
+def test_who_has_earned_again_begins_with_short_rests_again():
+    guard = Guard(bounds=Bounds(rest=10.0, savings=4.0))
+
+    def lose():
+        while guard.allows("lookup"):
+            guard.observe(["lookup"], 1, 1.5)
+        rested = 0
+        while not guard.allows("lookup"):
+            guard.observe([], 1, 1.0)
+            rested += 1
+        return rested
+
+    guard.observe([], 1, 1.0)
+    assert [lose() for _ in range(3)] == [10, 20, 40]
+    guard.observe(["lookup"], 4, 1.5)
+    assert lose() == 10
+
+
 def test_other_texts_end_a_rest_but_not_for_a_proposer_that_never_pays():
     guard = Guard("draft")
     run = Run(guard, random.Random(0))

@@ -36,8 +36,8 @@ def draft(ahead):
 class World:
     """Rounds that take as long as the curves say, on a machine whose pace changes."""
 
-    def __init__(self, policy, *, chance=0.8, batch=1, who="draft", verify=target, seed=0):
-        self.policy, self.chance, self.who, self.verify = policy, chance, who, verify
+    def __init__(self, policy, *, chance=0.8, batch=1, who="draft", verify=target, slower=1.0, seed=0):
+        self.policy, self.chance, self.who, self.verify, self.slower = policy, chance, who, verify, slower
         self.rng, self.clock, self.planned = random.Random(seed), 0.0, []
         self.rows = [Row([1, 2, 3], 2) for _ in range(batch)]
 
@@ -51,7 +51,7 @@ class World:
             for row, count in zip(self.rows, accepted, strict=True):
                 row.ids += [0] * (count + 1)
             load = 0.001 * (3.0 if int(10 * self.clock) % 2 else 1.0) * (1 + 0.05 * self.rng.random())
-            propose = load * draft(ahead) if self.who == "draft" else 0.0
+            propose = load * self.slower * draft(ahead) if self.who == "draft" else 0.0
             verify, began = load * self.verify(batch * (ahead + 1)), self.clock
             self.clock += propose + verify + load * 0.1
             self.policy.observe(
@@ -104,6 +104,25 @@ def test_plain_rounds_come_first_and_now_and_then():
 def test_a_draft_that_is_never_right_is_soon_left_alone():
     world = World(Auto(target, draft, copies=False), chance=0.0).go(400)
     assert sum(most > 0 for most in world.planned) < 60
+
+
+def test_a_draft_that_is_slower_than_was_measured_is_asked_for_less():
+    slow = World(Auto(target, draft, copies=False), slower=3.0).go(300)
+    told = World(Auto(target, lambda ahead: 3 * draft(ahead), copies=False), slower=3.0).go(300)
+    chosen, expected = (np.mean([most for most in world.planned[100:] if most]) for world in (slow, told))
+    assert chosen == pytest.approx(expected, abs=0.5)
+    assert chosen < best_ahead(0.8) - 1
+
+
+def test_a_draft_that_rests_is_tried_again_on_other_rows():
+    world = World(Auto(target, draft, copies=False), chance=0.0)
+    while not world.planned[20:] or any(world.planned[-4:]):
+        world.go(1)
+    world.go(4)
+    assert world.planned[-4:] == [0] * 4
+    world.rows = [Row([1, 2, 3], 2)]
+    world.go(2)
+    assert any(world.planned[-2:])
 
 
 def test_many_rows_make_looking_ahead_dear():
