@@ -59,10 +59,10 @@ def test_a_generator_refuses_to_look_ahead_for_such_a_target_and_decodes_it_plai
     with (
         opened(target) as plainly,
         opened(target, speculate="off") as off,
-        opened(target, draft, speculate="off") as no,
+        opened(target, draft, speculate="off") as unused,
     ):
         assert plainly.options.speculate == "off"
-        assert len({tuple(each.complete([[3, 4, 5]])[0].tokens) for each in (plainly, off, p)}) == 1
+        assert len({tuple(each.complete([[3, 4, 5]])[0].tokens) for each in (plainly, off, unused)}) == 1
     with opened(draft, target) as other:  # a draft may say what it likes
         assert other.options.speculate == "auto"
 
