@@ -64,12 +64,13 @@ def decisions(line, ids, key, s, models):
     words = [np.random.Philox(key=key, counter=len(row)).random_raw(4) for row in rows]
     u = [(four >> np.uint64(11)) * 2.0**-53 for four in words]
     q = [chances(x, s, row) for x, row in zip(logits(models["target"], rows[-1], len(rows)), rows, strict=True)]
-    wanted, greedy = [*proposed, line["spare"]], s["temperature"] == 0
-    if drafted := line["drawn"] or (greedy and line["proposer"] == "draft"):
+    wanted, drawn = [*proposed, line["spare"]], line["drawn"]
+    if drawn or line["proposer"] == "draft":
+        purpose = DRAFT if drawn else TOKEN
         p = [chances(x, s, row) for x, row in zip(logits(models["draft"], rows[-1], len(rows)), rows, strict=True)]
-        yield from ((miss(p[i][0], u[i][DRAFT], x), p[i][1]) for i, x in enumerate(wanted) if x is not None)
+        yield from ((miss(p[i][0], u[i][purpose], x), p[i][1]) for i, x in enumerate(wanted) if x is not None)
     for i, (token, x) in enumerate(zip(tokens, wanted, strict=False)):
-        if not drafted or greedy or x is None:
+        if not drawn or x is None:
             yield miss(q[i][0], u[i][TOKEN], token), q[i][1]
             continue
         edge, over = min(p[i][1], q[i][1]), u[i][ACCEPT] * p[i][0][x] - q[i][0][x]

@@ -38,7 +38,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def log(models):
-    """The lines of a log with all kinds of rounds, and its runs."""
+    """The lines of runs with all kinds of rounds, and the runs."""
     paths, files = models
     loop, prompts = subject(files), prompts_of(50)
     sources = references(loop, prompts, 14)
@@ -48,11 +48,12 @@ def log(models):
         Way(replace(TOP_K, seed=2), 4, LOOKUP),
         Way(replace(PURE, seed=3), 4, CASCADE, steady=False),
         Way(BIASED, 2, DRAFT),
+        Way(replace(MIXED, seed=5), 3, DRAFT, coupled=True),
         Way(Sampling(), 3, DRAFT),
     ]
     runs = [record(loop, way, make_rows(prompts, 3, sources if "lookup" in way.proposer else ()), 11) for way in ways]
     digests = {name: {"model.onnx": digest_bytes(path.read_bytes())} for name, path in paths.items()}
-    return [json.loads(line) for line in to_jsonl(runs, digests).splitlines()], runs
+    return [[json.loads(line) for line in to_jsonl([run], digests).splitlines()] for run in runs], runs
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def judge(models, tmp_path):
 
 def test_a_true_log_holds_in_a_process_without_qexport(models, log, tmp_path):
     path = tmp_path / "log.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in log[0]))
+    path.write_text("".join(json.dumps(line) + "\n" for lines in log[0] for line in lines))
     command = [sys.executable, "-I", str(CHECKER), str(path), *map(str, models[0].values())]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     told = json.loads(done.stdout)
@@ -80,7 +81,7 @@ def test_a_true_log_holds_in_a_process_without_qexport(models, log, tmp_path):
 
 
 def test_a_log_that_was_changed_ends_the_process_with_an_error(models, log, tmp_path):
-    lines = copy.deepcopy(log[0])
+    lines = copy.deepcopy(log[0][0])
     lines[0]["sampling"]["seed"] += 1
     path = tmp_path / "log.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -91,7 +92,7 @@ def test_a_log_that_was_changed_ends_the_process_with_an_error(models, log, tmp_
 
 
 def test_the_log_has_rounds_of_every_kind(log):
-    lines = [line for line in log[0] if "round" in line]
+    lines = [line for lines in log[0] for line in lines if "round" in line]
     drawn = [line for line in lines if line["drawn"]]
     assert {line["proposer"] for line in lines} == {"", "draft", "reference", "lookup"}
     assert any(line["accepted"] == len(line["proposed"]) > 0 for line in drawn)
@@ -187,9 +188,9 @@ def change_header(name, value):
     return change
 
 
-def change_setting(name, value, run=0):
+def change_setting(name, value):
     def change(lines):
-        [line for line in lines if "schema" in line][run]["sampling"][name] = value
+        lines[0]["sampling"][name] = value
 
     return change
 
@@ -203,14 +204,12 @@ def change_prompt(lines):
 
 
 def change_greedy_token(lines):
-    greedy = max(place for place, line in enumerate(lines) if "schema" in line)
-    line = first(lines[greedy:], lambda line: not line["proposed"])
+    line = first(lines, lambda line: not line["proposed"])
     line["tokens"][0] = other(line["tokens"][0])
 
 
-def change_greedy_proposal(lines):
-    greedy = max(place for place, line in enumerate(lines) if "schema" in line)
-    line = first(lines[greedy:], lambda line: line["accepted"] + 1 < len(line["proposed"]))
+def change_certain_proposal(lines):
+    line = first(lines, lambda line: line["accepted"] + 1 < len(line["proposed"]))
     line["proposed"][-1] = other(line["proposed"][-1])
 
 
@@ -219,33 +218,34 @@ def change_digest(lines):
 
 
 TAMPERINGS = {
-    "a token": change_token,
-    "an accepted token with its proposal": change_accepted_token,
-    "a proposal behind a rejection": change_proposal_behind_a_rejection,
-    "a spare": change_spare,
-    "a spare that is forgotten": forget_spare,
-    "what was accepted": count_one_less,
-    "drawn or not": say_that_nothing_was_drawn,
-    "a position": move,
-    "rows that swap tokens": give_a_row_another_rows_tokens,
-    "a bonus": drop_a_bonus,
-    "a round that is missing": drop_a_round,
-    "the last round of a row, and the count": drop_the_last_round_of_a_row,
-    "a round twice": repeat_a_round,
-    "the end": cut_the_end,
-    "the schema": change_header("schema", "qexport.replay/0"),
-    "the seed": change_setting("seed", 99),
-    "the temperature": change_setting("temperature", 0.9),
-    "top-k": change_setting("top_k", 3, run=2),
-    "top-p": change_setting("top_p", 0.5, run=1),
-    "min-p": change_setting("min_p", 0.3, run=4),
-    "the penalty": change_setting("repetition_penalty", 1.5, run=1),
-    "a bias": change_setting("logit_bias", {"3": 1.5}, run=4),
-    "a stream": change_stream,
-    "a prompt": change_prompt,
-    "a greedy token": change_greedy_token,
-    "a greedy proposal": change_greedy_proposal,
-    "a model": change_digest,
+    "a token": (0, change_token),
+    "an accepted token with its proposal": (0, change_accepted_token),
+    "a proposal behind a rejection": (0, change_proposal_behind_a_rejection),
+    "a spare": (0, change_spare),
+    "a spare that is forgotten": (0, forget_spare),
+    "what was accepted": (0, count_one_less),
+    "drawn or not": (0, say_that_nothing_was_drawn),
+    "a position": (0, move),
+    "rows that swap tokens": (0, give_a_row_another_rows_tokens),
+    "a bonus": (0, drop_a_bonus),
+    "a round that is missing": (0, drop_a_round),
+    "the last round of a row, and the count": (0, drop_the_last_round_of_a_row),
+    "a round twice": (0, repeat_a_round),
+    "the end": (0, cut_the_end),
+    "the schema": (0, change_header("schema", "qexport.replay/0")),
+    "the seed": (0, change_setting("seed", 99)),
+    "the temperature": (0, change_setting("temperature", 0.9)),
+    "top-k": (2, change_setting("top_k", 3)),
+    "top-p": (1, change_setting("top_p", 0.5)),
+    "min-p": (4, change_setting("min_p", 0.3)),
+    "the penalty": (1, change_setting("repetition_penalty", 1.5)),
+    "a bias": (4, change_setting("logit_bias", {"3": 1.5})),
+    "a stream": (0, change_stream),
+    "a prompt": (0, change_prompt),
+    "a greedy token": (6, change_greedy_token),
+    "a greedy proposal": (6, change_certain_proposal),
+    "a proposal drawn with the target's numbers": (5, change_certain_proposal),
+    "a model": (0, change_digest),
 }
 
 
@@ -258,9 +258,10 @@ def noticed(judge, lines):
 
 @pytest.mark.parametrize("name", TAMPERINGS)
 def test_what_is_changed_in_a_log_is_noticed(name, log, judge):
-    lines = copy.deepcopy(log[0])
-    TAMPERINGS[name](lines)
-    assert lines != log[0]
+    run, change = TAMPERINGS[name]
+    lines = copy.deepcopy(log[0][run])
+    change(lines)
+    assert lines != log[0][run]
     assert noticed(judge, lines)
 
 

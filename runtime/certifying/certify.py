@@ -47,6 +47,7 @@ MIXED = Sampling(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1)
 ARMS = (
     Arm("temperature, 3 ahead", PURE, 3, DRAFT),
     Arm("temperature, 3 ahead in one call", PURE, 3, UNROLLED, share=0.5),
+    Arm("temperature, 3 ahead by equality", PURE, 3, DRAFT, coupled=True, share=0.5),
     Arm("top-k, 2 ahead", TOP_K, 2, DRAFT),
     Arm("top-p, 4 ahead", TOP_P, 4, DRAFT, share=0.5),
     Arm("min-p and penalty, 1 ahead", PENALIZED, 1, DRAFT),
@@ -61,6 +62,7 @@ LONG = (
     Way(PURE, 3, UNROLLED),
     Way(PURE, 4, CASCADE, steady=False),
     Way(TOP_K, 4, LOOKUP),
+    Way(MIXED, 3, DRAFT, coupled=True),
 )
 GREEDY = (
     Way(PURE, 1, DRAFT),
@@ -187,9 +189,10 @@ def examine(
         checks = [_sound(subject)]
         compared = greedy.compare(subject, prompts, length, _possible(options.greedy, subject))
     counted: list[Counted] = []
-    for arm in _possible(options.arms, subject):
+    for place, arm in enumerate(_possible(options.arms, subject)):
+        seeds = range(options.seed + place * options.seeds, options.seed + (place + 1) * options.seeds)
         with stage(f"joint distribution: {arm.name}"):
-            counted.append(_counted(subject, arm, prompts, options))
+            counted.append(_counted(subject, arm, prompts, seeds, options))
     with stage("long texts"):
         runs = _long_runs(subject, prompts, length, options)
         found = evidence.gather(runs, subject, _noise(subject, runs, compared))
@@ -209,15 +212,19 @@ def _possible(ways: Sequence[W], subject: Subject) -> list[W]:
     return [way for way in ways if subject.can(way.proposer)]
 
 
-def _counted(subject: Subject, arm: Arm, prompts: Sequence[Sequence[int]], options: CertifyOptions) -> Counted:
-    """Prompts whose outcomes no rounding moves across an edge of truncation come first."""
+def _counted(
+    subject: Subject, arm: Arm, prompts: Sequence[Sequence[int]], seeds: range, options: CertifyOptions
+) -> Counted:
+    """Prompts whose outcomes no rounding moves across an edge of truncation come first.
+
+    No arm has the seeds of another: with the same numbers they would err alike, and a seed's p-value counts them all.
+    """
     trees: list[Tree] = []
     for prompt in prompts:
         trees.append(enumerate_tokens(subject.truth, prompt, arm.sampling, options.grain, subject.draft_truth))
         if sum(tree.edge > FIRM for tree in trees) == FEW:
             break
     trees.sort(key=lambda tree: tree.edge <= FIRM)
-    seeds = range(options.seed, options.seed + options.seeds)
     return count(subject, arm, trees[:FEW], seeds, options.samples)
 
 

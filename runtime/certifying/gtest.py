@@ -57,13 +57,14 @@ class Fit:
 
 
 def load_scipy() -> ModuleType:
-    """Import scipy.stats, or say what to install."""
+    """Import scipy with what is used of it, or say what to install."""
     try:
-        from scipy import stats
+        import scipy.special
+        import scipy.stats
     except ImportError as error:
         what = "p-values need the package scipy"
         raise EnvironmentMismatch(what, hint="pip install 'qexport[certify]'") from error
-    return stats  # type: ignore[no-any-return]  # it has no types
+    return scipy  # type: ignore[no-any-return]  # it has no types
 
 
 def fit(tables: Sequence[Table]) -> Fit:
@@ -84,12 +85,12 @@ def fit(tables: Sequence[Table]) -> Fit:
 
 def tail(statistic: float, freedom: int) -> float:
     """The chance that chi-squared is at least that large; 1 where nothing could be compared."""
-    return float(load_scipy().chi2.sf(statistic, freedom)) if freedom else 1.0
+    return float(load_scipy().special.chdtrc(freedom, statistic)) if freedom else 1.0
 
 
 def uniformity(values: NDArray[np.float64]) -> float:
     """p-value of A. Kolmogorov's test (1933) that these are uniform on [0, 1]; exact up to some thousands."""
-    return float(load_scipy().kstest(values, "uniform").pvalue)
+    return float(load_scipy().stats.kstest(values, "uniform").pvalue)
 
 
 def holm(values: Sequence[float], level: float) -> list[bool]:
@@ -115,13 +116,9 @@ def power(freedom: int, samples: int, level: float) -> float:
     """
     if not freedom or not samples:
         return 1.0
-    stats = load_scipy()
-    limit = stats.chi2.isf(level, freedom)
-    low, high = 0.0, 16.0 * (limit + 50)
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if stats.ncx2.sf(limit, freedom, middle) >= _POWER else (middle, high)
-    return min(1.0, float(np.sqrt(high / (4 * samples))))
+    special = load_scipy().special
+    noncentrality = special.chndtrinc(special.chdtri(freedom, level), freedom, 1 - _POWER)
+    return min(1.0, float(np.sqrt(noncentrality / (4 * samples))))
 
 
 def pools(chances: Chances, samples: int) -> NDArray[np.int64]:

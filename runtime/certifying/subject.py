@@ -32,12 +32,14 @@ class Way:
         proposer: ``plain`` for nobody, ``draft``, ``unrolled`` for the same in one call, ``lookup`` for copies, or
             ``lookup+draft``.
         steady: Whether ``ahead`` tokens are asked for in every round, or now more, now fewer, now none.
+        coupled: Whether the draft draws with the target's numbers, and tokens are taken by equality.
     """
 
     sampling: Sampling
     ahead: int = 1
     proposer: str = DRAFT
     steady: bool = True
+    coupled: bool = False
 
 
 class Wandering:
@@ -78,7 +80,7 @@ class Subject:
 
     def loop(self, way: Way) -> Rounds:
         """Rounds that have not begun."""
-        sampler = Sampler(way.sampling)
+        sampler = Sampler(way.sampling, coupled=way.coupled)
         policy: Policy = Fixed(way.ahead) if way.steady else Wandering(way.ahead)
         rounds = Rounds(self.target, sampler, self.proposer(way.proposer, sampler), policy)
         rounds.rule = self.rule

@@ -16,7 +16,7 @@ from qexport.runtime.certifying.subject import LOOKUP, PLAIN, Subject, Way, make
 from qexport.runtime.sampling.settings import Sampling
 from qexport.runtime.speculation.proposal import Reference
 
-SIMULATED = 20_000  # experiments that a seed is compared with
+SIMULATED = 5_000  # experiments that a seed is compared with
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class Arm:
         ahead: Tokens that are proposed at most.
         proposer: As :class:`Way` has it.
         steady: The same.
+        coupled: The same.
         share: Of the samples that arms have.
         batch: Rows of a batch; as many as an experiment has where it is 0.
     """
@@ -38,6 +39,7 @@ class Arm:
     ahead: int
     proposer: str
     steady: bool = True
+    coupled: bool = False
     share: float = 1.0
     batch: int = 0
 
@@ -81,7 +83,7 @@ def count(subject: Subject, arm: Arm, trees: Sequence[Tree], seeds: Sequence[int
     counts = [np.zeros((len(seeds), tree.chances.size), np.int64) for tree in trees]
     for place, seed in enumerate(seeds):
         outcomes: list[list[list[int]]] = [[] for _ in trees]
-        way = Way(replace(arm.sampling, seed=seed), arm.ahead, arm.proposer, arm.steady)
+        way = Way(replace(arm.sampling, seed=seed), arm.ahead, arm.proposer, arm.steady, arm.coupled)
         for index, tokens in enumerate(_outputs(subject, way, trees, (rows, arm.batch or rows), sources)):
             outcomes[index % len(trees)].append(tokens)
         for tree, found, mine in zip(trees, outcomes, counts, strict=True):

@@ -20,6 +20,8 @@ class Asked(TypedDict):
     samples: int
     seeds: int
     seed: int
+    rows: int
+    length: int
     level: float
     threads: int
 
@@ -30,6 +32,8 @@ class Asked(TypedDict):
 @click.option("--samples", type=int, metavar="N", default=2000, show_default=True, help="Of each joint distribution.")
 @click.option("--seeds", type=int, metavar="S", default=50, show_default=True, help="Experiments they are split into.")
 @click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="The first seed.")
+@click.option("--rows", type=int, metavar="N", default=32, show_default=True, help="Of each batch of long texts.")
+@click.option("--length", type=int, metavar="N", default=48, show_default=True, help="Tokens of each long text.")
 @click.option(
     "--level", type=float, metavar="P", default=1e-3, show_default=True, help="Chance of a false alarm, in all."
 )
