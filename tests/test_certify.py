@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from functools import cache
 
@@ -22,6 +23,7 @@ from qexport.runtime.certifying.exact import Grain
 from qexport.runtime.certifying.gtest import Fit
 from qexport.runtime.certifying.subject import PLAIN, UNROLLED, Subject, Way, make_rows
 from qexport.runtime.decoder import Decoder
+from qexport.runtime.generation.generator import Generator
 from qexport.runtime.sampling.settings import Sampling
 from qexport.runtime.speculation.chains import Chains
 
@@ -124,6 +126,21 @@ def test_a_fault_is_told_and_exits_with_7(folders, prompts, tmp_path, capsys, mo
     code, out, _ = call(capsys, *asked, "--json")
     assert code == 7
     assert json.loads(out)["passed"] is False
+
+
+def test_a_generator_that_says_something_else_than_the_loop_is_found(folders, prompts, capsys, monkeypatch):
+    complete = Generator.complete
+
+    def altered(self, given, sampling=None, stop=None):
+        first, *others = complete(self, given, sampling, stop)
+        return [replace(first, tokens=(*first.tokens[:5], (first.tokens[5] + 25) % 50, *first.tokens[6:])), *others]
+
+    asked = ("certify", str(folders[0]), "--draft", str(folders[1]), *FEW, "--prompts", str(prompts))
+    monkeypatch.setattr(Generator, "complete", altered)
+    code, out, error = call(capsys, *asked)
+    assert code == 7
+    assert re.search(r"1 of \d+ checks fail: the generator says the same", error)
+    assert "12 of 16 rows equal, 0 differ in a tie; draft row 0 differs at token 5" in out
 
 
 def test_a_draft_with_another_tokenizer_is_refused(folders, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from functools import cache
 
 import cached_models
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from qexport.errors import EnvironmentMismatch
 from qexport.runtime.certifying import gtest, independence, reference
 from qexport.runtime.certifying.evidence import bounds, output_bounds
 from qexport.runtime.certifying.exact import LESS, MORE, Grain, classes, enumerate_tokens
@@ -192,3 +194,9 @@ def test_p_values_of_fifty_seeds_of_the_real_loop_are_uniform():
     counted = count(loop, Arm("draft", sampling, 2, DRAFT), trees, range(50), 2000)
     assert gtest.uniformity(by_seed([counted], np.random.default_rng(0))) > 1e-3
     assert counted.fit().p > 1e-4
+
+
+def test_without_scipy_there_is_word_of_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.special", None)
+    with pytest.raises(EnvironmentMismatch, match=r"pip install 'qexport\[certify\]'"):
+        gtest.load_scipy()

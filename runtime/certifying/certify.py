@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from qexport.errors import ModelInvalid, UsageError
-from qexport.runtime.certifying import evidence, greedy, gtest, independence
+from qexport.runtime.certifying import evidence, greedy, gtest, independence, whole
 from qexport.runtime.certifying.certificate import NUMBERS, Certificate, Check, Test, judge
 from qexport.runtime.certifying.evidence import Evidence
 from qexport.runtime.certifying.exact import Grain, Tree, enumerate_tokens
@@ -33,6 +33,7 @@ Stage = Callable[[str], AbstractContextManager[object]]
 
 PROMPT = 12  # tokens of a prompt, at most
 MANY = 1 << 30  # rounds
+SOUND = "sound"
 FIRM = 1e-4  # of an edge of truncation, see ``reference.Wanted``
 FILES = ("model.onnx*", "engine.plan")
 FEW = 2  # prompts of an arm
@@ -163,6 +164,9 @@ def certify(
     subject = Subject(*decoders[:2]) if draft is None else Subject(*decoders[:4], chains=_chains(models[1]))
     prompts = [ids[:PROMPT] for text in texts if (ids := models[0].folder.tokenizer.encode(text))]
     checks, runs = examine(subject, prompts, options, stage)
+    if all(check.passed for check in checks if check.group == SOUND):
+        with stage("generator"):
+            checks.append(whole.compare(subject, models[0], models[1] if draft else None, runs[:-1]))
     paths = {"target": target} if draft is None else {"target": target, "draft": draft}
     files = {name: _digests(path) for name, path in paths.items()}
     told = {name: {"path": str(path), **files[name]} for name, path in paths.items()}
@@ -269,7 +273,7 @@ def _noise(subject: Subject, runs: Sequence[Run], compared: greedy.Identity) -> 
 def _sound(subject: Subject) -> Check:
     found = measure_soundness(subject.truth)
     told = f"logits change by {found.leak:.2g} standard deviations with them"
-    return Check("sound", "tokens behind do not matter", found.sound, told, details=asdict(found))
+    return Check(SOUND, "tokens behind do not matter", found.sound, told, details=asdict(found))
 
 
 def _identity(found: greedy.Identity) -> Check:
