@@ -31,8 +31,8 @@ TOKENS, ROUNDS = 128, 3
 NOTE = (
     f"onnxruntime CPU, one thread, float32, no draft; {TOKENS} tokens a prompt, one at a time, {ROUNDS} rounds in "
     "which both ways decode a prompt before the next. Copies come from prompt and output, and from references where "
-    "there are some: what the target said before the prompt was edited. How far to copy, and when to stop, is left to the "
-    "runtime. Speed: tokens per second over plain decoding (95 % of resamplings of prompts)."
+    "there are some: what the target said before the prompt was edited. How far to copy, and when to stop, is left to "
+    "the runtime. Speed: tokens per second over plain decoding (95 % of resamplings of prompts)."
 )
 
 
