@@ -159,6 +159,20 @@ def test_who_has_earned_again_begins_with_short_rests_again():
     assert lose() == 10
 
 
+def test_who_pays_on_the_whole_begins_each_text_anew():
+    guard = Guard("draft")
+    run = Run(guard, random.Random(0))
+    run.go({"draft": Arm(0.8)}, 1500)
+    for _ in range(3):
+        guard.forgive()
+        run.go({"draft": Arm(0.1)}, 128)  # texts that it is not good at
+    guard.forgive()
+    assert guard.allows("draft")
+    before = run.seconds
+    run.go({"draft": Arm(0.8)}, 256)
+    assert 256 / (run.seconds - before) > 0.8 * Arm(0.8).speed
+
+
 def test_other_texts_end_a_rest_but_not_for_a_proposer_that_never_pays():
     guard = Guard("draft")
     run = Run(guard, random.Random(0))

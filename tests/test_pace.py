@@ -79,7 +79,7 @@ def test_nothing_seen_is_the_prior_and_positions_never_seen_have_the_rate_of_all
         outlook.observe(2, 2)
     first, second, third = outlook.conditional(3)
     assert first == second > 0.98
-    assert 0.95 < third < 1
+    assert 0.95 < third <= 1
 
 
 def test_each_position_is_learned_by_itself():
@@ -90,7 +90,11 @@ def test_each_position_is_learned_by_itself():
         outlook.observe(3, accepted)
         if number > 500:
             kept.append(outlook.conditional(3))
-    assert np.mean(kept, axis=0) == pytest.approx(truth, abs=0.04)  # leans on the others a little
+    learned, rate = np.mean(kept, axis=0), np.average(truth, weights=[1, 0.9, 0.45])
+    assert all(
+        abs(one - rate) < abs(real - rate) for one, real in zip(learned, truth, strict=True)
+    )  # leans on the rest
+    assert learned == pytest.approx(truth, abs=0.12)
     assert np.std(kept, axis=0).max() < 0.1
 
 
@@ -108,7 +112,7 @@ def test_what_was_seen_long_ago_counts_little():
     outlook = Outlook()
     for _ in range(1000):
         outlook.observe(1, 1)
-    for _ in range(150):
+    for _ in range(40):
         outlook.observe(1, 0)
     assert outlook.conditional(1)[0] < 0.15
 
@@ -118,7 +122,7 @@ def test_chances_stay_between_0_and_1(rounds):
     outlook = Outlook()
     for proposed, accepted in rounds:
         outlook.observe(proposed, min(proposed, accepted))
-    assert all(0 < chance < 1 for chance in outlook.conditional(6))
+    assert all(0 <= chance <= 1 for chance in outlook.conditional(6))
 
 
 # ---------------------------------------------------------------- times
@@ -132,6 +136,13 @@ def test_a_draft_that_is_slower_than_its_curve_says_is_taken_for_that_after_some
         times.observe_rest(0.05)
     assert times.round(0) == pytest.approx(2.05)
     assert times.round(2) == pytest.approx(2.2 + 0.4 + 0.05, rel=1e-3)
+
+
+def test_a_rest_that_rounds_to_less_than_nothing_is_none():
+    times = Times(curve(t1=2.0, t9=2.8), None, most=MOST)
+    for _ in range(300):
+        times.observe_rest(-1e-15)
+    assert times.round(0) == 2.0
 
 
 def test_one_disturbed_round_moves_little():

@@ -23,6 +23,7 @@ from statistics import median
 RECENT = 16  # rounds of a proposer from which its speed is told
 PLAIN = 5  # rounds of plain decoding that its time is the median of
 PAIRS = 8  # neighbours, one plain and one not, from which is told how much longer wide calls take than was said
+MEMORY = 1 - 1 / 512  # what a round counts when one more is seen, where a proposer is judged on the whole
 OUTLIER = 2.0  # times the median round; what is longer was disturbed by something else
 
 
@@ -82,9 +83,11 @@ class Guard:
         self._wanted = max(self._wanted, 1)
 
     def forgive(self) -> None:
-        """Other texts begin, on which a proposer may do better: short rests end, unless they were too many."""
+        """Other texts begin, on which a proposer may do better: who pays on the whole begins anew, short rests end."""
         for account in self._accounts.values():
-            if account.rest <= self._bounds.forgiven:
+            if account.pays:
+                account.until, account.loan, account.rest = self._tokens, self._bounds.loan, self._bounds.rest
+            elif account.rest <= self._bounds.forgiven:
                 account.until = self._tokens
 
     def allows(self, name: str) -> bool:
@@ -152,12 +155,18 @@ class _Account:
     loan: float = field(init=False)
     rest: float = field(init=False)
     until: float = 0.0
+    earned: float = 0.0  # on the whole, in tokens; what is long ago counts little
     tokens: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     taken: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     ratios: deque[float] = field(default_factory=lambda: deque([1.0], maxlen=PAIRS))
 
     def __post_init__(self) -> None:
         self.loan, self.rest = self.bounds.loan, self.bounds.rest
+
+    @property
+    def pays(self) -> bool:
+        """Whether it has done better than plain decoding on the whole."""
+        return self.earned > 0
 
     @property
     def pace(self) -> float:
@@ -174,6 +183,7 @@ class _Account:
         lost = median(self.ratios) * min(self.taken[-1], OUTLIER * median(self.taken)) / pace
         if len(self.taken) < 3:
             lost = min(lost, OUTLIER)  # too few rounds to tell which was disturbed
+        self.earned = MEMORY * self.earned + tokens - lost
         self.balance = min(self.balance + tokens - lost, self.bounds.savings)
         if self.balance >= self.bounds.savings / 2:
             self.loan, self.rest = self.bounds.loan, self.bounds.rest

@@ -14,8 +14,8 @@ from typing import TypeAlias
 Curve: TypeAlias = Callable[[float], float]  # time by tokens of a row in one call, in any unit
 
 PRIOR, WEIGHT = 0.6, 4.0  # acceptance before anything was seen, and how many tokens that is worth
-SHARED = 8.0  # tokens that the acceptance of all positions is worth to each
-MEMORY = 1 - 1 / 64  # what a token counts when one more is seen
+SHARED = 16.0  # tokens that the acceptance of all positions is worth to each
+MEMORY = 1 - 1 / 16  # what a token counts when one more is seen: acceptance comes in runs, which are worth following
 STEP, APART = 1 / 8, 1.5  # of a ratio of times towards a new one, and how far that may be off to be believed
 
 
@@ -86,7 +86,7 @@ class Times:
 
     def observe_rest(self, taken: float) -> None:
         """What a round needed besides the target's call and the proposals, in the unit of the curves."""
-        self._rest = _towards(self._rest or taken, taken)
+        self._rest = _towards(self._rest, max(taken, 0.0))
 
     def observe_draft(self, ahead: int, taken: float) -> None:
         """What a proposal of ``ahead`` tokens needed, in the unit of the curves."""
@@ -104,7 +104,7 @@ class Times:
 
 def _towards(known: float, found: float) -> float:
     """A step, that a disturbed round cannot make large."""
-    return known + (min(max(found, known / APART), known * APART) - known) * STEP
+    return known + (min(max(found, known / APART), known * APART) - known) * STEP if known else found
 
 
 def best(conditional: Sequence[float], taken: Callable[[int], float], most: int) -> int:

@@ -13,8 +13,8 @@ from qexport.runtime.speculation.terms import Terms
 
 COPIES = ("lookup", "reference")
 DRAFT = "draft"
-AT_ONCE = 8  # rounds that are learned from together, as little code that runs at a time costs more than it says
-EVERY = 16  # rounds after which K and the length of copies are weighed again
+AT_ONCE = 4  # rounds that are learned from together, as little code that runs at a time costs more than it says
+EVERY, SELDOM = 4, 16  # rounds after which K and what copies cost are weighed again
 
 
 class Auto:
@@ -67,9 +67,7 @@ class Auto:
             self._learn()
         if begins or len(rows) != self._batch:
             self._turn(len(rows), begins=begins)
-        if self._rounds % EVERY == 0:
-            self._weigh()
-        self._rounds += 1
+        self._weigh()
         guard, limits = self._guard, self.terms.limits
         self._probed = guard.probing
         if self._probed:
@@ -116,6 +114,8 @@ class Auto:
 
     def _weigh(self) -> None:
         times = self._times[self._batch]
-        self.terms.costs = times.verifying()
-        if self._draft is not None:
+        if self._rounds % SELDOM == 0:
+            self.terms.costs = times.verifying()
+        if self._rounds % EVERY == 0 and self._draft is not None:
             self._ahead = best(self._outlook.conditional(self._most), times.round, self._most)
+        self._rounds += 1
