@@ -111,7 +111,7 @@ def test_a_proposer_that_makes_no_difference_makes_none():
     assert mean(runs({"draft": arm}, 2000)) == pytest.approx(1, abs=0.02)
 
 
-def test_plain_decoding_is_measured_in_at_most_one_of_64_tokens():
+def test_plain_decoding_is_measured_in_at_most_two_of_128_tokens():
     for run in runs({"draft": Arm(0.9)}, 5000, seeds=3):
         assert 0.8 * run.tokens / 70 < run.probes <= 3 + run.tokens / 64
     for run in runs({"lookup": Arm(0.9, fires=0.1)}, 5000, seeds=3):
@@ -257,6 +257,8 @@ def test_speed_is_told_as_soon_as_both_are_known():
     assert guard.speed("lookup") is None
     guard.observe(["lookup"], 4, 2.0)
     assert guard.speed("lookup") is None
+    guard.observe([], 1, 1.1)  # behind another: does not count
+    assert guard.speed("lookup") is None
     guard.observe([], 1, 1.0)
     assert guard.speed("lookup") == 2
     assert guard.speed("draft") is None
@@ -272,6 +274,18 @@ def test_plain_decoding_comes_first_and_again_when_something_changed():
     assert guard.probing
     guard.observe([], 1, 1.0)
     assert not guard.probing
+
+
+def test_plain_rounds_behind_others_do_not_count_as_they_take_longer():
+    guard = Guard()
+    for _ in range(3):
+        guard.observe([], 1, 1.0)
+    for _ in range(100):
+        guard.observe(["lookup"], 2, 2.0)
+        guard.observe([], 1, 1.5)
+        if guard.probing:
+            guard.observe([], 1, 1.0)
+    assert guard.speed("lookup") == 1
 
 
 def test_a_loan_bounds_what_is_lost_before_the_first_rest():

@@ -10,7 +10,8 @@ problem*, 2002.)
 
 Times are measured and handed in: nothing here looks at a clock. Machines change their pace by more than what is to be
 told apart, so the caller says how slow each moment was, and what is left of that is found by comparing plain rounds
-with the rounds next to them. Tokens are those of a batch divided by its rows.
+with the rounds behind them. Plain rounds behind others do not count: what ran before has left its data in the
+processor's caches, where plain decoding alone would have its own. Tokens are those of a batch divided by its rows.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from statistics import median
 
 RECENT = 16  # rounds of a proposer from which its speed is told
 PLAIN = 5  # rounds of plain decoding that its time is the median of
-PAIRS = 8  # neighbours, one plain and one not, from which is told how much longer wide calls take than was said
+PAIRS = 8  # neighbours, a plain round and one behind it, that tell how much longer wide calls take than was said
 MEMORY = 1 - 1 / 512  # what a round counts when one more is seen, where a proposer is judged on the whole
 OUTLIER = 2.0  # times the median round; what is longer was disturbed by something else
 
@@ -38,7 +39,7 @@ class Bounds:
         rest: Tokens until it is tried again, at first.
         forgiven: Longest rest that ends when other texts begin.
         longest: Longest rest of all.
-        probe: Tokens after which plain decoding is measured again, if it does not happen by itself.
+        probe: Tokens after which plain decoding is measured again, in two rounds, if it does not happen by itself.
     """
 
     loan: float = 2.0
@@ -47,7 +48,7 @@ class Bounds:
     rest: float = 64.0
     forgiven: float = 256.0
     longest: float = 512.0
-    probe: float = 64.0
+    probe: float = 128.0
 
 
 DEFAULT = Bounds()
@@ -71,11 +72,12 @@ class Guard:
         self._tokens = 0.0
         self._due = 0.0  # when plain decoding is measured again
         self._wanted = 3  # rounds of it that are missing
-        self._last: tuple[tuple[str, ...], float] | None = None  # who took part in the round before, and its load
+        self._settled: float | None = None  # load of the round before, where it was a plain one that counted
+        self._alone = True  # whether the round before was plain
 
     @property
     def probing(self) -> bool:
-        """Whether the next round should be plain, since too little is known of it: at most 1 token in ``probe``."""
+        """Whether the next round should be plain, since too little is known of it: at most 2 tokens in ``probe``."""
         return self._wanted > 0 or self._tokens >= self._due
 
     def renew(self) -> None:
@@ -115,23 +117,22 @@ class Guard:
         names = tuple(sorted(name for name in proposers if name != self._steady) or proposers)
         for name in names:
             self._accounts.setdefault(name, _Account(self._bounds)).add(tokens, taken)
-        self._pair(names, load)
-        if not names:
+        if names:
+            self._book(names, tokens, load)
+        elif self._alone:
             self._plain.append(taken / tokens)
             self._wanted = max(0, self._wanted - 1)
             self._due = self._tokens + self._bounds.probe
-        elif self._plain:
-            for name in names:
-                self._accounts[name].book(tokens, self._otherwise(name), self._tokens)
+        self._settled = load if self._alone and not names else None
+        self._alone = not names
 
-    def _pair(self, names: tuple[str, ...], load: float) -> None:
-        """Compare the loads of neighbours: they had the same moment, what differs is how wide they were."""
-        before, self._last = self._last, (names, load)
-        if before is not None and bool(before[0]) != bool(names):
-            for name in before[0]:
-                self._accounts[name].ratios.append(before[1] / load)
-            for name in names:
-                self._accounts[name].ratios.append(load / before[1])
+    def _book(self, names: tuple[str, ...], tokens: float, load: float) -> None:
+        for name in names:
+            account = self._accounts[name]
+            if self._settled is not None:
+                account.ratios.append(load / self._settled)
+            if self._plain:
+                account.book(tokens, self._otherwise(name), self._tokens)
 
     def _otherwise(self, name: str) -> float:
         """Time per token of what is done where a proposer is not asked."""

@@ -103,10 +103,10 @@ class Auto:
             times.observe_draft(ahead, record.propose / load)
 
     def _turn(self, batch: int, *, begins: bool) -> None:
-        """Begin with other rows, of which other things are true, or with fewer, which take other times."""
+        """Begin with other rows, of which other things are true, or with half as many, which take other times."""
         if begins:
             self._guard.forgive()
-        if self._batch not in (0, batch):
+        if self._batch and self._batch.bit_length() != batch.bit_length():
             self._guard.renew()
         self._batch, self._rounds = batch, 0
         if batch not in self._times:
