@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import measure
 from speculation import ONE, exported
 
-from qexport.runtime.accounting.race import Decoded, Lap, Way, compare, race
 from qexport.runtime.accounting.stats import account
+from qexport.runtime.benchmarking.interleaved import Timing, compare, generator_way, interleave
 from qexport.runtime.generation.generator import GenerateOptions, Generator, open_generator
 from qexport.runtime.generation.prompt_files import read_prompts_file
 from qexport.runtime.generation.prompts import Prompt
@@ -27,6 +26,7 @@ SETS = (
     ("free text, temperature 1", "free", False, DRAWN),
 )
 TOKENS, ROUNDS = 128, 3
+STOP = Stop(tokens=TOKENS, eos=False)
 
 NOTE = (
     f"onnxruntime CPU, one thread, float32, no draft; {TOKENS} tokens a prompt, one at a time, {ROUNDS} rounds in "
@@ -44,8 +44,9 @@ def main() -> None:
             plain = Generator(loaded.target, None, GenerateOptions(session=ONE, speculate="off", lookup=False))
             for name, file, references, sampling in SETS:
                 prompts = _prompts(file.format(target), references=references)
-                ways = [_way("plain", plain, prompts, sampling), _way("copies", loaded, prompts, sampling)]
-                rows.append(_row(target, name, race(ways, len(prompts), ROUNDS)))
+                both = {"plain": plain, "copies": loaded}.items()
+                ways = [generator_way(way, each, prompts, sampling, STOP) for way, each in both]
+                rows.append(_row(target, name, interleave(ways, len(prompts), ROUNDS)))
                 measure.report("copying", rows, NOTE)
 
 
@@ -54,18 +55,8 @@ def _prompts(file: str, *, references: bool) -> list[Prompt]:
     return [one if references else Prompt(one.text) for one in found]
 
 
-def _way(name: str, generator: Generator, prompts: Sequence[Prompt], sampling: Sampling) -> Way:
-    def decode(number: int) -> Decoded:
-        began = time.perf_counter()
-        batch = generator.batch([prompts[number]], sampling, Stop(tokens=TOKENS, eos=False))
-        tokens = tuple(token.id for _, token in batch)
-        return Decoded(tokens, time.perf_counter() - began, batch.runs[0])
-
-    return Way(name, decode)
-
-
-def _row(target: str, name: str, laps: Sequence[Lap]) -> dict[str, Any]:
-    plain, copies = laps
+def _row(target: str, name: str, timings: Sequence[Timing]) -> dict[str, Any]:
+    plain, copies = timings
     ratio, stats = compare(copies, plain), account(copies.runs)
     return {
         "target": target,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,9 +13,9 @@ from typing import Any
 import measure
 
 import qexport
-from qexport.runtime.accounting.race import Decoded, Lap, Way, compare, race
 from qexport.runtime.accounting.records import PrefillRecord, Run
 from qexport.runtime.accounting.stats import account
+from qexport.runtime.benchmarking.interleaved import Decoded, Timing, Way, compare, generator_way, interleave
 from qexport.runtime.generation.generator import GenerateOptions, Generator, open_generator
 from qexport.runtime.generation.stops import Stop
 from qexport.runtime.session import SessionOptions
@@ -93,15 +92,16 @@ def main() -> None:
     for name, (draft, target) in PAIRS.items():
         with open_generator(exported(target), draft=exported(draft), options=GenerateOptions(session=ONE)) as loaded:
             prompts = windows(loaded, PROMPTS)
-            laps = race([way(each, loaded, prompts) for each in ways(loaded)], PROMPTS, 1)
-            rows += [_row(name, lap, laps) for lap in laps]
+            known = ways(loaded, prompts)
+            timings = interleave([*known.values()], PROMPTS, 1)
+            rows += [_row(name, timing, timings) for timing in timings]
             measure.report("speculation", rows, NOTE)
-            best = max(laps[1:], key=lambda lap: lap.tokens_per_second).way.name
+            best = max(timings[1:], key=lambda timing: timing.tokens_per_second).way.name
             folders = (measure.SAMPLES / "decoder" / target, measure.SAMPLES / "decoder" / draft)
             with Transformers(*folders) as peer:
-                ours = [each for each in ways(loaded) if each in ("plain", "auto", "lookup", best)]
-                both = [way(each, loaded, prompts) for each in ours] + [peer.way(mode, prompts) for mode in PEERS]
-                peers += _peer_rows(name, race(both, COMPARED, 1))
+                ours = [each for each in known if each in ("plain", "auto", "lookup", best)]
+                both = [known[each] for each in ours] + [peer.way(mode, prompts) for mode in PEERS]
+                peers += _peer_rows(name, interleave(both, COMPARED, 1))
                 measure.report("speculation_peers", peers, f"{PEER_NOTE} {json.dumps(peer.versions)}")
             if name == list(PAIRS)[-1]:
                 _demand_identical(loaded)
@@ -123,8 +123,8 @@ def windows(loaded: Generator, count: int) -> list[list[int]]:
     return [list(ids[start : start + LENGTH]) for start in range(0, stride * count, stride)]
 
 
-def ways(loaded: Generator) -> dict[str, Generator]:
-    """All ways, which share what is loaded."""
+def ways(loaded: Generator, prompts: Sequence[list[int]]) -> dict[str, Way]:
+    """All of ours, which share what is loaded."""
     target, draft = loaded.target, loaded.draft
     found = {"plain": Generator(target, None, GenerateOptions(session=ONE, speculate="off", lookup=False))}
     for ahead in AHEAD:
@@ -132,56 +132,45 @@ def ways(loaded: Generator) -> dict[str, Generator]:
     found["auto, draft"] = Generator(target, draft, GenerateOptions(session=ONE, lookup=False))
     found["auto"] = Generator(target, draft, GenerateOptions(session=ONE))
     found["lookup"] = Generator(target, None, GenerateOptions(session=ONE))
-    return found
+    stop = Stop(tokens=TOKENS, eos=False)
+    return {name: generator_way(name, generator, prompts, None, stop) for name, generator in found.items()}
 
 
-def way(name: str, loaded: Generator, prompts: Sequence[list[int]]) -> Way:
-    """One of ours."""
-    generator = ways(loaded)[name]
-
-    def decode(number: int) -> Decoded:
-        began = time.perf_counter()
-        batch = generator.batch([prompts[number]], stop=Stop(tokens=TOKENS, eos=False))
-        tokens = tuple(token.id for _, token in batch)
-        return Decoded(tokens, time.perf_counter() - began, batch.runs[0])
-
-    return Way(name, decode)
-
-
-def _row(pair: str, lap: Lap, laps: Sequence[Lap]) -> dict[str, Any]:
-    ratio, stats = compare(lap, laps[0]), account(lap.runs)
+def _row(pair: str, timing: Timing, timings: Sequence[Timing]) -> dict[str, Any]:
+    ratio, stats = compare(timing, timings[0]), account(timing.runs)
     return {
         "pair": pair,
-        "way": lap.way.name,
-        "tokens/s": f"{lap.tokens_per_second:.0f}",
+        "way": timing.way.name,
+        "tokens/s": f"{timing.tokens_per_second:.0f}",
         "speed": f"{ratio.value:.2f}x ({ratio.low:.2f} .. {ratio.high:.2f})",
         "tokens per call": f"{stats.tokens_per_call:.2f}",
         "taken, %": " ".join(f"{found.proposer} {100 * found.rate:.0f}" for found in stats.proposers),
         "overhead, %": f"{100 * stats.overhead:.1f}",
-        "same": f"{lap.same(laps[0])}/{PROMPTS}",
+        "same": f"{timing.same(timings[0])}/{PROMPTS}",
     }
 
 
-def _peer_rows(pair: str, laps: Sequence[Lap]) -> list[dict[str, Any]]:
-    theirs = [lap for lap in laps if lap.way.name.startswith("transformers")]
-    best = max(theirs, key=lambda lap: lap.tokens_per_second)
+def _peer_rows(pair: str, timings: Sequence[Timing]) -> list[dict[str, Any]]:
+    theirs = [timing for timing in timings if timing.way.name.startswith("transformers")]
+    best = max(theirs, key=lambda timing: timing.tokens_per_second)
     return [
         {
             "pair": pair,
-            "way": lap.way.name,
-            "tokens/s": f"{lap.tokens_per_second:.0f}",
-            "over their best": f"{(ratio := compare(lap, best)).value:.2f}x ({ratio.low:.2f} .. {ratio.high:.2f})",
-            "same": f"{lap.same(laps[0])}/{COMPARED}",
+            "way": timing.way.name,
+            "tokens/s": f"{timing.tokens_per_second:.0f}",
+            "over their best": f"{(ratio := compare(timing, best)).value:.2f}x ({ratio.low:.2f} .. {ratio.high:.2f})",
+            "same": f"{timing.same(timings[0])}/{COMPARED}",
         }
-        for lap in laps
+        for timing in timings
     ]
 
 
 def _demand_identical(loaded: Generator) -> None:
     """Greedy tokens with K = 4 are those of plain decoding, on more prompts."""
     prompts = windows(loaded, IDENTICAL)
-    laps = race([way(name, loaded, prompts) for name in ("plain", "K = 4")], IDENTICAL, 1)
-    same, stats = laps[1].same(laps[0]), account(laps[1].runs)
+    known = ways(loaded, prompts)
+    timings = interleave([known["plain"], known["K = 4"]], IDENTICAL, 1)
+    same, stats = timings[1].same(timings[0]), account(timings[1].runs)
     row = {"prompts": IDENTICAL, "identical": same, "tokens per call": f"{stats.tokens_per_call:.2f}"}
     measure.report("speculation_identity", [row], f"stories260k -> stories3m, K = 4, greedy, {TOKENS} tokens each.")
 

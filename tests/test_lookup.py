@@ -16,7 +16,7 @@ from qexport.runtime.speculation import sources
 from qexport.runtime.speculation.lookup import Lookup
 from qexport.runtime.speculation.proposal import NOTHING, Proposal, Reference, Row, Span
 from qexport.runtime.speculation.rounds import Fixed, Rounds
-from qexport.runtime.speculation.sources import BEFOREHAND, DEEP, HARDLY, READ_BACK, STEP, History, Shelf
+from qexport.runtime.speculation.sources import BEFOREHAND, DEEP, HARDLY, READ_BACK, STEP, History, IndexCache
 from qexport.runtime.speculation.terms import Terms
 
 TEXTS = st.lists(st.integers(0, 3), min_size=1, max_size=30)
@@ -232,15 +232,15 @@ def test_a_row_that_went_back_is_read_anew():
 
 
 def test_references_with_the_same_tokens_are_read_once(monkeypatch):
-    shelf = Shelf()
-    first = shelf.find(Reference("a", (1, 2, 3)))
-    assert shelf.find(Reference("b", (1, 2, 3))) is first
+    indices = IndexCache()
+    first = indices.find(Reference("a", (1, 2, 3)))
+    assert indices.find(Reference("b", (1, 2, 3))) is first
     monkeypatch.setattr(sources, "KEPT", 7)
-    second = shelf.find(Reference("c", (4, 5, 6)))
-    assert shelf.find(Reference("a", (1, 2, 3))) is first
-    shelf.find(Reference("d", (7, 8)))
-    assert shelf.find(Reference("a", (1, 2, 3))) is first
-    assert shelf.find(Reference("c", (4, 5, 6))) is not second
+    second = indices.find(Reference("c", (4, 5, 6)))
+    assert indices.find(Reference("a", (1, 2, 3))) is first
+    indices.find(Reference("d", (7, 8)))
+    assert indices.find(Reference("a", (1, 2, 3))) is first
+    assert indices.find(Reference("c", (4, 5, 6))) is not second
 
 
 # ---------------------------------------------------------------- on a decoder

@@ -29,6 +29,9 @@ def decoder(name="target"):
     return Decoder(MODELS[name], ONE, capacity=16)
 
 
+DRAWN = [Sampling(0.9, seed=3), Sampling(1.3, top_k=12, top_p=0.9, repetition_penalty=1.2)]
+
+
 def run(prompts, sampling, *, draft=None, most=4, tokens=30, streams=None, coupled=False):
     """Tokens of each row, and the rounds."""
     sampler = Sampler(sampling, coupled)
@@ -75,7 +78,7 @@ def test_greedy_tokens_are_those_of_plain_decoding_however_good_the_draft_is(dra
         assert len(rounds) == 1 + -(-29 // (most + 1))
 
 
-@pytest.mark.parametrize("sampling", [Sampling(0.9, seed=3), Sampling(1.3, top_k=12, top_p=0.9, repetition_penalty=1.2)])
+@pytest.mark.parametrize("sampling", DRAWN)
 def test_drawn_tokens_depend_neither_on_how_far_the_draft_looks_nor_on_the_batch(sampling):
     first, rounds = run(PROMPTS, sampling, draft="close", most=1)
     assert 0 < sum(sum(one.record.accepted) for one in rounds[1:]) < sum(sum(one.record.proposed) for one in rounds[1:])
@@ -85,7 +88,7 @@ def test_drawn_tokens_depend_neither_on_how_far_the_draft_looks_nor_on_the_batch
     assert alone == first
 
 
-@pytest.mark.parametrize("sampling", [Sampling(0.9, seed=3), Sampling(1.3, top_k=12, top_p=0.9, repetition_penalty=1.2)])
+@pytest.mark.parametrize("sampling", DRAWN)
 def test_a_draft_that_draws_with_the_numbers_of_the_target_leaves_every_token_as_it_is(sampling):
     truth, _ = run(PROMPTS, sampling)
     for most in (1, 4):
@@ -192,7 +195,9 @@ def test_a_draft_may_have_another_padding_of_its_vocabulary(size):
         sampler = Sampler(sampling)
         draft = Draft(decoder("close"), sampler, VOCABULARY)
         fit, pad = draft._fit, np.full(5, 9.0, np.float32)
-        draft._fit = lambda scores, fit=fit: fit(scores[:size] if size < VOCABULARY else np.append(scores, pad))
+        draft._fit = lambda scores, fit=fit, pad=pad: fit(
+            scores[:size] if size < VOCABULARY else np.append(scores, pad)
+        )
         found, rounds = run(PROMPTS, sampling, draft=draft)
         assert sampling.temperature or found == TRUTH
         assert sum(sum(one.record.accepted) for one in rounds[1:]) > 0

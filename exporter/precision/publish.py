@@ -13,8 +13,7 @@ from qexport.exporter.precision.plots import demand_matplotlib, draw
 from qexport.exporter.precision.sensitivity import Sensitivity, analyse
 from qexport.safe_io import finite, publish, write_text
 
-MANIFEST, NUMBERS = "manifest.json", "sensitivity.json"
-MANIFEST_SCHEMA = "qexport.manifest/1"
+NUMBERS = "sensitivity.json"
 
 
 def publish_sensitivity(question: Question, output: Path) -> Sensitivity:
@@ -31,8 +30,7 @@ def publish_sensitivity(question: Question, output: Path) -> Sensitivity:
         stage.write_json(NUMBERS, finite(found.model_dump(mode="json", by_alias=True)))
         for name, picture in draw(found).items():
             stage.write_bytes(name, picture)
-        files = {name: {"bytes": size, "digest": digest} for name, (size, digest) in sorted(stage.files.items())}
-        stage.write_json(MANIFEST, {"schema": MANIFEST_SCHEMA, "files": files})
+        stage.write_manifest()
     return found
 
 

@@ -1,1 +1,1 @@
-"""Where time and bytes go: counters, curves, what the machine can do."""
+"""Where time and bytes go: records of rounds, the curve t(S), peaks of the machine, and what follows from them."""

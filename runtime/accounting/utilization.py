@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qexport.runtime.accounting.costs import Costs
-from qexport.runtime.accounting.machine import Machine
+from qexport.runtime.accounting.machine import CPU, Machine, measure_machine
 from qexport.runtime.accounting.profiles import Profile
 from qexport.runtime.accounting.records import PrefillRecord, RoundRecord, Run
 
@@ -29,6 +29,12 @@ class Known:
     machine: Machine | None
     target: Profile
     draft: Profile | None = None
+
+
+def find_known(target: Profile, draft: Profile | None = None) -> Known:
+    """Measure the peaks of the processor if the target runs there, with as many threads; nobody measures GPUs yet."""
+    machine = measure_machine(target.threads) if target.fingerprint.device == CPU else None
+    return Known(machine, target, draft)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from qexport.runtime.speculation.rounds import Rounds
 News: TypeAlias = Generator[tuple[int, Token], None, None]
 
 
-class Bench(Protocol):
-    """Where groups of rows are decoded."""
+class OpenRounds(Protocol):
+    """Opens what a group of rows is decoded in."""
 
     def __call__(self, *, plain: bool = False) -> AbstractContextManager[Rounds]:
         """Caches for a group, and the loop over its rows; ``plain`` for one in which nobody looks ahead."""
@@ -33,11 +33,11 @@ class Batch:
         runs: What it took so far, for ``runtime.accounting.stats``: one for every group of rows that is done.
     """
 
-    def __init__(self, bench: Bench, replies: Sequence[Reply], size: int) -> None:
+    def __init__(self, open_rounds: OpenRounds, replies: Sequence[Reply], size: int) -> None:
         """Answer ``size`` rows at a time."""
         self.runs: list[Run] = []
         self._replies = replies
-        self._tokens = _answer(bench, replies, size, self.runs)
+        self._tokens = _answer(open_rounds, replies, size, self.runs)
 
     def __iter__(self) -> Iterator[tuple[int, Token]]:
         return self
@@ -113,16 +113,16 @@ class Stream:
         self._batch.close()
 
 
-def _answer(bench: Bench, replies: Sequence[Reply], size: int, runs: list[Run]) -> News:
+def _answer(open_rounds: OpenRounds, replies: Sequence[Reply], size: int, runs: list[Run]) -> News:
     """One group of rows after the other, each in caches of its own: what one leaves there never meets another.
 
     A row that fails where something was proposed is tried again in the end, with nothing proposed: what is no number
     may come from a proposed token alone.
     """
     for group in _groups(replies, size):
-        yield from _open_group(bench(), group, runs)
+        yield from _open_group(open_rounds(), group, runs)
     for group in _groups([reply for reply in replies if reply.reason is None], size):
-        yield from _open_group(bench(plain=True), group, runs)
+        yield from _open_group(open_rounds(plain=True), group, runs)
 
 
 def _groups(replies: Sequence[Reply], size: int) -> Iterator[Sequence[Reply]]:

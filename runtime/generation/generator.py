@@ -12,10 +12,10 @@ from typing import Literal, TypeAlias
 from qexport.errors import UsageError
 from qexport.runtime.generation.batches import Batch, Stream
 from qexport.runtime.generation.detokenizing import Alphabet, Detokenizer, Sort
-from qexport.runtime.generation.lookahead import Lookout
 from qexport.runtime.generation.models import Model, demand_pair
 from qexport.runtime.generation.prompts import Prompt, Text, demand_tokens, read_row
 from qexport.runtime.generation.replies import Completion, Reply
+from qexport.runtime.generation.speculator import Speculator
 from qexport.runtime.generation.stops import Cutter, Stop
 from qexport.runtime.sampling.sampler import Sampler
 from qexport.runtime.sampling.settings import Sampling
@@ -89,7 +89,7 @@ class Generator:
         self.target, self.draft, self.options = target, draft, options
         self.tokenizer = target.folder.tokenizer
         self._alphabet = Alphabet(self.tokenizer)
-        self._idle: list[Lookout] = []
+        self._idle: list[Speculator] = []
         ahead = options.speculate
         if isinstance(ahead, int) and draft is None and not options.lookup:
             what = f"{ahead} tokens ahead are asked for, and there is neither a draft nor lookup"
@@ -166,11 +166,11 @@ class Generator:
         sampler = Sampler(asked, coupled=self.options.rule == "equality")
 
         @contextmanager
-        def bench(*, plain: bool = False) -> Iterator[Rounds]:
+        def open_rounds(*, plain: bool = False) -> Iterator[Rounds]:
             with ExitStack() as stack:
                 yield self._rounds(stack, sampler, plain=plain)
 
-        return Batch(bench, replies, self.options.batch)
+        return Batch(open_rounds, replies, self.options.batch)
 
     def complete(
         self, prompts: Sequence[Text | Prompt], sampling: Sampling | None = None, stop: Stop | None = None
@@ -210,19 +210,19 @@ class Generator:
         target = stack.enter_context(self.target.decoder())
         if plain or self.plain:
             return Rounds(target, sampler, None, PLAIN)
-        lookout = self._lookout()
-        stack.callback(self._idle.append, lookout)
-        stack.callback(lookout.rest)
-        return Rounds(target, sampler, lookout.proposer(stack, sampler), lookout.policy)
+        speculator = self._speculator()
+        stack.callback(self._idle.append, speculator)
+        stack.callback(speculator.rest)
+        return Rounds(target, sampler, speculator.proposer(stack, sampler), speculator.policy)
 
-    def _lookout(self) -> Lookout:
+    def _speculator(self) -> Speculator:
         """One that nobody uses now."""
         try:
             return self._idle.pop()
         except IndexError:
             ahead = self.options.speculate
             fixed = ahead if isinstance(ahead, int) else None
-            return Lookout(self.target, self.draft, ahead=fixed, lookup=self.options.lookup)
+            return Speculator(self.target, self.draft, ahead=fixed, lookup=self.options.lookup)
 
 
 def open_generator(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,20 @@ from qexport.errors import DataInvalid
 from qexport.runtime.sampling.distribution import Chances, adjust, distribution, draw
 from qexport.runtime.sampling.noise import Purpose, uniform
 from qexport.runtime.sampling.settings import Sampling
-from qexport.runtime.speculation.proposal import Row
+
+
+class Context(Protocol):
+    """What was decided of a row: a ``speculation.proposal.Row``."""
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """Its tokens so far, the prompt included."""
+        ...
+
+    @property
+    def stream(self) -> int:
+        """Which sequence of the request it is."""
+        ...
 
 
 class NotFiniteError(DataInvalid):
@@ -39,7 +52,7 @@ class Sampler:
         """Whether tokens of a draft are taken by their chances, and not for being those of the target."""
         return not (self.settings.greedy or self.coupled)
 
-    def best(self, logits: NDArray[np.floating[Any]], row: Row, ahead: Sequence[int] = ()) -> int:
+    def best(self, logits: NDArray[np.floating[Any]], row: Context, ahead: Sequence[int] = ()) -> int:
         """The most likely token after ``row.ids`` and ``ahead``, the lowest id of equals.
 
         Raises:
@@ -51,7 +64,7 @@ class Sampler:
             raise _not_finite(float(scores[token]), len(row.ids) + len(ahead))
         return token
 
-    def chances(self, logits: NDArray[np.floating[Any]], row: Row, ahead: Sequence[int] = ()) -> Chances:
+    def chances(self, logits: NDArray[np.floating[Any]], row: Context, ahead: Sequence[int] = ()) -> Chances:
         """The distribution of the token after ``row.ids`` and ``ahead``, ``[vocabulary]``; not for greedy settings.
 
         Raises:
@@ -63,13 +76,13 @@ class Sampler:
             raise _not_finite(largest, len(row.ids) + len(ahead))
         return distribution(scores, self.settings)
 
-    def token(self, logits: NDArray[np.floating[Any]], row: Row, ahead: Sequence[int] = ()) -> int:
+    def token(self, logits: NDArray[np.floating[Any]], row: Context, ahead: Sequence[int] = ()) -> int:
         """The token that plain decoding has after ``row.ids`` and ``ahead``: the best one, or the one drawn."""
         if self.settings.greedy:
             return self.best(logits, row, ahead)
         return draw(self.chances(logits, row, ahead), self.number(row, len(ahead), Purpose.TOKEN))
 
-    def tokens(self, logits: NDArray[np.floating[Any]], row: Row, ahead: Sequence[int]) -> Iterator[int]:
+    def tokens(self, logits: NDArray[np.floating[Any]], row: Context, ahead: Sequence[int]) -> Iterator[int]:
         """What ``token`` gives after each of the first ``0 ... n - 1`` of ``ahead``, for logits ``[n, vocabulary]``."""
         if not self.settings.greedy or self.settings.adjusts:
             for place, scores in enumerate(logits):
@@ -80,11 +93,11 @@ class Sampler:
                 raise _not_finite(float(largest), len(row.ids) + place)
             yield token
 
-    def number(self, row: Row, ahead: int, purpose: Purpose) -> float:
+    def number(self, row: Context, ahead: int, purpose: Purpose) -> float:
         """The uniform number of the position ``ahead`` tokens behind the end of the row."""
         return uniform(self.settings.seed, row.stream, len(row.ids) + ahead, purpose)
 
-    def _seen(self, row: Row, ahead: Sequence[int]) -> set[int]:
+    def _seen(self, row: Context, ahead: Sequence[int]) -> set[int]:
         return {*row.ids, *ahead} if self.settings.remembers else set()
 
 

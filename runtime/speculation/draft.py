@@ -10,7 +10,7 @@ from qexport.runtime.decoder import Decoder
 from qexport.runtime.sampling.distribution import draw
 from qexport.runtime.sampling.noise import Purpose
 from qexport.runtime.sampling.sampler import NotFiniteError, Sampler
-from qexport.runtime.speculation.feeding import read_prompts
+from qexport.runtime.speculation.prefill import prefill
 from qexport.runtime.speculation.proposal import NOTHING, Chances, Effort, Logits, Proposal, Row
 
 
@@ -104,7 +104,7 @@ class Draft:
         if not any(missing):
             return []
         began, valid = self.decoder.seconds, int(self.decoder.lengths.sum())
-        last, calls = read_prompts(self.decoder, missing)
+        last, calls = prefill(self.decoder, missing)
         self._done += Effort(self.decoder.seconds - began, calls, max(map(len, missing)), valid)
         return last
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qexport.runtime.speculation.proposal import NOTHING, Effort, Proposal, Row, Span
-from qexport.runtime.speculation.sources import Chances, History, Reading, Shelf, Source, foresee
+from qexport.runtime.speculation.sources import Chances, History, IndexCache, Reading, Source, foresee
 from qexport.runtime.speculation.terms import Terms
 
 
@@ -37,7 +37,7 @@ class Lookup:
         """
         self._terms, self._least = terms or Terms(), least
         self._rows: list[_Row | None] = []
-        self._shelf = Shelf()
+        self._indices = IndexCache()
 
     def begin(self, rows: Sequence[Row]) -> None:
         """Forget the rows, not the references. Prompts are read with the first proposal."""
@@ -80,7 +80,7 @@ class Lookup:
     def _known(self, index: int, row: Row) -> _Row:
         known = self._rows[index]
         if known is None or known.read > len(row.ids):
-            known = self._rows[index] = _Row(row, self._shelf)
+            known = self._rows[index] = _Row(row, self._indices)
         known.follow(row.ids)
         return known
 
@@ -96,9 +96,9 @@ class _Row:
 
     __slots__ = ("read", "sources")
 
-    def __init__(self, row: Row, shelf: Shelf) -> None:
+    def __init__(self, row: Row, indices: IndexCache) -> None:
         prompt = row.ids[: row.prompt]
-        readings = [Reading(named.name, shelf.find(named), prompt) for named in row.references if named.ids]
+        readings = [Reading(named.name, indices.find(named), prompt) for named in row.references if named.ids]
         self.sources: tuple[Source, ...] = (*readings, History(prompt))
         self.read = row.prompt
 

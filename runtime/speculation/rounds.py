@@ -19,7 +19,7 @@ from qexport.runtime.accounting.records import PrefillRecord, RoundRecord
 from qexport.runtime.cache import Counts
 from qexport.runtime.decoder import Decoder
 from qexport.runtime.sampling.sampler import NotFiniteError, Sampler
-from qexport.runtime.speculation.feeding import read_prompts
+from qexport.runtime.speculation.prefill import prefill
 from qexport.runtime.speculation.proposal import NOTHING, Effort, Logits, Proposal, Proposer, Row
 from qexport.runtime.speculation.rules import Verdict, verify
 
@@ -106,7 +106,7 @@ class Rounds:
         self.rows, self._numbers = list(rows), list(range(len(rows)))
         effort = self._effort()
         self._target.reset(len(rows))
-        last, calls = read_prompts(self._target, [row.ids for row in rows])
+        last, calls = prefill(self._target, [row.ids for row in rows])
         if self._proposer is not None:
             self._proposer.begin(rows)
         outcomes = tuple(self._decide(NOTHING, logits, row) for logits, row in zip(last, rows, strict=True))

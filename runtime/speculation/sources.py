@@ -128,7 +128,7 @@ class Index:
     ends: Sequence[int]
 
 
-class Shelf:
+class IndexCache:
     """References by their tokens, the latest of them up to ``KEPT`` tokens together."""
 
     def __init__(self) -> None:

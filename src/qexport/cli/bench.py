@@ -14,8 +14,8 @@ from qexport.errors import UsageError, printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qexport.runtime.accounting.bench import Bench, Entry
-    from qexport.runtime.accounting.contest import BenchOptions
+    from qexport.runtime.benchmarking.bench import BenchOptions
+    from qexport.runtime.benchmarking.result import BenchResult, Entry
 
 
 class Asked(TypedDict):
@@ -57,13 +57,13 @@ def bench(target: Path, **asked: Unpack[Asked]) -> None:
     run. With -o, plots (SVG) and the numbers go to a folder.
     """
     from qexport.cli.progress import RichProgress
-    from qexport.runtime.accounting.contest import publish_bench, run_bench
+    from qexport.runtime.benchmarking.bench import publish_bench, run_bench
     from qexport.runtime.generation.prompt_files import read_prompts_file
 
     prompts = read_prompts_file(asked["prompts"])[: asked["limit"]]
     options, folders, output = _options(asked), (target, asked["draft"]), asked["output"]
 
-    def measured() -> Bench:
+    def measured() -> BenchResult:
         with RichProgress().stage("bench", len(prompts) * options.rounds) as advance:
             return run_bench(folders, prompts, options, lambda: advance(1))
 
@@ -75,7 +75,7 @@ def bench(target: Path, **asked: Unpack[Asked]) -> None:
 
 
 def _options(asked: Asked) -> BenchOptions:
-    from qexport.runtime.accounting.contest import AHEAD, BenchOptions
+    from qexport.runtime.benchmarking.bench import AHEAD, BenchOptions
     from qexport.runtime.sampling.settings import Sampling
     from qexport.runtime.session import SessionOptions
 
@@ -97,7 +97,7 @@ def _options(asked: Asked) -> BenchOptions:
     )
 
 
-def _print(console: Console, found: Bench) -> None:
+def _print(console: Console, found: BenchResult) -> None:
     known, pair = found.known, f" with {found.draft}" if found.draft else ""
     console.print(printable(f"{found.target}{pair}: {found.prompts} prompts, {found.max_tokens} tokens, in turn"))
     if known.machine is not None:

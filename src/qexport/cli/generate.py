@@ -86,7 +86,7 @@ def generate(target: Path, **asked: Unpack[Asked]) -> None:
     from qexport.cli import outputs
     from qexport.cli.accounts import print_stats
     from qexport.runtime.accounting.stats import account
-    from qexport.runtime.generation.accounts import judge
+    from qexport.runtime.benchmarking.baseline import account_with_baseline
     from qexport.runtime.generation.generator import open_generator
 
     sampling, stop, options, prompts = _sampling(asked), _stop(asked), _options(asked), _prompts(asked)
@@ -94,7 +94,10 @@ def generate(target: Path, **asked: Unpack[Asked]) -> None:
         prompts = _with_references(prompts, asked["reference"], generator.tokenizer)
         with outputs.until_closed(), generator.batch(prompts, sampling, stop) as batch:
             (outputs.collect if asked["as_json"] else outputs.show)(batch, len(prompts))
-            stats = judge(generator, batch, prompts, sampling, stop) if asked["stats"] else account(batch.runs)
+            if asked["stats"]:
+                stats = account_with_baseline(generator, batch, prompts, sampling, stop)
+            else:
+                stats = account(batch.runs)
             if asked["as_json"]:
                 print_json(outputs.as_json(prompts, batch, stats))
             elif asked["stats"]:

@@ -74,6 +74,11 @@ class Stage:
         with self.create(name) as file:
             file.write(data)
 
+    def write_manifest(self) -> None:
+        """Add ``manifest.json``, last of all: size and digest of every file."""
+        files = {name: {"bytes": size, "digest": digest} for name, (size, digest) in sorted(self.files.items())}
+        self.write_json(MANIFEST, {"schema": f"{_SCHEMA}1", "files": files})
+
     def copy(self, source: str | os.PathLike[str], name: str) -> None:
         """Add a copy of a regular file."""
         with open_file(source) as original, self.create(name) as file:

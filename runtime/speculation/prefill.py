@@ -1,4 +1,4 @@
-"""Let a decoder read what it has not read: prompts in pieces, and the few tokens that were decided without it."""
+"""Prefill: let a decoder read prompts in pieces, and the few tokens that were decided without it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOGITS_BYTES = 64 << 20
 WIDEST = 512
 
 
-def read_prompts(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> tuple[list[Logits], int]:
+def prefill(decoder: Decoder, prompts: Sequence[Sequence[int]]) -> tuple[list[Logits], int]:
     """Read more tokens of every row, in pieces.
 
     Args:

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from qexport.errors import EnvironmentMismatch
-from qexport.runtime.accounting.bench import Bench, predicted
 from qexport.runtime.accounting.machine import Machine
 from qexport.runtime.accounting.profiles import Profile
 from qexport.runtime.accounting.utilization import Known
+from qexport.runtime.benchmarking.result import BenchResult, predicted
 
 SIZE, GRID = (7.5, 4.6), 0.3  # inches, points
 TARGET, DRAFT, ROOF, QUIET = "#33658a", "#f6ae2d", "#2f4858", "#9aa5b1"
@@ -29,7 +29,7 @@ def demand_matplotlib() -> None:
         ) from error
 
 
-def draw(bench: Bench) -> dict[str, bytes]:
+def draw(bench: BenchResult) -> dict[str, bytes]:
     """Return the pictures: file name to content; those of a draft and of a machine only where there is one."""
     demand_matplotlib()
     pictures = {"speedup": _speedup(bench)}
@@ -87,7 +87,7 @@ def _ridge(machine: Machine) -> float:
     return machine.flops / machine.memory
 
 
-def _acceptance(bench: Bench) -> Any:
+def _acceptance(bench: BenchResult) -> Any:
     figure, axes = _figure("position in the proposal", "share that is taken")
     found = bench.acceptance
     assert found is not None, "it is drawn only where there is one"
@@ -101,7 +101,7 @@ def _acceptance(bench: Bench) -> Any:
     return figure
 
 
-def _speedup(bench: Bench) -> Any:
+def _speedup(bench: BenchResult) -> Any:
     """Fixed numbers of tokens ahead by what was measured and predicted; all other ways as lines."""
     figure, axes = _figure("tokens ahead, K", "speed over plain decoding")
     fixed = sorted((entry for entry in bench.entries if entry.ahead is not None), key=lambda entry: entry.ahead or 0)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from qexport.runtime.accounting.machine import CPU, measure_machine
 from qexport.runtime.accounting.stats import Stats, account
-from qexport.runtime.accounting.utilization import Known
+from qexport.runtime.accounting.utilization import find_known
 from qexport.runtime.generation.batches import Batch
 from qexport.runtime.generation.generator import Generator
 from qexport.runtime.generation.prompts import Prompt, Text
@@ -15,7 +14,7 @@ from qexport.runtime.generation.stops import Stop
 from qexport.runtime.sampling.settings import Sampling
 
 
-def judge(
+def account_with_baseline(
     generator: Generator,
     batch: Batch,
     prompts: Sequence[Text | Prompt],
@@ -31,7 +30,8 @@ def judge(
         sampling: How its tokens were chosen.
         stop: Where its outputs end.
     """
-    known = _known(generator)
+    target, draft = generator.target.profile(), None if generator.draft is None else generator.draft.profile()
+    known = None if target is None else find_known(target, draft)
     if generator.options.speculate == "off":
         return account(batch.runs, known)
     plain = Generator(generator.target, None, replace(generator.options, speculate="off"))
@@ -39,11 +39,3 @@ def judge(
         for _ in other:
             pass
     return account(batch.runs, known, account(other.runs).tokens_per_second)
-
-
-def _known(generator: Generator) -> Known | None:
-    target, draft = generator.target.profile(), None if generator.draft is None else generator.draft.profile()
-    if target is None:
-        return None
-    here = target.fingerprint.device == CPU
-    return Known(measure_machine(target.threads) if here else None, target, draft)

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qexport.runtime.accounting.acceptance import Acceptance, count_acceptance, predict_speedup
-from qexport.runtime.accounting.race import Lap, Ratio, compare
 from qexport.runtime.accounting.stats import Stats, account
 from qexport.runtime.accounting.utilization import Known
+from qexport.runtime.benchmarking.interleaved import Ratio, Timing, compare
 
 SCHEMA = "qexport.bench/1"
 PLAIN, AUTO = "plain", "auto"
@@ -39,7 +39,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Bench:
+class BenchResult:
     """Everything that was measured.
 
     Attributes:
@@ -101,12 +101,12 @@ class Subject:
     known: Known
 
 
-def judge(subject: Subject, laps: Sequence[Lap]) -> Bench:
-    """Sum up; the first lap is that of plain decoding."""
-    plain, known = laps[0], subject.known
-    acceptance = _drafted([lap for lap in laps if lap.way.ahead is not None])
+def summarize(subject: Subject, timings: Sequence[Timing]) -> BenchResult:
+    """Sum up; the first timing is that of plain decoding."""
+    plain, known = timings[0], subject.known
+    acceptance = _drafted([timing for timing in timings if timing.way.ahead is not None])
     baseline = account(plain.runs).tokens_per_second
-    return Bench(
+    return BenchResult(
         target=subject.target,
         draft=subject.draft,
         prompts=len(plain.decoded[0]),
@@ -115,15 +115,15 @@ def judge(subject: Subject, laps: Sequence[Lap]) -> Bench:
         known=known,
         entries=tuple(
             Entry(
-                name=lap.way.name,
-                ahead=lap.way.ahead,
-                tokens_per_second=lap.tokens_per_second,
-                speedup=compare(lap, plain),
-                predicted=predicted(known, acceptance, lap.way.ahead),
-                same=lap.same(plain),
-                stats=account(lap.runs, known, baseline),
+                name=timing.way.name,
+                ahead=timing.way.ahead,
+                tokens_per_second=timing.tokens_per_second,
+                speedup=compare(timing, plain),
+                predicted=predicted(known, acceptance, timing.way.ahead),
+                same=timing.same(plain),
+                stats=account(timing.runs, known, baseline),
             )
-            for lap in laps
+            for timing in timings
         ),
         acceptance=acceptance,
     )
@@ -139,7 +139,7 @@ def predicted(known: Known, acceptance: Acceptance | None, ahead: int | None) ->
     )
 
 
-def _drafted(laps: Sequence[Lap]) -> Acceptance | None:
+def _drafted(timings: Sequence[Timing]) -> Acceptance | None:
     """What the proposer that proposed most made of it."""
-    found = count_acceptance(record for lap in laps for run in lap.runs for record in run.rounds)
+    found = count_acceptance(record for timing in timings for run in timing.runs for record in run.rounds)
     return max(found, key=lambda acceptance: acceptance.proposed, default=None)

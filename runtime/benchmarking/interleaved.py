@@ -9,6 +9,7 @@ which every prompt's median over the rounds is taken.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,10 @@ from numpy.typing import NDArray
 
 from qexport.errors import UsageError
 from qexport.runtime.accounting.records import Run
+from qexport.runtime.generation.generator import Generator
+from qexport.runtime.generation.prompts import Prompt, Text
+from qexport.runtime.generation.stops import Stop
+from qexport.runtime.sampling.settings import Sampling
 
 RESAMPLES = 2000
 COVERED = (2.5, 97.5)  # percentiles of the interval
@@ -53,7 +58,7 @@ class Way:
 
 
 @dataclass(frozen=True, slots=True)
-class Lap:
+class Timing:
     """What one way did.
 
     Attributes:
@@ -84,7 +89,7 @@ class Lap:
         """Over all prompts."""
         return float(self.tokens.sum() / self.seconds.sum())
 
-    def same(self, other: Lap) -> int:
+    def same(self, other: Timing) -> int:
         """How many prompts have the same tokens in both."""
         return sum(a.tokens == b.tokens for a, b in zip(self.decoded[0], other.decoded[0], strict=True))
 
@@ -98,7 +103,7 @@ class Ratio:
     high: float
 
 
-def race(ways: Sequence[Way], prompts: int, rounds: int, told: Callable[[], None] = lambda: None) -> list[Lap]:
+def interleave(ways: Sequence[Way], prompts: int, rounds: int, told: Callable[[], None] = lambda: None) -> list[Timing]:
     """Decode all prompts in all ways.
 
     Args:
@@ -121,12 +126,27 @@ def race(ways: Sequence[Way], prompts: int, rounds: int, told: Callable[[], None
             for place in (*range(first, len(ways)), *range(first)):
                 found[place][number].append(ways[place].decode(prompt))
             told()
-    return [Lap(way, tuple(map(tuple, rows))) for way, rows in zip(ways, found, strict=True)]
+    return [Timing(way, tuple(map(tuple, rows))) for way, rows in zip(ways, found, strict=True)]
 
 
-def compare(lap: Lap, baseline: Lap) -> Ratio:
+def generator_way(
+    name: str, generator: Generator, prompts: Sequence[Text | Prompt], sampling: Sampling | None, stop: Stop
+) -> Way:
+    """A generator as a way to decode: each prompt is a request of its own."""
+    ahead = generator.options.speculate
+
+    def decode(number: int) -> Decoded:
+        began = time.perf_counter()
+        batch = generator.batch([prompts[number]], sampling, stop)
+        tokens = tuple(token.id for _, token in batch)
+        return Decoded(tokens, time.perf_counter() - began, batch.runs[0])
+
+    return Way(name, decode, ahead if isinstance(ahead, int) else None)
+
+
+def compare(timing: Timing, baseline: Timing) -> Ratio:
     """Tokens per second of one way over those of another."""
-    return ratio_of_speeds((lap.tokens, lap.seconds), (baseline.tokens, baseline.seconds))
+    return ratio_of_speeds((timing.tokens, timing.seconds), (baseline.tokens, baseline.seconds))
 
 
 def ratio_of_speeds(

@@ -10,7 +10,7 @@ import pytest
 from helpers import call, exported
 
 from qexport.errors import UsageError
-from qexport.runtime.accounting.contest import BenchOptions, run_bench
+from qexport.runtime.benchmarking.bench import BenchOptions, run_bench
 from qexport.runtime.session import SessionOptions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,7 +135,7 @@ def test_a_file_without_prompts_is_refused(capsys, folder, tmp_path):
 
 def test_missing_plots_are_told_before_the_work(capsys, folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr("qexport.runtime.accounting.contest.open_generator", None)  # nothing is loaded
+    monkeypatch.setattr("qexport.runtime.benchmarking.bench.open_generator", None)  # nothing is loaded
     code, _, err = run(capsys, folder, "-o", str(tmp_path / "out"))
     assert code == 8
     assert "qexport[report]" in err

@@ -18,7 +18,7 @@ from qexport.runtime.speculation.terms import Terms
 from qexport.runtime.speculation.unrolled import Unrolled, unrolls
 
 
-class Lookout:
+class Speculator:
     """What looks ahead for a target: copies first, which cost nothing, then a draft.
 
     It learns how far that pays, and keeps references that it has read. It serves one request at a time.
@@ -65,12 +65,12 @@ class Lookout:
             inner: Proposer = Draft(stack.enter_context(draft.decoder()), sampler, vocabulary)
         else:
             inner = Unrolled(chains, sampler, vocabulary)
-        found = Tolerant(inner)
+        found = FailSafe(inner)
         stack.callback(lambda: draft.note(found.rounds, failed=chains is not None and found.failure is not None))
         return found
 
 
-class Tolerant:
+class FailSafe:
     """A proposer that is left alone once it fails: what it was to speed up goes on without it.
 
     Attributes:

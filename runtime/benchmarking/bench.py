@@ -1,21 +1,19 @@
-"""A bench from folders to numbers: loads target and draft, measures the machine and the curves, races the ways."""
+"""``qexport bench`` from folders to numbers: loads target and draft, measures machine and curves, decodes in turn."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qexport.errors import UsageError
-from qexport.runtime.accounting.bench import AUTO, PLAIN, Bench, Subject, judge
 from qexport.runtime.accounting.curve import Plan, Setting, measure_profile
-from qexport.runtime.accounting.machine import CPU, measure_machine
-from qexport.runtime.accounting.plots import demand_matplotlib, draw
 from qexport.runtime.accounting.profiles import Profile
-from qexport.runtime.accounting.race import Decoded, Way, race
-from qexport.runtime.accounting.utilization import Known
+from qexport.runtime.accounting.utilization import find_known
+from qexport.runtime.benchmarking.interleaved import Way, generator_way, interleave
+from qexport.runtime.benchmarking.plots import demand_matplotlib, draw
+from qexport.runtime.benchmarking.result import AUTO, PLAIN, BenchResult, Subject, summarize
 from qexport.runtime.generation.generator import GenerateOptions, Generator, open_generator
 from qexport.runtime.generation.prompts import Prompt, Text
 from qexport.runtime.generation.stops import Stop
@@ -29,8 +27,7 @@ if TYPE_CHECKING:
 AHEAD = (1, 2, 3, 4, 6, 8)  # tokens
 SECONDS = 1.0  # for each curve
 LOOKUP = "lookup"
-NUMBERS, MANIFEST = "bench.json", "manifest.json"
-MANIFEST_SCHEMA = "qexport.manifest/1"
+NUMBERS = "bench.json"
 Told = Callable[[], None]
 
 
@@ -72,7 +69,7 @@ def run_bench(
     prompts: Sequence[Text | Prompt],
     options: BenchOptions | None = None,
     told: Told = lambda: None,
-) -> Bench:
+) -> BenchResult:
     """Measure plain decoding and every way to look ahead, in turn.
 
     Args:
@@ -90,18 +87,13 @@ def run_bench(
         raise UsageError("there are no prompts", hint="give some, one per line")
     target, draft = folders
     with open_generator(target, draft=draft, options=_loading(asked, draft)) as loaded:
-        curve = _profile(loaded.target)
-        known = Known(
-            machine=measure_machine(asked.session.threads) if curve.fingerprint.device == CPU else None,
-            target=curve,
-            draft=None if loaded.draft is None else _profile(loaded.draft),
-        )
+        known = find_known(_profile(loaded.target), None if loaded.draft is None else _profile(loaded.draft))
         ways = [_way(name, generator, prompts, asked) for name, generator in _ways(loaded, asked)]
-        laps = race(ways, len(prompts), asked.rounds, told)
-    return judge(Subject(str(target), None if draft is None else str(draft), asked.max_tokens, known), laps)
+        timings = interleave(ways, len(prompts), asked.rounds, told)
+    return summarize(Subject(str(target), None if draft is None else str(draft), asked.max_tokens, known), timings)
 
 
-def publish_bench(output: Path, folders: tuple[Path, Path | None], measured: Callable[[], Bench]) -> Bench:
+def publish_bench(output: Path, folders: tuple[Path, Path | None], measured: Callable[[], BenchResult]) -> BenchResult:
     """Measure, and put the numbers and the pictures into a folder.
 
     Raises:
@@ -114,8 +106,7 @@ def publish_bench(output: Path, folders: tuple[Path, Path | None], measured: Cal
         stage.write_json(NUMBERS, finite(found.as_json()))
         for name, picture in draw(found).items():
             stage.write_bytes(name, picture)
-        files = {name: {"bytes": size, "digest": digest} for name, (size, digest) in sorted(stage.files.items())}
-        stage.write_json(MANIFEST, {"schema": MANIFEST_SCHEMA, "files": files})
+        stage.write_manifest()
     return found
 
 
@@ -128,7 +119,7 @@ def _loading(asked: BenchOptions, draft: Path | None) -> GenerateOptions:
 
 
 def _profile(model: Model) -> Profile:
-    """Measured now, whatever is stored: it is held against times of this very run."""
+    """Timing now, whatever is stored: it is held against times of this very run."""
     known = model.profile()
     if known is None:
         what, hint = "nothing says what a call of the decoder reads", "keep model.onnx beside its engine"
@@ -150,12 +141,4 @@ def _ways(loaded: Generator, asked: BenchOptions) -> Iterator[tuple[str, Generat
 
 
 def _way(name: str, generator: Generator, prompts: Sequence[Text | Prompt], asked: BenchOptions) -> Way:
-    ahead = generator.options.speculate
-
-    def decode(number: int) -> Decoded:
-        began = time.perf_counter()
-        batch = generator.batch([prompts[number]], asked.sampling, Stop(tokens=asked.max_tokens))
-        tokens = tuple(token.id for _, token in batch)
-        return Decoded(tokens, time.perf_counter() - began, batch.runs[0])
-
-    return Way(name, decode, ahead if isinstance(ahead, int) else None)
+    return generator_way(name, generator, prompts, asked.sampling, Stop(tokens=asked.max_tokens))

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from qexport.errors import EnvironmentMismatch, UsageError
-from qexport.runtime.accounting import plots
-from qexport.runtime.accounting.bench import Subject, judge
 from qexport.runtime.accounting.costs import Costs
 from qexport.runtime.accounting.machine import Fingerprint, Machine
 from qexport.runtime.accounting.profiles import Profile
-from qexport.runtime.accounting.race import Decoded, Lap, Way, compare, race, ratio_of_speeds
 from qexport.runtime.accounting.records import PrefillRecord, RoundRecord, Run
 from qexport.runtime.accounting.utilization import Known
+from qexport.runtime.benchmarking import plots
+from qexport.runtime.benchmarking.interleaved import Decoded, Timing, Way, compare, interleave, ratio_of_speeds
+from qexport.runtime.benchmarking.result import Subject, summarize
 
 HERE = Fingerprint("processor", 2, "runtime 1")
 TARGET = Profile(HERE, 1, 128, 1, ((1, 2.0), (5, 2.4), (9, 3.0)), 0.1, Costs(20_000_000, 6144, 10_000_000, 6144))
@@ -26,7 +26,7 @@ MACHINE = Machine(HERE, 1, ((2 << 20, 80e9), (32 << 20, 40e9), (128 << 20, 30e9)
 TOKENS = 12
 
 
-class Contest:
+class Clock:
     """Ways to decode with made-up times: each prompt has a difficulty, each way a speed."""
 
     def __init__(self):
@@ -57,19 +57,19 @@ def _round(began, seconds, count, ahead):
 
 @pytest.fixture(scope="module")
 def bench():
-    contest = Contest()
-    ways = [contest.way("plain", 1.0), *(contest.way(f"K = {k}", 1 + k / 8, k) for k in (2, 4, 8))]
-    laps = race([*ways, contest.way("auto", 1.9), contest.way("lookup", 0.98)], prompts=9, rounds=3)
-    return judge(Subject("target", "draft", TOKENS, Known(MACHINE, TARGET, DRAFT)), laps)
+    clock = Clock()
+    ways = [clock.way("plain", 1.0), *(clock.way(f"K = {k}", 1 + k / 8, k) for k in (2, 4, 8))]
+    timings = interleave([*ways, clock.way("auto", 1.9), clock.way("lookup", 0.98)], prompts=9, rounds=3)
+    return summarize(Subject("target", "draft", TOKENS, Known(MACHINE, TARGET, DRAFT)), timings)
 
 
-# ---------------------------------------------------------------- the race
+# ---------------------------------------------------------------- taking turns
 
 
 def test_ways_take_turns_prompt_by_prompt_and_none_is_always_first():
-    contest, told = Contest(), []
-    race([contest.way(name, 1.0) for name in "abc"], prompts=2, rounds=3, told=lambda: told.append(1))
-    timed = contest.order[3:]  # the first ones warm up
+    clock, told = Clock(), []
+    interleave([clock.way(name, 1.0) for name in "abc"], prompts=2, rounds=3, told=lambda: told.append(1))
+    timed = clock.order[3:]  # the first ones warm up
     assert len(timed) == 2 * 3 * 3
     assert len(told) == 2 * 3
     blocks = [timed[start : start + 3] for start in range(0, len(timed), 3)]
@@ -79,8 +79,8 @@ def test_ways_take_turns_prompt_by_prompt_and_none_is_always_first():
 
 
 def test_speed_is_that_of_medians_over_rounds_of_all_prompts():
-    contest = Contest()
-    plain, fast = race([contest.way("plain", 1.0), contest.way("fast", 1.5)], prompts=6, rounds=5)
+    clock = Clock()
+    plain, fast = interleave([clock.way("plain", 1.0), clock.way("fast", 1.5)], prompts=6, rounds=5)
     assert compare(fast, plain).value == pytest.approx(1.5, rel=0.21)
     assert compare(plain, plain).value == 1
     assert plain.tokens_per_second == pytest.approx(6 * TOKENS / plain.seconds.sum())
@@ -89,10 +89,11 @@ def test_speed_is_that_of_medians_over_rounds_of_all_prompts():
 def test_the_time_of_a_prompt_is_the_median_of_its_rounds():
     run = Run(PrefillRecord(0.0, 0.1, (5,), emitted=(1,)), ())
     rounds = [[1.0, 7.0], [9.0, 5.0], [2.0, 6.0]]
-    lap = Lap(Way("plain", None), tuple(tuple(Decoded((1, 2), seconds, run) for seconds in row) for row in rounds))
-    assert lap.seconds.tolist() == [2.0, 6.0]
-    assert lap.tokens_per_second == 4 / 8
-    assert len(lap.runs) == 6
+    decoded = tuple(tuple(Decoded((1, 2), seconds, run) for seconds in row) for row in rounds)
+    timing = Timing(Way("plain", None), decoded)
+    assert timing.seconds.tolist() == [2.0, 6.0]
+    assert timing.tokens_per_second == 4 / 8
+    assert len(timing.runs) == 6
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
@@ -113,9 +114,9 @@ def test_ways_with_more_tokens_are_compared_by_tokens_per_second():
 
 
 @pytest.mark.parametrize(("ways", "prompts", "rounds"), [(0, 1, 1), (1, 0, 1), (1, 1, 0)])
-def test_a_race_of_nothing_is_refused(ways, prompts, rounds):
+def test_turns_of_nothing_are_refused(ways, prompts, rounds):
     with pytest.raises(UsageError, match=f"{ways} ways, {prompts} prompts, {rounds} rounds"):
-        race([Contest().way("plain", 1.0)] * ways, prompts, rounds)
+        interleave([Clock().way("plain", 1.0)] * ways, prompts, rounds)
 
 
 # ---------------------------------------------------------------- the outcome
@@ -131,9 +132,9 @@ def test_a_bench_names_the_best_way_and_how_close_the_automatic_choice_comes(ben
 
 
 def test_other_tokens_than_those_of_plain_decoding_are_told():
-    contest = Contest()
-    ways = [contest.way("plain", 1.0), contest.way("wrong", 1.0, 2, tokens=(1, 2, 3))]
-    found = judge(Subject("target", None, TOKENS, Known(MACHINE, TARGET)), race(ways, 4, 1))
+    clock = Clock()
+    ways = [clock.way("plain", 1.0), clock.way("wrong", 1.0, 2, tokens=(1, 2, 3))]
+    found = summarize(Subject("target", None, TOKENS, Known(MACHINE, TARGET)), interleave(ways, 4, 1))
     assert found.entries[1].same == 0
     assert found.entries[1].predicted is None  # there is no draft's curve
 
@@ -166,16 +167,16 @@ def test_each_picture_is_an_svg_of_its_own_and_the_same_every_time(bench):
 
 
 def test_without_a_draft_there_is_no_picture_of_its_acceptance():
-    contest = Contest()
-    laps = race([contest.way("plain", 1.0), contest.way("lookup", 1.2)], 2, 1)
-    found = judge(Subject("target", None, TOKENS, Known(MACHINE, TARGET)), laps)
+    clock = Clock()
+    timings = interleave([clock.way("plain", 1.0), clock.way("lookup", 1.2)], 2, 1)
+    found = summarize(Subject("target", None, TOKENS, Known(MACHINE, TARGET)), timings)
     assert set(plots.draw(found)) == {"roofline.svg", "speedup.svg"}
 
 
 def test_of_a_device_that_nobody_measured_no_shares_are_told():
-    contest = Contest()
-    laps = race([contest.way("plain", 1.0), contest.way("K = 2", 1.2, 2)], 2, 1)
-    found = judge(Subject("target", "draft", TOKENS, Known(None, TARGET, DRAFT)), laps)
+    clock = Clock()
+    timings = interleave([clock.way("plain", 1.0), clock.way("K = 2", 1.2, 2)], 2, 1)
+    found = summarize(Subject("target", "draft", TOKENS, Known(None, TARGET, DRAFT)), timings)
     use = found.entries[1].stats.hardware.target
     assert (use.mbu, use.mfu, use.bound) == (None, None, None)
     assert use.bytes > 0
