@@ -1,4 +1,4 @@
-"""Keys and values of a decoder between steps: buffers that grow in powers of two, and how far each row has come."""
+"""Keys and values of a decoder between steps: buffers that grow as they fill, and how far each row has come."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from qexport.runtime.backends.host import HOST
 from qexport.runtime.session import Memory
 
 Counts: TypeAlias = NDArray[np.int64]  # [batch], columns
-LEAST = 256  # columns
+LEAST = 32  # columns
+SHARE = 8  # of the next power of two, by which buffers grow at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class Room:
     """How many columns buffers have.
 
     Attributes:
-        least: At first; a power of two where they grow.
+        least: At first, and what they grow by at least; a power of two where they grow.
         most: That count in a row, ``None`` for no end.
         fixed: Whether they never grow.
     """
@@ -32,7 +33,7 @@ class Room:
     fixed: bool = False
 
     def __post_init__(self) -> None:
-        """Raise ``UsageError`` where buffers cannot double from ``least`` on."""
+        """Raise ``UsageError`` for a first size that is no power of two."""
         if self.least < 1 or (self.least & (self.least - 1) and not self.fixed):
             raise UsageError(f"the capacity is {self.least}, expected a power of two")
 
@@ -177,6 +178,16 @@ class Cache:
 
 
 def bucket(needed: int, least: int, most: int | None) -> int:
-    """The power of two, from ``least`` up, that holds ``needed`` columns; ``most`` where that is enough."""
-    power = max(least, 1 << (needed - 1).bit_length())
-    return power if most is None or power <= most else max(most, needed)
+    """Columns that hold ``needed``: multiples of ``least``, from 8 ``least`` on of an eighth of a power of two.
+
+    A step costs as much for columns that are masked as for those that count, and growing costs a copy. So a buffer is
+    never a quarter larger than it must be beside ``least``, and all copies together are a few times its size.
+
+    Args:
+        needed: At least 1.
+        least: Columns of the smallest buffer.
+        most: Columns that a row may have; where these are enough, they are.
+    """
+    grain = max(least, (1 << (needed - 1).bit_length()) // SHARE)
+    columns = -(-needed // grain) * grain
+    return columns if most is None or columns <= most else max(most, needed)

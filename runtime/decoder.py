@@ -73,7 +73,7 @@ class Decoder:
             model: What ``open_session`` takes, or a session, which stays open when this is closed; each of several
                 decoders of one session has a state of its own, and each may run in a thread of its own.
             options: How to run.
-            capacity: Columns that buffers have at first, a power of two; engines fix them.
+            capacity: Columns that buffers have at first and grow by, a power of two; engines fix them.
 
         Raises:
             ModelInvalid: The graph is not in the portable layout.

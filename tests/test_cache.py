@@ -53,10 +53,11 @@ def test_buffers_are_zeros_of_the_asked_shape_and_type():
     assert all(buffer.dtype == np.float16 and not buffer.any() for buffer in made.buffers.values())
 
 
-def test_capacity_starts_at_256_and_doubles_only_when_a_column_does_not_fit():
+def test_capacity_starts_small_and_grows_by_an_eighth_only_when_a_column_does_not_fit():
     made = cache()
-    assert made.capacity == 256
-    for length, capacity in ((256, 256), (257, 512), (512, 512), (513, 1024), (3000, 4096)):
+    assert made.capacity == 32
+    sizes = (32, 32), (33, 64), (200, 224), (256, 256), (257, 320), (512, 512), (513, 640), (3000, 3072)
+    for length, capacity in sizes:
         step(made, length - int(made.lengths[0]))
         assert made.capacity == capacity
         assert right(made)
@@ -182,9 +183,15 @@ def test_a_batch_has_rows():
 def test_a_bucket_holds_what_is_needed_and_is_no_larger_than_it_must(needed, power, most):
     found = bucket(needed, 1 << power, most)
     assert found >= needed
-    assert found < 2 * needed or found <= 1 << power
+    assert found < needed + max(1 << power, needed / 4)
     if most is not None:
         assert found <= max(most, needed)
+
+
+@pytest.mark.parametrize("least", [1, 16, 32])
+def test_copies_of_a_buffer_that_grows_token_by_token_are_a_few_times_its_size(least):
+    sizes = sorted({bucket(needed, least, None) for needed in range(1, 20001)})
+    assert sum(sizes) < 9 * sizes[-1] + 9 * (8 * least)
 
 
 STEPS = st.lists(

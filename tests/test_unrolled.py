@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from qexport.errors import DataInvalid, ModelInvalid, ResourceExhausted, UsageError
 from qexport.exporter.families.form import Form
 from qexport.exporter.load import open_folder
+from qexport.runtime.cache import LEAST
 from qexport.runtime.decoder import Decoder
 from qexport.runtime.sampling.distribution import draw
 from qexport.runtime.sampling.noise import Purpose, uniform
@@ -21,7 +22,7 @@ from qexport.runtime.sampling.sampler import Sampler
 from qexport.runtime.sampling.settings import Sampling
 from qexport.runtime.session import SessionOptions
 from qexport.runtime.speculation import chains as chains_module
-from qexport.runtime.speculation.chains import LEAST, WIDEST, Chain, Chains, Draw
+from qexport.runtime.speculation.chains import WIDEST, Chain, Chains, Draw
 from qexport.runtime.speculation.draft import Draft
 from qexport.runtime.speculation.proposal import NOTHING, Row
 from qexport.runtime.speculation.unrolled import Unrolled, unrolls

@@ -34,8 +34,6 @@ from qexport.runtime.speculation.proposal import Chances, Effort
 LARGEST = 64 << 20
 """Bytes of the largest file that is unrolled: each session has weights of its own, packed for the processor, and a
 step of a larger model takes so long that what is spent around it does not matter."""
-LEAST = 64
-"""Columns of the buffers at first. Attention takes as long as they are wide, and a small decoder does little else."""
 WIDEST = 256  # tokens of a row that are read in one call
 _STEP_BY_STEP = "let it decode step by step"
 _NARROW, _FRAMES = 16, 32  # tokens of a row, and shapes, up to which arrays are kept for the next call
@@ -191,7 +189,7 @@ class Chain:
         """Forget everything and make room for ``batch`` rows."""
         found = self._chains.signature
         self._frames: dict[tuple[Kind, int], _Frame] = {}
-        self._cache = Cache(found.caches, found.dtype, batch, Room(LEAST, found.positions), self._chains.memory)
+        self._cache = Cache(found.caches, found.dtype, batch, Room(most=found.positions), self._chains.memory)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows in this order; the others are done."""
