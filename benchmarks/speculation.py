@@ -92,16 +92,15 @@ def main() -> None:
     for name, (draft, target) in PAIRS.items():
         with open_generator(exported(target), draft=exported(draft), options=GenerateOptions(session=ONE)) as loaded:
             prompts = windows(loaded, PROMPTS)
-            known = ways(loaded, prompts)
-            timings = interleave([*known.values()], PROMPTS, 1)
+            timings = interleave([*ways(loaded, prompts).values()], PROMPTS, 1)
             rows += [_row(name, timing, timings) for timing in timings]
             measure.report("speculation", rows, NOTE)
             best = max(timings[1:], key=lambda timing: timing.tokens_per_second).way.name
             folders = (measure.SAMPLES / "decoder" / target, measure.SAMPLES / "decoder" / draft)
             with Transformers(*folders) as peer:
-                ours = [each for each in known if each in ("plain", "auto", "lookup", best)]
-                both = [known[each] for each in ours] + [peer.way(mode, prompts) for mode in PEERS]
-                peers += _peer_rows(name, interleave(both, COMPARED, 1))
+                ours = [one for one in ways(loaded, prompts).values() if one.name in ("plain", "auto", "lookup", best)]
+                theirs = [peer.way(mode, prompts) for mode in PEERS]
+                peers += _peer_rows(name, interleave([*ours, *theirs], COMPARED, 1))
                 measure.report("speculation_peers", peers, f"{PEER_NOTE} {json.dumps(peer.versions)}")
             if name == list(PAIRS)[-1]:
                 _demand_identical(loaded)

@@ -10,6 +10,7 @@ from qexport.runtime.decoder import Decoder
 from qexport.runtime.sampling.distribution import draw
 from qexport.runtime.sampling.noise import Purpose
 from qexport.runtime.sampling.sampler import NotFiniteError, Sampler
+from qexport.runtime.speculation.following import Followed, affordable
 from qexport.runtime.speculation.prefill import prefill
 from qexport.runtime.speculation.proposal import NOTHING, Chances, Effort, Logits, Proposal, Row
 
@@ -28,8 +29,7 @@ class Draft:
     def __init__(self, decoder: Decoder, sampler: Sampler, vocabulary: int) -> None:
         """Propose for targets with ``vocabulary`` logits; they may have more or less padding than the draft."""
         self.decoder, self._sampler, self._vocabulary = decoder, sampler, vocabulary
-        self._read: list[list[int]] = []
-        self._decided: list[int] = []  # of what was read, the tokens that nobody takes back
+        self._followed = Followed()
         self._done = Effort()
 
     @property
@@ -40,18 +40,18 @@ class Draft:
     def begin(self, rows: Sequence[Row]) -> None:
         """Forget everything."""
         self.decoder.reset(len(rows))
-        self._read, self._decided = [[] for _ in rows], [0] * len(rows)
+        self._followed.begin(len(rows))
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget the others."""
         self.decoder.keep(rows)
-        self._read = [self._read[index] for index in rows]
-        self._decided = [self._decided[index] for index in rows]
+        self._followed.keep(rows)
 
     def propose(self, rows: Sequence[Row], most: Sequence[int]) -> list[Proposal]:
         """Tokens of the draft; none for rows that are longer than it has positions for, or where it has no numbers."""
         drawn = self._sampler.weighed
-        wanted = [max(0, self._affordable(row, more) + drawn) for row, more in zip(rows, most, strict=True)]
+        positions = self.decoder.signature.positions
+        wanted = [affordable(row, more, positions, spare=drawn) for row, more in zip(rows, most, strict=True)]
         found: list[list[int]] = [[] for _ in rows]
         chances: list[list[Chances]] = [[] for _ in rows]
         logits = self._catch_up(rows, wanted)
@@ -66,10 +66,6 @@ class Draft:
             if going:
                 logits = self._feed({index: found[index][-1] for index in going}, len(rows))
         return [self._proposal(ids, given, drawn) for ids, given in zip(found, chances, strict=True)]
-
-    def _affordable(self, row: Row, most: int) -> int:
-        limit = self.decoder.signature.positions
-        return most if limit is None else min(most, limit - len(row.ids))
 
     def _choose(self, logits: Logits, row: Row, ids: list[int], chances: list[Chances]) -> None:
         scores = self._fit(logits[0])
@@ -88,18 +84,7 @@ class Draft:
 
     def _catch_up(self, rows: Sequence[Row], wanted: Sequence[int]) -> list[Logits]:
         """Take back what was rejected and read what was decided, of rows that want something."""
-        lengths: list[int] = []
-        missing: list[list[int]] = []
-        for index, (row, read, more) in enumerate(zip(rows, self._read, wanted, strict=True)):
-            if not more:
-                lengths.append(len(read))
-                missing.append([])
-                continue
-            same = min(agree(row.ids, read, self._decided[index]), len(row.ids) - 1)  # the last is read for its logits
-            self._decided[index] = len(row.ids)
-            lengths.append(same)
-            missing.append(row.ids[same:])
-            read[same:] = missing[-1]
+        lengths, missing = self._followed.catch_up(rows, wanted)
         self.decoder.rollback(lengths)
         if not any(missing):
             return []
@@ -113,7 +98,7 @@ class Draft:
         ids, counts = np.zeros((batch, 1), np.int64), np.zeros(batch, np.int64)
         for index, token in tokens.items():
             ids[index, 0], counts[index] = token, 1
-            self._read[index].append(token)
+            self._followed.add(index, (token,))
         began, valid = self.decoder.seconds, int(self.decoder.lengths.sum())
         logits = self.decoder.extend(ids, counts)
         self._done += Effort(self.decoder.seconds - began, 1, 1, valid)
@@ -125,9 +110,3 @@ class Draft:
         if not drawn:
             return Proposal(tuple(ids), proposer=self.name)
         return Proposal(tuple(ids[:-1]), np.stack(chances), ids[-1], self.name)
-
-
-def agree(ids: Sequence[int], read: Sequence[int], known: int) -> int:
-    """Tokens from the start on in which both agree, of which ``known`` need no look."""
-    end = min(len(ids), len(read))
-    return next((place for place in range(min(known, end), end) if ids[place] != read[place]), end)

@@ -12,7 +12,7 @@ from qexport.runtime.sampling.noise import Purpose
 from qexport.runtime.sampling.sampler import Sampler
 from qexport.runtime.sampling.settings import Sampling
 from qexport.runtime.speculation.chains import Chain, Chains, Draw
-from qexport.runtime.speculation.draft import agree
+from qexport.runtime.speculation.following import Followed, affordable
 from qexport.runtime.speculation.proposal import NOTHING, Chances, Effort, Proposal, Row
 
 
@@ -39,9 +39,8 @@ class Unrolled:
             what = "an unrolled draft takes the most likely tokens, or draws at a temperature, and nothing else"
             raise UsageError(what, hint="let it decode step by step")
         self._chain, self._sampler, self._vocabulary = Chain(chains, vocabulary), sampler, vocabulary
-        self._limit = chains.signature.positions
-        self._read: list[list[int]] = []
-        self._decided: list[int] = []  # of what was read, the tokens that nobody takes back
+        self._positions = chains.signature.positions
+        self._followed = Followed()
 
     @property
     def effort(self) -> Effort:
@@ -51,52 +50,30 @@ class Unrolled:
     def begin(self, rows: Sequence[Row]) -> None:
         """Forget everything."""
         self._chain.reset(len(rows))
-        self._read, self._decided = [[] for _ in rows], [0] * len(rows)
+        self._followed.begin(len(rows))
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget the others."""
         self._chain.keep(rows)
-        self._read = [self._read[index] for index in rows]
-        self._decided = [self._decided[index] for index in rows]
+        self._followed.keep(rows)
 
     def propose(self, rows: Sequence[Row], most: Sequence[int]) -> list[Proposal]:
         """Tokens of the draft; none for rows that are longer than it has positions for, or where it has no numbers."""
-        wanted = [self._affordable(row, more) for row, more in zip(rows, most, strict=True)]
+        spare, positions = self._sampler.weighed, self._positions
+        wanted = [affordable(row, more, positions, spare=spare) for row, more in zip(rows, most, strict=True)]
         steps = max(wanted)
         if steps == 0:
             return [NOTHING] * len(rows)
-        lengths, parts = self._missing(rows, wanted)
+        lengths, parts = self._followed.catch_up(rows, wanted)
         self._chain.rollback(lengths)
         said, chances = self._chain.say(parts, steps, self._draw(rows, steps))
-        for read, part, tokens, length in zip(self._read, parts, said, self._chain.lengths, strict=True):
-            if part:
-                read += tokens
-                del read[length:]  # the last is not read, nor is what has no position
+        for index, length in enumerate(self._chain.lengths):
+            if parts[index]:
+                self._followed.add(index, said[index], length)  # the last is not read, nor is what has no position
         return [
             self._proposal(tokens[:more], chances[index, :more])
             for index, (tokens, more) in enumerate(zip(said, wanted, strict=True))
         ]
-
-    def _affordable(self, row: Row, most: int) -> int:
-        """How many tokens to say for a row, the spare one included."""
-        if self._limit is not None:
-            most = min(most, self._limit - len(row.ids))
-        return max(0, most + self._sampler.weighed)
-
-    def _missing(self, rows: Sequence[Row], wanted: Sequence[int]) -> tuple[list[int], list[list[int]]]:
-        """How far back to go, and what to read from there on, of rows that want something; notes it as read."""
-        lengths: list[int] = []
-        parts: list[list[int]] = []
-        for index, (row, read, more) in enumerate(zip(rows, self._read, wanted, strict=True)):
-            same = len(read)
-            if more:
-                same = min(agree(row.ids, read, self._decided[index]), len(row.ids) - 1)  # the last says what follows
-                self._decided[index] = len(row.ids)
-            lengths.append(same)
-            parts.append(row.ids[same:] if more else [])
-            if more:
-                read[same:] = parts[-1]
-        return lengths, parts
 
     def _draw(self, rows: Sequence[Row], steps: int) -> Draw | None:
         settings = self._sampler.settings
