@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 from cached_models import VOCABULARY, Tiny, portable, serialized
@@ -105,8 +106,45 @@ def test_text_that_is_not_unicode_is_refused(generator):
     assert "not Unicode" in refused(generator.generate, "a\ud800").what
 
 
+@pytest.mark.parametrize("prompt", [None, 5, b"\1\2", {1: 2}, {1, 2}, bytearray(b"\1")], ids=str)
+def test_what_is_neither_text_nor_tokens_is_refused(generator, prompt):
+    error = refused(generator.batch, ["ab", prompt])
+    assert str(error) == f"prompt 1: it is a {type(prompt).__name__}, expected text or tokens"
+    assert error.exit_code == 5
+
+
 def test_one_text_is_not_several_prompts(generator):
     assert refused(generator.batch, "ab").what == "prompts are one text, expected several"
+    for other in (b"ab", {"ab": 1}, None, 7):
+        assert refused(generator.batch, other).what == f"prompts are a {type(other).__name__}, expected several"
+    assert generator.complete([]) == []
+
+
+def test_settings_are_given_as_settings(generator):
+    assert refused(generator.generate, "ab", {"temperature": 1}).hint == "write Sampling(...)"
+    assert refused(generator.generate, "ab", stop=5).hint == "write Stop(...)"
+
+
+def test_references_are_tokens_of_the_model(generator):
+    for ids, said in (
+        ((1, 50), "token 1 is 50"),
+        ((-1,), "token 0 is -1"),
+        (("a",), "token 0 is 'a'"),
+        (None, "it is a"),
+    ):
+        error = refused(generator.generate, "ab", references=["the end", Reference("notes", ids)])
+        assert error.where == "prompt 0, reference 1"
+        assert error.what.startswith(said)
+    assert (
+        refused(generator.generate, "ab", references="notes").what == "references are a str, expected a list of texts"
+    )
+    assert refused(generator.batch, [Prompt("ab", None)]).exit_code == 2
+
+
+def test_references_of_megabytes_are_refused_before_they_are_tokenized(generator, monkeypatch):
+    monkeypatch.setattr(type(generator.tokenizer), "encode", lambda *_, **__: pytest.fail("it was tokenized"))
+    error = refused(generator.generate, [1], references=["ab" * (1 << 22)] * 3)
+    assert str(error).startswith("prompt 0: the references have 25165824 characters, expected 16777216 or fewer")
 
 
 def test_references_are_texts_and_not_too_long(generator):
@@ -140,6 +178,25 @@ def test_references_are_texts_and_not_too_long(generator):
         ({"seed": -1}, "seed"),
         ({"logit_bias": {3: float("nan")}}, "logit_bias"),
         ({"logit_bias": {-3: 1.0}}, "logit_bias"),
+        ({"logit_bias": {3: 1e308}}, "logit_bias is 1e+308"),
+        ({"logit_bias": {3: 10**400}}, "logit_bias"),
+        ({"logit_bias": {3: "1"}}, "logit_bias is '1' for token 3"),
+        ({"logit_bias": {"3": 1.0}}, "logit_bias is 1.0 for token '3'"),
+        ({"logit_bias": {3.5: 1.0}}, "logit_bias"),
+        ({"logit_bias": [(3, 1.0)]}, "logit_bias is a list"),
+        ({"logit_bias": None}, "logit_bias"),
+        ({"temperature": "0.8"}, "temperature is '0.8'"),
+        ({"temperature": None}, "temperature is None"),
+        ({"temperature": True}, "temperature is True"),
+        ({"temperature": 1e-310}, "temperature is 1e-310"),
+        ({"temperature": 10**400}, "temperature"),
+        ({"temperature": 1, "top_k": 2.5}, "top_k is 2.5"),
+        ({"temperature": 1, "top_k": "5"}, "top_k is '5'"),
+        ({"temperature": 1, "top_p": "5"}, "top_p is '5'"),
+        ({"temperature": 1, "min_p": None}, "min_p is None"),
+        ({"repetition_penalty": 1e308}, "repetition_penalty is 1e+308"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty is 5e-324"),
+        ({"seed": 1.5}, "seed is 1.5"),
     ],
 )
 def test_settings_out_of_their_range_are_refused_by_name(asked, named):
@@ -165,13 +222,37 @@ def test_settings_that_name_tokens_beyond_the_vocabulary_are_refused(generator):
         ({"speculate": "on"}, "speculate is 'on'"),
         ({"rule": "typical"}, "unknown rule 'typical'"),
         ({"batch": 0}, "batch is 0"),
+        ({"batch": 2.5}, "batch is 2.5"),
+        ({"batch": "8"}, "batch is '8'"),
     ],
 )
 def test_options_out_of_their_range_are_refused(asked, said):
     assert refused(GenerateOptions, **asked).what.startswith(said)
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        *(Sampling(temperature, logit_bias={5: bias}) for temperature in (1e-30, 1e30) for bias in (1e30, -1e30)),
+        *(Sampling(logit_bias=dict.fromkeys(range(50), bias)) for bias in (1e30, -1e30)),
+        *(Sampling(1e-30, repetition_penalty=penalty, logit_bias={5: 1e30}) for penalty in (1e-9, 1e9)),
+        Sampling(np.float32(0.5), np.int64(10**9), top_p=5e-324, seed=np.int64(2**63 - 1)),
+    ],
+    ids=str,
+)
+def test_settings_at_the_ends_of_their_ranges_draw_tokens(generator, sampling):
+    assert generator.complete([[1], [2]], sampling, Stop(np.int64(3), eos=False))[1].reason == "length"
+
+
 # ---------------------------------------------------------------- folders
+
+
+@pytest.mark.parametrize("positions", [1, 2, 3, 4, 5])
+def test_a_model_with_hardly_any_positions_says_what_it_has_room_for(tmp_path, positions):
+    folder = write_folder(tmp_path / "model", made_of(Tiny().weights, positions))
+    with opened(folder, draft=folder) as found:
+        for prompt in ([1] * count for count in range(1, positions)):
+            assert len(found.complete([prompt], stop=Stop(9, eos=False))[0].tokens) == positions - len(prompt)
 
 
 def test_a_folder_that_is_no_export_is_told_what_makes_one(tmp_path, samples):

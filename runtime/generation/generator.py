@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,10 +10,11 @@ from types import TracebackType
 from typing import Literal, TypeAlias
 
 from qexport.errors import UsageError
+from qexport.runtime.demands import demand_integer
 from qexport.runtime.generation.batches import Batch, Stream
 from qexport.runtime.generation.detokenizing import Alphabet, Detokenizer, Sort
 from qexport.runtime.generation.models import Model, demand_pair
-from qexport.runtime.generation.prompts import Prompt, Text, demand_tokens, read_row
+from qexport.runtime.generation.prompts import Prompt, Text, demand_settings, read_row
 from qexport.runtime.generation.replies import Completion, Reply
 from qexport.runtime.generation.speculator import Speculator
 from qexport.runtime.generation.stops import Cutter, Stop
@@ -62,8 +63,7 @@ class GenerateOptions:
             raise UsageError(what, hint="off decodes plainly")
         if self.rule not in ("rejection", "equality"):
             raise UsageError(f"unknown rule {self.rule!r}", hint="known: rejection, equality")
-        if self.batch < 1:
-            raise UsageError(f"batch is {self.batch}, expected 1 or more")
+        demand_integer("batch", self.batch, 1)
 
 
 class Generator:
@@ -156,9 +156,10 @@ class Generator:
             UsageError: A setting names a token that does not exist.
         """
         asked, ends = sampling or Sampling(), stop or Stop()
-        if isinstance(prompts, str):
-            raise UsageError("prompts are one text, expected several", hint="give a list, or ask generate")
-        demand_tokens(asked, ends, self.target.signature.vocabulary)
+        if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+            kind = "one text" if isinstance(prompts, str) else f"a {type(prompts).__name__}"
+            raise UsageError(f"prompts are {kind}, expected several", hint="give a list, or ask generate")
+        demand_settings(asked, ends, self.target.signature.vocabulary)
         replies = [
             self._reply(one if isinstance(one, Prompt) else Prompt(one), number, ends)
             for number, one in enumerate(prompts)

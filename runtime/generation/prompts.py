@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -13,12 +13,13 @@ from qexport.runtime.generation.models import Model
 from qexport.runtime.generation.stops import Stop
 from qexport.runtime.sampling.settings import Sampling
 from qexport.runtime.speculation.proposal import Reference, Row
-from qexport.runtime.tokenizing import Tokenizer
 
 Text: TypeAlias = str | Sequence[int]
 
 CHARACTERS = 64  # of text, for each position of a model: tokens stand for fewer, so no longer text can fit
 MOST_REFERENCED = 1 << 20  # tokens of the references of a prompt
+MOST_CHARACTERS = 16 * MOST_REFERENCED  # of their text, which takes seconds to read as tokens
+_LESS = "leave out what the output will not copy from"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +57,19 @@ def read_row(prompt: Prompt, number: int, model: Model) -> Row:
     if positions is not None and len(ids) >= positions:
         what = f"{len(ids)} tokens, and the model has {positions} positions: there is no room for another"
         raise DataInvalid(what, where=where, hint=f"give {positions - 1} tokens at most")
-    references = tuple(_reference(one, place, folder.tokenizer, where) for place, one in enumerate(prompt.references))
+    references = tuple(_references(prompt.references, model, where))
     total = sum(len(one.ids) for one in references)
     if total > MOST_REFERENCED:
         what = f"the references have {total} tokens, expected {MOST_REFERENCED} or fewer"
-        raise DataInvalid(what, where=where, hint="leave out what the output will not copy from")
+        raise DataInvalid(what, where=where, hint=_LESS)
     return Row(ids, len(ids), number, references)
 
 
-def demand_tokens(sampling: Sampling, stop: Stop, vocabulary: int) -> None:
-    """Raise :class:`UsageError` where settings name tokens that the model does not have."""
+def demand_settings(sampling: Sampling, stop: Stop, vocabulary: int) -> None:
+    """Raise :class:`UsageError` where settings are of another kind, or name tokens that the model does not have."""
+    for given, kind in ((sampling, Sampling), (stop, Stop)):
+        if not isinstance(given, kind):
+            raise UsageError(f"{given!r} is given for a {kind.__name__}", hint=f"write {kind.__name__}(...)")
     for name, ids in (("logit_bias", sampling.logit_bias), ("a stop id", stop.ids)):
         for token in ids:
             if not 0 <= token < vocabulary:
@@ -81,6 +85,9 @@ def _demand_short(text: str, positions: int | None, where: str) -> None:
 
 
 def _checked(given: Sequence[int], vocabulary: int, where: str) -> list[int]:
+    """Tokens as integers of Python; bytes, sets and dictionaries are no tokens, though they could be read as such."""
+    if not isinstance(given, Iterable) or isinstance(given, bytes | bytearray | memoryview | Mapping | Set):
+        raise DataInvalid(f"it is a {type(given).__name__}, expected text or tokens", where=where)
     ids = []
     for place, token in enumerate(given):
         try:
@@ -99,9 +106,20 @@ def _offer(folder: Folder) -> str:
     return f"give some text, or {folder.begin!r}, which texts of this model begin with"
 
 
-def _reference(given: str | Reference, place: int, tokenizer: Tokenizer, where: str) -> Reference:
-    if isinstance(given, Reference):
-        return given
-    if not isinstance(given, str):
-        raise UsageError(f"reference {place} is a {type(given).__name__}, expected text or a Reference", where=where)
-    return Reference(str(place), tuple(tokenizer.encode(given, special=False)))
+def _references(given: object, model: Model, where: str) -> Iterator[Reference]:
+    """Texts and tokens that may be copied, none of which the model does not have."""
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise UsageError(f"references are a {type(given).__name__}, expected a list of texts", where=where)
+    characters = sum(len(one) for one in given if isinstance(one, str))
+    if characters > MOST_CHARACTERS:
+        what = f"the references have {characters} characters, expected {MOST_CHARACTERS} or fewer"
+        raise DataInvalid(what, where=where, hint=_LESS)
+    vocabulary = model.signature.vocabulary
+    for place, one in enumerate(given):
+        if isinstance(one, str):
+            yield Reference(str(place), tuple(model.folder.tokenizer.encode(one, special=False)))
+        elif isinstance(one, Reference):
+            yield Reference(one.name, tuple(_checked(one.ids, vocabulary, f"{where}, reference {place}")))
+        else:
+            what = f"reference {place} is a {type(one).__name__}, expected text or a Reference"
+            raise UsageError(what, where=where)

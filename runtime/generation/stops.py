@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from qexport.errors import UsageError
+from qexport.runtime.demands import demand_integer, is_integer
 from qexport.runtime.generation.detokenizing import BROKEN
 
 TOKENS = 128
@@ -31,23 +32,31 @@ class Stop:
 
     def __post_init__(self) -> None:
         """Raise :class:`UsageError` on what never ends an output, or takes too long to look for."""
-        if self.tokens < 1:
-            raise UsageError(f"at most {self.tokens} tokens are asked for, expected 1 or more")
+        if not (is_integer(self.tokens) and self.tokens >= 1):
+            raise UsageError(f"at most {self.tokens!r} tokens are asked for, expected 1 or more")
         if isinstance(self.strings, str):
             raise UsageError("stop strings are one string, expected several", hint=f"give ({self.strings!r},)")
-        for name, count, most in (
-            ("strings", len(self.strings), MOST_STRINGS),
-            ("ids", len(self.ids), MOST_IDS),
-        ):
-            if count > most:
-                raise UsageError(f"{count} stop {name} are given, expected {most} or fewer")
+        for name, given, most in (("strings", self.strings, MOST_STRINGS), ("ids", self.ids, MOST_IDS)):
+            if not isinstance(given, Collection):
+                raise UsageError(f"stop {name} are a {type(given).__name__}, expected a list of them")
+            if len(given) > most:
+                raise UsageError(f"{len(given)} stop {name} are given, expected {most} or fewer")
         for text in self.strings:
-            if not text or len(text) > MOST_CHARACTERS:
-                raise UsageError(f"a stop string has {len(text)} characters, expected 1 to {MOST_CHARACTERS}")
-            if BROKEN in text:
-                raise UsageError(f"the stop string {text!r} has U+FFFD in it, which stands for what is no text")
-        if any(token < 0 for token in self.ids):
-            raise UsageError(f"a stop id is {min(self.ids)}, expected 0 or above")
+            _demand_findable(text)
+        for token in self.ids:
+            demand_integer("a stop id", token, 0)
+
+
+def _demand_findable(text: object) -> None:
+    """Raise :class:`UsageError` on what is never in a text, or takes too long to look for."""
+    if not isinstance(text, str):
+        raise UsageError(f"a stop string is {text!r}, expected text")
+    if not text or len(text) > MOST_CHARACTERS:
+        raise UsageError(f"a stop string has {len(text)} characters, expected 1 to {MOST_CHARACTERS}")
+    if BROKEN in text:
+        raise UsageError(f"the stop string {text!r} has U+FFFD in it, which stands for what is no text")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UsageError(f"the stop string {text!r} is not Unicode", hint="decode it as UTF-8")
 
 
 class Cutter:

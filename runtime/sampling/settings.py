@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from qexport.errors import UsageError
+from qexport.runtime.demands import is_integer, is_number
 
-_MOST_SEED = 2**63
+_RANGES: tuple[tuple[str, Callable[[object], bool], Callable[[Any], bool], str], ...] = (
+    ("temperature", is_number, lambda value: value == 0 or 1e-30 <= value <= 1e30, "0 for greedy, or 1e-30 to 1e30"),
+    ("top_k", is_integer, lambda value: value >= 0, "0 for all, or above"),
+    ("top_p", is_number, lambda value: 0 < value <= 1, "above 0, up to 1"),
+    ("min_p", is_number, lambda value: 0 <= value <= 1, "from 0 to 1"),
+    ("repetition_penalty", is_number, lambda value: 1e-9 <= value <= 1e9, "1e-9 to 1e9"),
+    ("seed", is_integer, lambda value: 0 <= value < 2**63, "from 0 to 2^63 - 1"),
+)
+_MOST_BIAS = 1e30
+"""What settings may be: within these, no logit in single precision becomes infinite in double precision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,21 +48,17 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise :class:`UsageError` on the first number that is out of its range."""
-        ranges = (
-            ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 for greedy, or above"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 for all, or above"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, up to 1"),
-            ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < math.inf, "above 0"),
-            ("seed", self.seed, 0 <= self.seed < _MOST_SEED, "from 0 to 2^63 - 1"),
-        )
-        for name, value, fits, expected in ranges:
-            if not fits:
+        """Raise :class:`UsageError` on the first value that is no number, or out of its range."""
+        for name, kind, fits, expected in _RANGES:
+            value = getattr(self, name)
+            if not (kind(value) and fits(value)):
                 raise UsageError(f"{name} is {value!r}, expected {expected}")
+        if not isinstance(self.logit_bias, Mapping):
+            raise UsageError(f"logit_bias is a {type(self.logit_bias).__name__}, expected numbers by token")
         for token, bias in self.logit_bias.items():
-            if token < 0 or not math.isfinite(bias):
-                raise UsageError(f"logit_bias is {bias!r} for token {token!r}, expected a number for an id")
+            if not (is_integer(token) and token >= 0 and is_number(bias) and abs(bias) <= _MOST_BIAS):
+                what = f"logit_bias is {bias!r} for token {token!r}, expected a number for an id"
+                raise UsageError(what, hint=f"{-_MOST_BIAS} to {_MOST_BIAS}; no logit is as large")
         if self.greedy and self.truncated:
             told = "top_k, top_p and min_p choose among tokens"
             raise UsageError(f"temperature is 0, which is greedy, but {told}", hint="give a temperature above 0")

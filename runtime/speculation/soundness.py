@@ -41,9 +41,12 @@ def measure_soundness(decoder: Decoder) -> Soundness:
     """Read a token alone, and in two wide calls with different tokens behind it; the decoder is reset before."""
     rng = np.random.default_rng(0)
     vocabulary = decoder.signature.vocabulary
-    length = PREFIX if decoder.limit is None else max(1, min(PREFIX, decoder.limit - AHEAD))
+    limit = PREFIX + AHEAD if decoder.limit is None else min(decoder.limit, PREFIX + AHEAD)
+    length = max(1, limit - AHEAD)
+    if limit - length < 2:
+        return Soundness(0.0, 0.0)  # there is no room to look ahead
     prefix = rng.integers(0, vocabulary, (1, length))
-    ahead = rng.integers(0, vocabulary, (2, AHEAD))
+    ahead = rng.integers(0, vocabulary, (2, limit - length))
     ahead[:, 0] = ahead[0, 0]  # the token that is looked at; what stands behind it differs
     decoder.reset(1)
     decoder.extend(prefix)
