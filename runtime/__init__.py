@@ -1,4 +1,9 @@
-"""Run models: sessions, decoders and what they generate, embeddings, and what all of that takes."""
+"""Run models: sessions, decoders and what they generate, embeddings, and what all of that takes.
+
+To read it, begin with ``generation/generator.py`` (text in, text out), go on with ``speculation/rounds.py`` (the loop)
+and ``speculation/rules.py`` (which proposed tokens are taken), and then down to ``decoder.py`` (caches) and
+``session.py`` (what backends share).
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 import shutil
 import subprocess
@@ -116,6 +117,17 @@ def test_imports_only_point_up_the_table_of_layers():
     assert hits == []
 
 
+def test_folders_and_files_of_the_runtime_import_each_other_in_one_direction():
+    arrows: dict[str, set[str]] = {}
+    for path in python_files("runtime"):
+        own = path.relative_to(ROOT / "runtime").with_suffix("").parts[0]
+        found = {name.split(".")[2] for name in imported(path) if name.startswith("qexport.runtime.")}
+        if own != "__init__":
+            arrows.setdefault(own, set()).update(found - {own})
+    assert {"generation", "speculation", "accounting"} <= set(arrows)
+    graphlib.TopologicalSorter(arrows).prepare()  # raises CycleError, with the cycle
+
+
 def test_a_layer_loads_only_the_packages_it_may():
     declared = declared_modules()
     hits = []
@@ -129,6 +141,7 @@ def declared_modules() -> set[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     texts = [*project["dependencies"], *(t for extra in project["optional-dependencies"].values() for t in extra)]
     other_names = {"pillow": "PIL", "optimum_onnx": "optimum", "onnxruntime_gpu": "onnxruntime", "protobuf": "google"}
+    other_names |= {"cuda_bindings": "cuda"}
     found = (Requirement(text).name.replace("-", "_") for text in texts)
     return {other_names.get(name, name) for name in found}
 
