@@ -38,7 +38,7 @@ types: $(READY)
 budgets: $(READY)
 	$(BIN)/pytest -q tests/test_architecture.py
 
-# Measures on this machine, writes benchmarks/results and fills the tables of README.md and docs/benchmarks.md.
+# Measures on this machine, writes benchmarks/results and fills the tables of README.md and docs/.
 bench: $(READY) $(MINILM_READY)
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/resnet20.py
@@ -56,6 +56,9 @@ bench: $(READY) $(MINILM_READY)
 	$(BIN)/python benchmarks/export_time.py
 	$(BIN)/python benchmarks/export_memory.py
 	$(BIN)/python benchmarks/decoder_step.py
+	$(BIN)/python benchmarks/speculation.py
+	$(BIN)/python benchmarks/copying.py
+	$(BIN)/python benchmarks/embed.py
 	$(BIN)/python benchmarks/readme.py
 
 clean:
