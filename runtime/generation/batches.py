@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -27,7 +28,7 @@ class Batch:
     """Tokens of all prompts of a request, as they come: pairs of a prompt's number and a token.
 
     Nothing runs before the first is asked for. When the last has come, or ``close`` is called, or nobody holds it any
-    more, the memory of caches is free.
+    more, the memory of caches is free. Threads that read it take turns.
 
     Attributes:
         runs: What it took so far, for ``runtime.accounting.stats``: one for every group of rows that is done.
@@ -38,12 +39,20 @@ class Batch:
         self.runs: list[Run] = []
         self._replies = replies
         self._tokens = _answer(open_rounds, replies, size, self.runs)
+        self._turn, self._closed = threading.Lock(), False
 
     def __iter__(self) -> Iterator[tuple[int, Token]]:
         return self
 
     def __next__(self) -> tuple[int, Token]:
-        return next(self._tokens)
+        try:
+            with self._turn:
+                if not self._closed:
+                    return next(self._tokens)
+        finally:
+            if self._closed:
+                self._free()
+        raise StopIteration
 
     def __enter__(self) -> Batch:
         return self
@@ -68,8 +77,20 @@ class Batch:
         return [self.runs[group].of_row(place) for group, place in self._replies[number].seats]
 
     def close(self) -> None:
-        """Stop here and free the memory; a second time does nothing."""
-        self._tokens.close()
+        """Stop here and free the memory; a second time does nothing.
+
+        Any thread may do so. Where another one is computing a token, that is its last, and it frees the memory.
+        """
+        self._closed = True
+        self._free()
+
+    def _free(self) -> None:
+        """Unless somebody computes, who looks at ``_closed`` when that is done."""
+        if self._turn.acquire(blocking=False):
+            try:
+                self._tokens.close()
+            finally:
+                self._turn.release()
 
 
 class Stream:
@@ -109,7 +130,7 @@ class Stream:
         return self._batch.runs
 
     def close(self) -> None:
-        """Stop here and free the memory; a second time does nothing."""
+        """Stop here and free the memory, as :meth:`Batch.close`."""
         self._batch.close()
 
 

@@ -212,8 +212,13 @@ class Generator:
         if plain or self.plain:
             return Rounds(target, sampler, None, PLAIN)
         speculator = self._speculator()
-        stack.callback(self._idle.append, speculator)
-        stack.callback(speculator.rest)
+
+        def give_back(kind: type[BaseException] | None, *_: object) -> None:
+            if kind is None or kind is GeneratorExit:  # all else may have come in the middle of something
+                speculator.rest()
+                self._idle.append(speculator)
+
+        stack.push(give_back)
         return Rounds(target, sampler, speculator.proposer(stack, sampler), speculator.policy)
 
     def _speculator(self) -> Speculator:

@@ -135,7 +135,7 @@ class Reply:
         self.proposed += len(proposal.ids)
         self.accepted += outcome.accepted
         if outcome.failure is not None and not proposal.ids:
-            self.reason, self.error = "failed", outcome.failure
+            self.reason, self.error = "failed", outcome.failure.with_traceback(None)  # whose frames hold caches
         found = []
         for place, token in enumerate(outcome.tokens):
             proposer, span = (proposal.proposer, proposal.span) if place < outcome.accepted else ("", None)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import TypeVar
 
-from qexport.errors import QexportError
 from qexport.runtime.generation.models import Model
 from qexport.runtime.sampling.sampler import Sampler
 from qexport.runtime.speculation.cascade import Cascade
@@ -16,6 +16,8 @@ from qexport.runtime.speculation.proposal import NOTHING, Effort, Proposal, Prop
 from qexport.runtime.speculation.rounds import Fixed, Policy
 from qexport.runtime.speculation.terms import Terms
 from qexport.runtime.speculation.unrolled import Unrolled, unrolls
+
+Answer = TypeVar("Answer")
 
 
 class Speculator:
@@ -80,7 +82,7 @@ class FailSafe:
 
     def __init__(self, inner: Proposer) -> None:
         """Ask ``inner`` for as long as it answers."""
-        self.failure: QexportError | None = None
+        self.failure: Exception | None = None
         self.rounds = 0
         self._inner = inner
 
@@ -96,26 +98,23 @@ class FailSafe:
 
     def begin(self, rows: Sequence[Row]) -> None:
         """Begin with these rows."""
-        if self.failure is None:
-            try:
-                self._inner.begin(rows)
-            except QexportError as error:
-                self.failure = error
+        self._ask(lambda: self._inner.begin(rows))
 
     def propose(self, rows: Sequence[Row], most: Sequence[int]) -> list[Proposal]:
         """What it proposes, or nothing."""
         self.rounds += 1
-        if self.failure is None:
-            try:
-                return self._inner.propose(rows, most)
-            except QexportError as error:
-                self.failure = error
-        return [NOTHING] * len(rows)
+        return self._ask(lambda: self._inner.propose(rows, most)) or [NOTHING] * len(rows)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows."""
-        if self.failure is None:
-            try:
-                self._inner.keep(rows)
-            except QexportError as error:
-                self.failure = error
+        self._ask(lambda: self._inner.keep(rows))
+
+    def _ask(self, question: Callable[[], Answer]) -> Answer | None:
+        """The answer; ``None`` from the first failure on."""
+        if self.failure is not None:
+            return None
+        try:
+            return question()
+        except Exception as error:  # noqa: BLE001 - whatever it is, too little memory for one, it ends no output
+            self.failure = error.with_traceback(None)  # whose frames hold caches
+            return None
