@@ -29,15 +29,17 @@ class Asked(TypedDict):
 @click.command()
 @click.argument("target", type=_PATH)
 @click.option("--draft", type=_PATH, metavar="DIR", help="The draft; without one, copies alone are certified.")
-@click.option("--samples", type=int, metavar="N", default=2000, show_default=True, help="Of each joint distribution.")
+@click.option(
+    "--samples", type=int, metavar="N", default=2000, show_default=True, help="Samples of each joint distribution."
+)
 @click.option("--seeds", type=int, metavar="S", default=50, show_default=True, help="Experiments they are split into.")
 @click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="The first seed.")
-@click.option("--rows", type=int, metavar="N", default=32, show_default=True, help="Of each batch of long texts.")
+@click.option("--rows", type=int, metavar="N", default=32, show_default=True, help="Long texts of each batch.")
 @click.option("--length", type=int, metavar="N", default=48, show_default=True, help="Tokens of each long text.")
 @click.option(
     "--level", type=float, metavar="P", default=1e-3, show_default=True, help="Chance of a false alarm, in all."
 )
-@click.option("--prompts", type=_PATH, metavar="FILE", help="A text in each line.  [default: eight of its own]")
+@click.option("--prompts", type=_PATH, metavar="FILE", help="One prompt per line.  [default: eight of its own]")
 @click.option("--threads", type=int, metavar="N", default=0, help="Threads; all processors when not given.")
 @click.option("-o", "--output", type=_PATH, metavar="DIR", help="Folder for the certificate and the replay log.")
 @shared_flags

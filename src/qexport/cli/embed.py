@@ -38,8 +38,10 @@ class Asked(TypedDict):
 
 @click.command()
 @click.argument("target", type=_FILE)
-@click.option("--text", "given", multiple=True, metavar="TEXT", help="A text; may be given more than once.")
-@click.option("--texts", type=_FILE, metavar="FILE", help="A text a line, or a column of .csv or .jsonl; - for stdin.")
+@click.option("--text", "given", multiple=True, metavar="TEXT", help="A text; may be given several times.")
+@click.option(
+    "--texts", type=_FILE, metavar="FILE", help="One text per line, or a column of .csv, .jsonl; - reads stdin."
+)
 @click.option("--column", metavar="NAME", help="Of a table.  [default: text, sentence, or both of a pair]")
 @click.option("-o", "--output", type=_FILE, metavar="FILE", help="Where vectors go: .npy or .jsonl.  [default: stdout]")
 @click.option("--pooling", metavar="NAME", help="Of hidden states: mean, cls, max ...  [default: what the folder says]")

@@ -56,23 +56,33 @@ _PATH = click.Path(path_type=Path)
 @click.option("--draft", type=_PATH, metavar="DIR", help="A smaller decoder with the same tokenizer, to look ahead.")
 @click.option("--prompt", multiple=True, metavar="TEXT", help="What to continue; may be given several times.")
 @click.option("--prompts", metavar="FILE", help="One prompt per line, or .jsonl; - reads lines from stdin.")
-@click.option("--reference", type=_PATH, multiple=True, metavar="FILE", help="A text that outputs may copy from.")
+@click.option(
+    "--reference", type=_PATH, multiple=True, metavar="FILE", help="A text that outputs may copy from; also several."
+)
 @click.option("--max-tokens", type=int, default=128, show_default=True, metavar="N", help="Most tokens of an output.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, metavar="T", help="0: the likeliest token.")
-@click.option("--top-k", type=int, default=0, metavar="K", help="Draw from the K likeliest tokens.")
-@click.option("--top-p", type=float, default=1.0, metavar="P", help="Draw from the likeliest with P together.")
-@click.option("--min-p", type=float, default=0.0, metavar="P", help="Draw from those with P of the best one's chance.")
-@click.option("--repetition-penalty", type=float, default=1.0, metavar="X", help="Above 1: repeat less.")
-@click.option("--logit-bias", multiple=True, metavar="ID=X", help="Add X to the logit of a token.")
+@click.option(
+    "--temperature", type=float, default=0.0, show_default=True, metavar="T", help="0 takes the likeliest token."
+)
+@click.option("--top-k", type=int, default=0, metavar="K", help="Draw from the K likeliest tokens.  [default: all]")
+@click.option(
+    "--top-p", type=float, default=1.0, metavar="P", help="Draw from the likeliest with P together.  [default: 1.0]"
+)
+@click.option(
+    "--min-p", type=float, default=0.0, metavar="P", help="Draw from those with P of the best's chance.  [default: 0.0]"
+)
+@click.option(
+    "--repetition-penalty", type=float, default=1.0, metavar="X", help="Above 1: repeat less.  [default: 1.0]"
+)
+@click.option("--logit-bias", multiple=True, metavar="ID=X", help="Add X to the logit of a token; also several.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Of all randomness.")
-@click.option("--stop", multiple=True, metavar="TEXT", help="End an output where this begins.")
-@click.option("--speculate", default="auto", show_default=True, metavar="auto|off|K", help="How far to look ahead.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End an output where this begins; also several.")
+@click.option("--speculate", default="auto", show_default=True, metavar="auto|off|K", help="Tokens to look ahead.")
 @click.option("--lookup/--no-lookup", default=True, help="Copy from prompt, output, references.  [default: lookup]")
-@click.option("--rule", default="rejection", show_default=True, metavar="NAME", help="Or equality: see the manual.")
+@click.option("--rule", default="rejection", show_default=True, metavar="NAME", help="equality: draw as without draft.")
 @click.option("--batch", type=int, default=8, show_default=True, metavar="N", help="Prompts that are decoded together.")
 @click.option("--threads", type=int, default=0, metavar="N", help="Threads; all processors when not given.")
-@click.option("--backend", metavar="NAME", help="What runs the target, such as ort-cpu; what fits when not given.")
-@click.option("--draft-backend", metavar="NAME", help="The same for the draft.")
+@click.option("--backend", metavar="NAME", help="ort-cpu, ort-cuda, tensorrt-rtx, tensorrt.  [default: what fits]")
+@click.option("--draft-backend", metavar="NAME", help="The same for the draft.  [default: what fits]")
 @click.option("--stats", is_flag=True, help="Tell what it took, and what plain decoding takes.")
 @shared_flags
 def generate(target: Path, **asked: Unpack[Asked]) -> None:
