@@ -16,21 +16,13 @@ from pydantic import Field, ValidationError
 from qexport.errors import ModelInvalid, UnsafeInput
 from qexport.exporter.families.folder import CONFIG, PICKLES, WEIGHTS, Folder
 from qexport.exporter.families.settings import Settings, misfit
+from qexport.runtime.embedding.form import FLAGS
 
 MODULES, POOLING = "modules.json", "1_Pooling"
 KNOWN_MODULES = ("Transformer", "Pooling", "Dense", "Normalize")
 """In the order that they may come in."""
 ACTIVATIONS = {"Identity": None, "Tanh": "Tanh", "ReLU": "Relu", "Sigmoid": "Sigmoid"}
 """Classes of torch that a Dense module may end with, as operators."""
-
-_FLAGS = {
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens": "weightedmean",
-    "pooling_mode_lasttoken": "lasttoken",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +118,7 @@ def _modes(config: Any) -> list[str]:
         return []
     named = config.get("pooling_mode")
     if named is None:
-        named = [mode for flag, mode in _FLAGS.items() if config.get(flag)] or "mean"
+        named = [mode for flag, mode in FLAGS.items() if config.get(flag)] or "mean"
     return [str(mode) for mode in named] if isinstance(named, list) else [str(named)]
 
 

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import io
 from typing import Any
 
-from qexport.errors import EnvironmentMismatch
 from qexport.exporter.precision.sensitivity import Sensitivity
+from qexport.runtime.figures import demand_matplotlib, new_figure, save_figure
 
 MOST_LAYERS = 60  # rows of the tornado
 ROW, HEAD, WIDTH, DPI = 0.24, 1.4, 9.0, 120  # inches, inches, inches, dots per inch
 FORMATS = ("png", "svg")
 MEASURED, ESTIMATED, ALL = "#33658a", "#f6ae2d", "#9aa5b1"
-
-
-def demand_matplotlib() -> None:
-    """Raise ``EnvironmentMismatch`` with what to install when there is no matplotlib."""
-    try:
-        importlib.import_module("matplotlib.figure")
-    except ImportError as error:
-        raise EnvironmentMismatch(
-            "matplotlib is not installed, so there are no plots", hint="pip install 'qexport[report]', or leave -o out"
-        ) from error
 
 
 def draw(found: Sensitivity) -> dict[str, bytes]:
@@ -31,7 +19,7 @@ def draw(found: Sensitivity) -> dict[str, bytes]:
     pictures = {"layers": _tornado(found)}
     if found.activations:
         pictures["activations"] = _bars(found)
-    return {f"{name}.{kind}": _save(figure, kind) for name, figure in pictures.items() for kind in FORMATS}
+    return {f"{name}.{kind}": save_figure(figure, kind) for name, figure in pictures.items() for kind in FORMATS}
 
 
 def _tornado(found: Sensitivity) -> Any:
@@ -65,21 +53,11 @@ def _bars(found: Sensitivity) -> Any:
 
 
 def _figure(rows: int) -> tuple[Any, Any]:
-    """A figure without a window or any global state; what has no canvas of its own draws with Agg."""
-    figure = importlib.import_module("matplotlib.figure").Figure(figsize=(WIDTH, HEAD + ROW * rows), dpi=DPI)
-    axes = figure.add_subplot()
+    """As high as its rows need."""
+    figure, axes = new_figure(WIDTH, HEAD + ROW * rows, DPI)
     axes.invert_yaxis()
     axes.grid(visible=True, axis="x", linewidth=0.3)
     return figure, axes
-
-
-def _save(figure: Any, kind: str) -> bytes:
-    """The same bytes for the same numbers: no date is written."""
-    with io.BytesIO() as file:
-        metadata = {"Date": None} if kind == "svg" else {"Software": None}
-        with importlib.import_module("matplotlib").rc_context({"svg.hashsalt": "qexport"}):
-            figure.savefig(file, format=kind, bbox_inches="tight", metadata=metadata)
-        return file.getvalue()
 
 
 def _short(name: str, room: int = 60) -> str:

@@ -9,8 +9,9 @@ from qexport.errors import UsageError
 from qexport.exporter import toml
 from qexport.exporter.precision.lab import Question, open_lab
 from qexport.exporter.precision.plan import Plan, make_plan, recipe_document
-from qexport.exporter.precision.plots import demand_matplotlib, draw
+from qexport.exporter.precision.plots import draw
 from qexport.exporter.precision.sensitivity import Sensitivity, analyse
+from qexport.runtime.figures import demand_matplotlib
 from qexport.safe_io import finite, publish, write_text
 
 NUMBERS = "sensitivity.json"

@@ -12,8 +12,9 @@ from qexport.runtime.accounting.curve import Plan, Setting, measure_profile
 from qexport.runtime.accounting.profiles import Profile
 from qexport.runtime.accounting.utilization import find_known
 from qexport.runtime.benchmarking.interleaved import Way, generator_way, interleave
-from qexport.runtime.benchmarking.plots import demand_matplotlib, draw
+from qexport.runtime.benchmarking.plots import draw
 from qexport.runtime.benchmarking.result import AUTO, PLAIN, BenchResult, Subject, summarize
+from qexport.runtime.figures import demand_matplotlib
 from qexport.runtime.generation.generator import GenerateOptions, Generator, open_generator
 from qexport.runtime.generation.prompts import Prompt, Text
 from qexport.runtime.generation.stops import Stop

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from qexport.errors import EnvironmentMismatch
 from qexport.runtime.accounting.machine import Machine
 from qexport.runtime.accounting.profiles import Profile
 from qexport.runtime.accounting.utilization import Known
 from qexport.runtime.benchmarking.result import BenchResult, predicted
+from qexport.runtime.figures import demand_matplotlib, new_figure, save_figure
 
 SIZE, GRID = (7.5, 4.6), 0.3  # inches, points
 TARGET, DRAFT, ROOF, QUIET = "#33658a", "#f6ae2d", "#2f4858", "#9aa5b1"
-
-
-def demand_matplotlib() -> None:
-    """Raise ``EnvironmentMismatch`` with what to install when there is no matplotlib."""
-    try:
-        importlib.import_module("matplotlib.figure")
-    except ImportError as error:
-        raise EnvironmentMismatch(
-            "matplotlib is not installed, so there are no plots", hint="pip install 'qexport[report]', or leave -o out"
-        ) from error
 
 
 def draw(bench: BenchResult) -> dict[str, bytes]:
@@ -37,7 +25,7 @@ def draw(bench: BenchResult) -> dict[str, bytes]:
         pictures["roofline"] = _roofline(bench.known, bench.known.machine)
     if bench.acceptance is not None:
         pictures["acceptance"] = _acceptance(bench)
-    return {f"{name}.svg": _save(figure) for name, figure in pictures.items()}
+    return {f"{name}.svg": save_figure(figure, "svg") for name, figure in pictures.items()}
 
 
 def points(profile: Profile) -> list[tuple[int, float, float]]:
@@ -129,18 +117,8 @@ def _styles(count: int) -> Sequence[str]:
 
 
 def _figure(x: str, y: str) -> tuple[Any, Any]:
-    """A figure without a window or any global state; what has no canvas of its own draws with Agg."""
-    figure = importlib.import_module("matplotlib.figure").Figure(figsize=SIZE)
-    axes = figure.add_subplot()
+    figure, axes = new_figure(*SIZE)
     axes.grid(visible=True, linewidth=GRID)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     return figure, axes
-
-
-def _save(figure: Any) -> bytes:
-    """The same bytes for the same numbers: no date is written."""
-    with io.BytesIO() as file:
-        with importlib.import_module("matplotlib").rc_context({"svg.hashsalt": "qexport"}):
-            figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
-        return file.getvalue()
