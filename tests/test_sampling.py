@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from qexport.errors import DataInvalid, UsageError
-from qexport.runtime.sampling.distribution import adjust, distribution, draw
+from qexport.runtime.sampling.distribution import adjust, distribution, draw, softmax
 from qexport.runtime.sampling.noise import Purpose, uniform
 from qexport.runtime.sampling.sampler import Sampler
 from qexport.runtime.sampling.settings import Sampling
@@ -64,6 +64,19 @@ def test_a_distribution_is_what_sorting_and_cutting_by_hand_gives(scores, temper
         np.testing.assert_allclose([found[token] for token in kept], list(kept.values()), rtol=1e-9)
     else:
         assert abs(len(kept) - np.count_nonzero(found)) <= 1
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(0.01, 1), st.floats(0, 6), st.booleans())
+def test_the_nucleus_of_a_large_vocabulary_is_that_of_a_full_sort(seed, share, spread, ties):
+    scores = np.random.default_rng(seed).normal(0, spread, 3000)
+    scores = np.round(scores) if ties else scores
+    found = distribution(scores, Sampling(1.0, top_p=share))
+    chances = softmax(scores)
+    order = sorted(range(3000), key=lambda token: (-chances[token], token))
+    before = np.cumsum(chances[order]) - chances[order]
+    sure = np.abs(before - share) > 1e-9  # the last bit of a sum may fall to either side
+    assert all((found[token] > 0) == (sum_ < share) for token, sum_, s in zip(order, before, sure, strict=True) if s)
 
 
 def _normalized(weights):

@@ -13,6 +13,8 @@ from qexport.runtime.sampling.settings import Sampling
 Scores: TypeAlias = NDArray[np.floating[Any]]  # [vocabulary], log-probabilities up to a constant
 Chances: TypeAlias = NDArray[np.float64]  # [vocabulary], adds up to 1
 
+_FEW = 64  # tokens that mostly have nearly all of the probability together
+
 
 def adjust(logits: Scores, settings: Sampling, seen: Collection[int]) -> Scores:
     """Logits with bias and repetition penalty; the very array where neither is asked for.
@@ -42,11 +44,17 @@ def distribution(scores: Scores, settings: Sampling) -> Chances:
 
     Tokens that are as likely as the last one to stay, stay too, but for top-p, where the lower id stays.
     """
-    scaled = scores.astype(np.float64) / settings.temperature
-    if 0 < settings.top_k < scaled.size:
-        least = np.partition(scaled, -settings.top_k)[-settings.top_k]
-        scaled[scaled < least] = -np.inf
-    chances = softmax(scaled)
+    if not 0 < settings.top_k < scores.size:
+        return _reduce(softmax(scores.astype(np.float64) / settings.temperature), settings)
+    least = np.partition(scores, -settings.top_k)[-settings.top_k]
+    likely = np.flatnonzero(scores >= least)
+    chances = np.zeros(scores.size)
+    chances[likely] = _reduce(softmax(scores[likely].astype(np.float64) / settings.temperature), settings)
+    return chances
+
+
+def _reduce(chances: Chances, settings: Sampling) -> Chances:
+    """What top-p and min-p leave."""
     if settings.top_p < 1:
         chances = _nucleus(chances, settings.top_p)
     if settings.min_p > 0:
@@ -64,7 +72,7 @@ def softmax(scores: NDArray[np.float64]) -> Chances:
 
 def _nucleus(chances: Chances, share: float) -> Chances:
     """The likeliest tokens until they have ``share`` together, the one that reaches it included."""
-    order = np.argsort(-chances, kind="stable")
+    order = _likeliest(chances, share)
     ordered = chances[order]
     before = np.cumsum(ordered) - ordered
     kept = np.zeros_like(chances)
@@ -72,6 +80,18 @@ def _nucleus(chances: Chances, share: float) -> Chances:
     kept[stays] = chances[stays]
     kept /= kept.sum()
     return kept
+
+
+def _likeliest(chances: Chances, share: float) -> NDArray[np.intp]:
+    """Tokens in order of their chances, equals by their ids: as many as have ``share`` together, and some more."""
+    few = _FEW
+    while few < chances.size:
+        least = np.partition(chances, -few)[-few]
+        found = np.flatnonzero(chances >= least)
+        if chances[found].sum() >= share:
+            return found[np.argsort(-chances[found], kind="stable")]
+        few *= 8
+    return np.argsort(-chances, kind="stable")
 
 
 def draw(chances: Chances, uniform: float) -> int:
