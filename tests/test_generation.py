@@ -217,11 +217,12 @@ def test_what_is_proposed_makes_no_output_fail(tmp_path, plain):
         news = list(batch)
     expected = plain.complete(PROMPTS, stop=Stop(8, eos=False))
     assert [(one.tokens, one.reason) for one in batch.completions] == [(one.tokens, one.reason) for one in expected]
-    again = [row for row in range(len(PROMPTS)) if len(batch.runs_of(row)) == 2]
-    assert again
     for row, one in enumerate(expected):
         assert tuple(token.id for number, token in news if number == row) == one.tokens
-        assert account(batch.runs_of(row)).tokens == len(one.tokens)
+        assert account([batch.run_of(row)]).tokens == len(one.tokens)
+    rounds = [record for run in batch.runs for record in run.rounds]
+    assert any(record.width > 1 + max(record.proposed) for record in rounds)  # what was proposed did not count
+    assert all(record.native <= record.verify for record in rounds)
 
 
 @pytest.mark.parametrize("bad", [range(VOCABULARY), [7, 8, 9]])

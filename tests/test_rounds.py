@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cached_models
 import numpy as np
 import pytest
 from cached_models import VOCABULARY, Tiny, forward, portable, serialized
@@ -11,9 +12,11 @@ from qexport.runtime.decoder import Decoder
 from qexport.runtime.sampling.sampler import Sampler
 from qexport.runtime.sampling.settings import Sampling
 from qexport.runtime.session import SessionOptions
+from qexport.runtime.speculation.chains import Chains
 from qexport.runtime.speculation.draft import Draft
 from qexport.runtime.speculation.proposal import NOTHING, Effort, Proposal, Row
 from qexport.runtime.speculation.rounds import Fixed, Rounds
+from qexport.runtime.speculation.unrolled import Unrolled
 
 ONE = SessionOptions(threads=1)
 POSITIONS = 90
@@ -202,6 +205,79 @@ def test_a_draft_may_have_another_padding_of_its_vocabulary(size):
         assert sampling.temperature or found == TRUTH
         assert sum(sum(one.record.accepted) for one in rounds[1:]) > 0
         assert all(token < size for one in rounds[1:] for row in one.outcomes for token in row.proposal.ids)
+
+
+def without_numbers_behind(tiny, *tokens):
+    """A model's bytes: behind these tokens it has none, nor in any column that is beside one of theirs."""
+    weights = {**tiny.weights, "table": tiny.weights["table"].copy()}
+    weights["table"][list(tokens)] = np.nan
+    made = Tiny(positions=POSITIONS)
+    made.weights = weights
+    return serialized(portable(made))
+
+
+def said(target, draft, seed, *, most, alone=False, kind=Draft):
+    """Tokens of eight rows up to where they fail; ``alone`` where each round has room for one, so none is proposed."""
+    sampler = Sampler(Sampling(1.2, seed=seed))
+    proposer = kind(Decoder(draft, ONE) if kind is Draft else Chains(draft, ONE), sampler, VOCABULARY)
+    rounds = Rounds(Decoder(target, ONE), sampler, proposer, Fixed(most))
+    rows = [Row([3, 1, 4 + stream % 2], 3, stream) for stream in range(8)]
+    found, going = rounds.begin(rows), list(range(8))
+    while True:
+        stays = [
+            place
+            for place, row in enumerate(rounds.rows)
+            if found.outcomes[place].failure is None and len(row.ids) < 3 + 12
+        ]
+        if not stays:
+            return [row.ids for row in rows]
+        if len(stays) < len(going):
+            rounds.keep(stays)
+        going = stays
+        found = rounds.step([1 if alone else 3 + 12 - len(row.ids) for row in rounds.rows])
+
+
+BAD = (2, 7, 11, 19, 23, 31, 40, 44)
+
+
+@pytest.mark.parametrize("kind", [Draft, Unrolled])
+def test_what_was_drawn_is_not_drawn_again_because_the_target_has_no_numbers_behind_it(kind):
+    target = without_numbers_behind(TARGET, *BAD)
+    cut = 0
+    for seed in range(3):
+        truth = said(target, MODELS["close"], seed, most=1, alone=True, kind=kind)
+        cut += sum(row[-1] in BAD for row in truth)
+        for most in (1, 3):
+            assert said(target, MODELS["close"], seed, most=most, kind=kind) == truth
+    assert cut > 8
+
+
+@pytest.mark.parametrize("kind", [Draft, Unrolled])
+def test_a_draft_is_not_left_out_for_what_it_drew_because_it_has_no_numbers_behind_it(kind):
+    draft, lost = without_numbers_behind(CLOSE, *BAD), 0
+    for seed in range(3):
+        truth = said(MODELS["target"], draft, seed, most=1, alone=True, kind=kind)
+        lost += sum(not set(BAD).isdisjoint(row) for row in truth)
+        for most in (1, 3):
+            assert said(MODELS["target"], draft, seed, most=most, kind=kind) == truth
+    assert lost > 8
+
+
+def test_a_draft_that_knows_fewer_tokens_leaves_only_rows_alone_that_have_others():
+    fewer = Tiny(positions=POSITIONS)
+    size = VOCABULARY - 7
+    fewer.weights = {**CLOSE.weights, "table": CLOSE.weights["table"][:size], "head": CLOSE.weights["head"][:, :size]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cached_models, "VOCABULARY", size)
+        model = serialized(portable(fewer))
+    sampler = Sampler(Sampling(0.9, seed=4))
+    for kind, opened in ((Draft, Decoder), (Unrolled, Chains)):
+        prompts = [[3, VOCABULARY - 1, 4], *PROMPTS]
+        found, rounds = run(prompts, sampler.settings, draft=kind(opened(model, ONE), sampler, VOCABULARY))
+        alone, _ = run(PROMPTS[:1], sampler.settings, draft=kind(opened(model, ONE), sampler, VOCABULARY), streams=[1])
+        assert found[1] == alone[0]
+        assert all(one.record.proposed[0] == 0 for one in rounds[1:] if 0 in one.record.rows)
+        assert sum(sum(one.record.accepted) for one in rounds[1:]) > 5
 
 
 def test_records_add_up_to_what_came_out():

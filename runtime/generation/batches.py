@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import TracebackType
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 from qexport.runtime.accounting.records import PrefillRecord, RoundRecord, Run
 from qexport.runtime.generation.replies import Completion, Reply, Token
 from qexport.runtime.speculation.rounds import Rounds
 
 News: TypeAlias = Generator[tuple[int, Token], None, None]
-
-
-class OpenRounds(Protocol):
-    """Opens what a group of rows is decoded in."""
-
-    def __call__(self, *, plain: bool = False) -> AbstractContextManager[Rounds]:
-        """Caches for a group, and the loop over its rows; ``plain`` for one in which nobody looks ahead."""
-        ...
+OpenRounds: TypeAlias = Callable[[], AbstractContextManager[Rounds]]
+"""Opens what a group of rows is decoded in: its caches, and the loop over its rows."""
 
 
 class Batch:
@@ -37,7 +31,7 @@ class Batch:
     def __init__(self, open_rounds: OpenRounds, replies: Sequence[Reply], size: int) -> None:
         """Answer ``size`` rows at a time."""
         self.runs: list[Run] = []
-        self._replies = replies
+        self._replies, self._size = replies, size
         self._tokens = _answer(open_rounds, replies, size, self.runs)
         self._turn, self._closed = threading.Lock(), False
 
@@ -72,9 +66,10 @@ class Batch:
         reply = self._replies[number]
         return None if reply.reason is None else reply.completion()
 
-    def runs_of(self, number: int) -> list[Run]:
-        """What the output of one prompt took, once it has ended: one run, or two where it was tried again."""
-        return [self.runs[group].of_row(place) for group, place in self._replies[number].seats]
+    def run_of(self, number: int) -> Run:
+        """What the output of one prompt took, once its group has ended."""
+        group, place = divmod(number, self._size)
+        return self.runs[group].of_row(place)
 
     def close(self) -> None:
         """Stop here and free the memory; a second time does nothing.
@@ -135,25 +130,10 @@ class Stream:
 
 
 def _answer(open_rounds: OpenRounds, replies: Sequence[Reply], size: int, runs: list[Run]) -> News:
-    """One group of rows after the other, each in caches of its own: what one leaves there never meets another.
-
-    A row that fails where something was proposed is tried again in the end, with nothing proposed: what is no number
-    may come from a proposed token alone.
-    """
-    for group in _groups(replies, size):
-        yield from _open_group(open_rounds(), group, runs)
-    for group in _groups([reply for reply in replies if reply.reason is None], size):
-        yield from _open_group(open_rounds(plain=True), group, runs)
-
-
-def _groups(replies: Sequence[Reply], size: int) -> Iterator[Sequence[Reply]]:
-    return (replies[first : first + size] for first in range(0, len(replies), size))
-
-
-def _open_group(place: AbstractContextManager[Rounds], replies: Sequence[Reply], runs: list[Run]) -> News:
-    """Its caches are let go of as soon as it ends."""
-    with place as rounds:
-        yield from _answer_group(rounds, replies, runs)
+    """One group of rows after the other, each in caches of its own: what one leaves there never meets another."""
+    for first in range(0, len(replies), size):
+        with open_rounds() as rounds:  # its caches are let go of as soon as it ends
+            yield from _answer_group(rounds, replies[first : first + size], runs)
 
 
 def _answer_group(rounds: Rounds, replies: Sequence[Reply], runs: list[Run]) -> News:
@@ -163,8 +143,6 @@ def _answer_group(rounds: Rounds, replies: Sequence[Reply], runs: list[Run]) -> 
     found = rounds.begin([reply.row for reply in active])
     prefill = found.record
     assert isinstance(prefill, PrefillRecord)
-    for place, reply in enumerate(replies):
-        reply.seats.append((len(runs), place))
     try:
         while True:
             news = [
@@ -176,7 +154,7 @@ def _answer_group(rounds: Rounds, replies: Sequence[Reply], runs: list[Run]) -> 
             for reply, tokens in zip(active, news, strict=True):
                 for token in tokens:
                     yield reply.number, token
-            going = [place for place, reply in enumerate(active) if not reply.resting]
+            going = [place for place, reply in enumerate(active) if reply.reason is None]
             if not going:
                 return
             if len(going) < len(active):

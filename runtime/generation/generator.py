@@ -167,9 +167,9 @@ class Generator:
         sampler = Sampler(asked, coupled=self.options.rule == "equality")
 
         @contextmanager
-        def open_rounds(*, plain: bool = False) -> Iterator[Rounds]:
+        def open_rounds() -> Iterator[Rounds]:
             with ExitStack() as stack:
-                yield self._rounds(stack, sampler, plain=plain)
+                yield self._rounds(stack, sampler)
 
         return Batch(open_rounds, replies, self.options.batch)
 
@@ -206,10 +206,10 @@ class Generator:
         own = self.target.folder.ends if stop.eos else ()
         return frozenset((*stop.ids, *own, *special))
 
-    def _rounds(self, stack: ExitStack, sampler: Sampler, *, plain: bool) -> Rounds:
+    def _rounds(self, stack: ExitStack, sampler: Sampler) -> Rounds:
         """Decoders of a group of rows, closed by the stack, and the loop over them."""
         target = stack.enter_context(self.target.decoder())
-        if plain or self.plain:
+        if self.plain:
             return Rounds(target, sampler, None, PLAIN)
         speculator = self._speculator()
 

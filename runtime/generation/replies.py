@@ -104,8 +104,6 @@ class Reply:
         cutter: From text to what may be shown.
         reason: Why it ended; ``None`` while it goes on.
         error: What went wrong.
-        resting: Whether it does not go on here: it has ended, or is to be tried again with nothing proposed.
-        seats: Groups of rows that it was decoded in, and its place in each.
     """
 
     number: int
@@ -116,8 +114,6 @@ class Reply:
     cutter: Cutter
     reason: Reason | None = None
     error: DataInvalid | None = None
-    resting: bool = False
-    seats: list[tuple[int, int]] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     calls: int = 0
     proposed: int = 0
@@ -134,7 +130,7 @@ class Reply:
         self.calls += not prompt
         self.proposed += len(proposal.ids)
         self.accepted += outcome.accepted
-        if outcome.failure is not None and not proposal.ids:
+        if outcome.failure is not None:
             self.reason, self.error = "failed", outcome.failure.with_traceback(None)  # whose frames hold caches
         found = []
         for place, token in enumerate(outcome.tokens):
@@ -145,7 +141,6 @@ class Reply:
             self.tokens.append(found[-1])
             if self.reason is not None:
                 break
-        self.resting = self.reason is not None or outcome.failure is not None
         return found
 
     def completion(self) -> Completion:

@@ -10,7 +10,7 @@ from qexport.runtime.decoder import Decoder
 from qexport.runtime.sampling.distribution import draw
 from qexport.runtime.sampling.noise import Purpose
 from qexport.runtime.sampling.sampler import NotFiniteError, Sampler
-from qexport.runtime.speculation.following import Followed, affordable
+from qexport.runtime.speculation.following import Followed
 from qexport.runtime.speculation.prefill import prefill
 from qexport.runtime.speculation.proposal import NOTHING, Chances, Effort, Logits, Proposal, Row
 
@@ -29,7 +29,7 @@ class Draft:
     def __init__(self, decoder: Decoder, sampler: Sampler, vocabulary: int) -> None:
         """Propose for targets with ``vocabulary`` logits; they may have more or less padding than the draft."""
         self.decoder, self._sampler, self._vocabulary = decoder, sampler, vocabulary
-        self._followed = Followed()
+        self._followed = Followed(decoder.signature, spare=sampler.weighed)
         self._done = Effort()
 
     @property
@@ -48,10 +48,11 @@ class Draft:
         self._followed.keep(rows)
 
     def propose(self, rows: Sequence[Row], most: Sequence[int]) -> list[Proposal]:
-        """Tokens of the draft; none for rows that are longer than it has positions for, or where it has no numbers."""
-        drawn = self._sampler.weighed
-        positions = self.decoder.signature.positions
-        wanted = [affordable(row, more, positions, spare=drawn) for row, more in zip(rows, most, strict=True)]
+        """Tokens of the draft; none for rows that are longer than it has positions for, or where it has no numbers.
+
+        Where it has none behind a token of its own, that is the last.
+        """
+        wanted, spoilt = self._followed.wanted(rows, most), []
         found: list[list[int]] = [[] for _ in rows]
         chances: list[list[Chances]] = [[] for _ in rows]
         logits = self._catch_up(rows, wanted)
@@ -61,11 +62,17 @@ class Draft:
                 try:
                     self._choose(logits[index], rows[index], found[index], chances[index])
                 except NotFiniteError:
-                    wanted[index], found[index] = 0, []
+                    wanted[index] = 0
+                    if place:
+                        spoilt.append(index)
+                    else:
+                        self._followed.lose(index)
             going = [index for index in going if wanted[index] > place + 1]
             if going:
                 logits = self._feed({index: found[index][-1] for index in going}, len(rows))
-        return [self._proposal(ids, given, drawn) for ids, given in zip(found, chances, strict=True)]
+        if spoilt:
+            self._clean(spoilt)
+        return [self._proposal(ids, given) for ids, given in zip(found, chances, strict=True)]
 
     def _choose(self, logits: Logits, row: Row, ids: list[int], chances: list[Chances]) -> None:
         scores = self._fit(logits[0])
@@ -104,9 +111,15 @@ class Draft:
         self._done += Effort(self.decoder.seconds - began, 1, 1, valid)
         return list(logits)
 
-    def _proposal(self, ids: list[int], chances: list[Chances], drawn: bool) -> Proposal:
+    def _clean(self, spoilt: Sequence[int]) -> None:
+        """Take back what was proposed in these rows, and the buffers: what is no number stays none behind a mask."""
+        lengths = self._followed.take_back(spoilt)
+        self.decoder.rollback(lengths)
+        self.decoder.keep(range(len(lengths)))
+
+    def _proposal(self, ids: list[int], chances: list[Chances]) -> Proposal:
         if not ids:
             return NOTHING
-        if not drawn:
+        if not self._sampler.weighed:
             return Proposal(tuple(ids), proposer=self.name)
         return Proposal(tuple(ids[:-1]), np.stack(chances), ids[-1], self.name)

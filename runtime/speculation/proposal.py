@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -75,6 +75,12 @@ class Proposal:
     spare: int | None = None
     proposer: str = ""
     span: Span | None = None
+
+    def alone(self) -> Proposal:
+        """Of several tokens the first one, as a spare one; nothing where it is certain."""
+        if self.chances is None:
+            return NOTHING
+        return replace(self, ids=(), chances=self.chances[:1], spare=self.ids[0])
 
 
 NOTHING = Proposal()

@@ -128,27 +128,28 @@ class Rounds:
         proposed, drafted = time.perf_counter(), self._effort() - effort
         ids, counts = _beside(rows, proposals)
         logits = target.extend(ids, counts)
-        verified = time.perf_counter()
-        outcomes = tuple(
+        verified, read = time.perf_counter(), target.seconds
+        outcomes = [
             self._decide(proposal, logits[index, : 1 + len(proposal.ids)], row)
             for index, (row, proposal) in enumerate(zip(rows, proposals, strict=True))
-        )
+        ]
         target.rollback([length + 1 + found.accepted for length, found in zip(start, outcomes, strict=True)])
+        self._decide_alone(outcomes, start)
         self._commit(outcomes)
-        clock = time.perf_counter()
+        clock, again = time.perf_counter(), target.seconds - read
         record = RoundRecord(
             began=began,
             clock=clock,
             rows=tuple(self._numbers),
             width=ids.shape[1],
             valid=int(start.sum()),
-            proposed=tuple(len(proposal.ids) for proposal in proposals),
+            proposed=tuple(len(found.proposal.ids) for found in outcomes),
             accepted=tuple(found.accepted for found in outcomes),
             emitted=tuple(len(found.tokens) for found in outcomes),
             proposers=tuple(proposal.proposer for proposal in proposals),
             propose=proposed - began,
-            verify=verified - proposed,
-            accept=clock - verified,
+            verify=verified - proposed + again,
+            accept=clock - verified - again,
             native=target.seconds - native,
             native_draft=drafted.native,
             draft_calls=drafted.calls,
@@ -156,7 +157,7 @@ class Rounds:
             draft_valid=drafted.valid,
         )
         self._policy.observe(record)
-        return Round(outcomes, record)
+        return Round(tuple(outcomes), record)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows only."""
@@ -187,6 +188,25 @@ class Rounds:
         except NotFiniteError as error:
             return Outcome((), proposal, 0, error)
         return Outcome(verdict.tokens, proposal, verdict.accepted)
+
+    def _decide_alone(self, outcomes: list[Outcome], start: Counts) -> None:
+        """Decide on one token, with none behind it, in rows that failed where something was proposed.
+
+        What is no number may come from a proposed token, whether it is taken or not: masked columns are no part of a
+        sum, but for NaN, which nothing times zero is. Those columns go with the old buffers. The same draws decide as
+        would have: new ones would give the token behind which there are no numbers a second chance not to come.
+        """
+        failed = [index for index, found in enumerate(outcomes) if found.failure is not None and found.proposal.ids]
+        if not failed:
+            return
+        lengths, rows = self._target.lengths, self.rows
+        lengths[failed] = start[failed]
+        self._target.rollback(lengths)
+        self._target.keep(range(len(rows)))
+        counts = np.isin(np.arange(len(rows)), failed).astype(np.int64)
+        logits = self._target.extend(np.array([[row.ids[-1]] for row in rows], np.int64), counts)
+        for index in failed:
+            outcomes[index] = self._decide(outcomes[index].proposal.alone(), logits[index, :1], rows[index])
 
     def _commit(self, outcomes: Sequence[Outcome]) -> None:
         for row, outcome in zip(self.rows, outcomes, strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +11,7 @@ from qexport.runtime.sampling.noise import Purpose
 from qexport.runtime.sampling.sampler import Sampler
 from qexport.runtime.sampling.settings import Sampling
 from qexport.runtime.speculation.chains import Chain, Chains, Draw
-from qexport.runtime.speculation.following import Followed, affordable
+from qexport.runtime.speculation.following import Followed
 from qexport.runtime.speculation.proposal import NOTHING, Chances, Effort, Proposal, Row
 
 
@@ -39,8 +38,7 @@ class Unrolled:
             what = "an unrolled draft takes the most likely tokens, or draws at a temperature, and nothing else"
             raise UsageError(what, hint="let it decode step by step")
         self._chain, self._sampler, self._vocabulary = Chain(chains, vocabulary), sampler, vocabulary
-        self._positions = chains.signature.positions
-        self._followed = Followed()
+        self._followed = Followed(chains.signature, spare=sampler.weighed)
 
     @property
     def effort(self) -> Effort:
@@ -58,9 +56,11 @@ class Unrolled:
         self._followed.keep(rows)
 
     def propose(self, rows: Sequence[Row], most: Sequence[int]) -> list[Proposal]:
-        """Tokens of the draft; none for rows that are longer than it has positions for, or where it has no numbers."""
-        spare, positions = self._sampler.weighed, self._positions
-        wanted = [affordable(row, more, positions, spare=spare) for row, more in zip(rows, most, strict=True)]
+        """Tokens of the draft; none for rows that are longer than it has positions for, or where it has no numbers.
+
+        Where it has none behind a token of its own, that is the last.
+        """
+        wanted = self._followed.wanted(rows, most)
         steps = max(wanted)
         if steps == 0:
             return [NOTHING] * len(rows)
@@ -70,10 +70,25 @@ class Unrolled:
         for index, length in enumerate(self._chain.lengths):
             if parts[index]:
                 self._followed.add(index, said[index], length)  # the last is not read, nor is what has no position
-        return [
-            self._proposal(tokens[:more], chances[index, :more])
-            for index, (tokens, more) in enumerate(zip(said, wanted, strict=True))
-        ]
+        proposals = []
+        spoilt = []
+        for index, more in enumerate(wanted):
+            known = _finite(chances[index]) if more else 0
+            if more and not known:
+                self._followed.lose(index)
+            elif more and known < steps:
+                spoilt.append(index)
+            count = min(more, known)
+            proposals.append(self._proposal(said[index][:count], chances[index, :count]))
+        if spoilt:
+            self._clean(spoilt)
+        return proposals
+
+    def _clean(self, spoilt: Sequence[int]) -> None:
+        """Take back what was proposed in these rows, and the buffers: what is no number stays none behind a mask."""
+        lengths = self._followed.take_back(spoilt)
+        self._chain.rollback(lengths)
+        self._chain.keep(range(len(lengths)))
 
     def _draw(self, rows: Sequence[Row], steps: int) -> Draw | None:
         settings = self._sampler.settings
@@ -88,8 +103,14 @@ class Unrolled:
             return NOTHING
         if not self._sampler.weighed:
             return Proposal(tuple(tokens), proposer=self.name)
-        if math.isnan(chances[:, 0].sum()):  # one logit that is no number makes the whole distribution so
-            return NOTHING
         missing = self._vocabulary - chances.shape[1]
         given = np.pad(chances, ((0, 0), (0, missing))) if missing else chances.copy()
         return Proposal(tuple(tokens[:-1]), given, tokens[-1], self.name)
+
+
+def _finite(chances: Chances) -> int:
+    """Steps before the first without numbers; all where none are told, as tokens were not drawn."""
+    if not chances.shape[1]:
+        return len(chances)
+    wrong = np.isnan(chances[:, 0])  # one logit that is no number makes the whole distribution so
+    return int(wrong.argmax()) if wrong.any() else len(wrong)

@@ -98,7 +98,7 @@ def as_json(prompts: Sequence[Prompt], batch: Batch, stats: Stats) -> dict[str, 
                     {"index": piece.index, "count": piece.count, "source": piece.span.source, "start": piece.span.start}
                     for piece in found.copied
                 ],
-                "stats": account(batch.runs_of(number)).as_json(),
+                "stats": account([batch.run_of(number)]).as_json(),
             }
         )
     return {"schema": SCHEMA, "outputs": outputs, "stats": stats.as_json()}
