@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 FILE = "tokenizer.json"
 MOST_BYTES = 256 << 20
+_PANIC = "PanicException"  # of the library's language, a BaseException that no module exports
+_OWN = "use the tokenizer that the model was trained with"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,8 @@ class Tokenizer:
         self._where = where
         try:
             self.inner: tokenizers.Tokenizer = tokenizers.Tokenizer.from_buffer(data)
-        except ValueError as error:
+        except BaseException as error:
+            _demand_failure(error)
             what = f"cannot be read as a tokenizer: {error}"
             raise DataInvalid(what, where=where, hint=f"expected a {FILE}") from error
         told = self.inner.truncation or {}
@@ -101,7 +104,10 @@ class Tokenizer:
 
     def token(self, text: str) -> int | None:
         """The token that is called ``text``, such as ``</s>``, if there is one."""
-        found: int | None = self.inner.token_to_id(text)
+        try:
+            found: int | None = self.inner.token_to_id(text)
+        except UnicodeEncodeError:  # nothing is called like that
+            return None
         return found
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
@@ -134,7 +140,11 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """The text of tokens, without special ones unless they are asked for."""
-        text: str = self.inner.decode(list(ids), skip_special_tokens=not special)
+        try:
+            text: str = self.inner.decode(list(ids), skip_special_tokens=not special)
+        except BaseException as error:
+            _demand_failure(error)
+            raise DataInvalid(f"the tokenizer cannot read tokens: {error}", where=self._where, hint=_OWN) from error
         return text
 
     @cached_property
@@ -151,12 +161,18 @@ class Tokenizer:
     def _encode(self, texts: Sequence[str], *, special: bool, first: int = 0) -> list[tokenizers.Encoding]:
         try:
             found: list[tokenizers.Encoding] = self.inner.encode_batch_fast(list(texts), add_special_tokens=special)
-        except Exception as error:  # of no class of its own
+        except BaseException as error:
+            _demand_failure(error)
             for index, text in enumerate(texts, first):
                 _demand_unicode(text, index)
-            hint = "use the tokenizer that the model was trained with"
-            raise DataInvalid(f"the tokenizer cannot read the text: {error}", where=self._where, hint=hint) from error
+            raise DataInvalid(f"the tokenizer cannot read the text: {error}", where=self._where, hint=_OWN) from error
         return found
+
+
+def _demand_failure(error: BaseException) -> None:
+    """Raise on what is no failure of the library, which has no class for its own and panics where it finds a bug."""
+    if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+        raise error
 
 
 def _demand_unicode(text: object, index: int) -> None:

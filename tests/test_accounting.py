@@ -308,6 +308,8 @@ def _broken():
     yield json.dumps(told | {"schema": "qexport.profile/9"})
     changes = ({"curve": []}, {"curve": [[2, 1.0], [1, 1.0]]}, {"curve": [[1, float("nan")]]}, {"curve": [[1, -1.0]]})
     changes += ({"threads": 0}, {"threads": True}, {"prefill": "fast"}, {"costs": {}}, {"fingerprint": None})
+    changes += ({"curve": [[1, 10**400]]}, {"curve": [[1, 1.0], [10**400, 2.0]]}, {"curve": [[1, 1e308], [2, 1e308]]})
+    changes += ({"curve": [[1, 1e-310]]}, {"prefill": 10**400}, {"costs": entry["costs"] | {"flops": 10**400}})
     for change in changes:
         yield json.dumps(told | {"profiles": [entry | change]})
     del entry["valid"]

@@ -359,6 +359,21 @@ def test_tokens_that_end_an_output_are_those_of_the_settings(copied, settings, e
         assert generator.target.folder.ends == ends
 
 
+@pytest.mark.parametrize("token", [50, 10**30])
+def test_an_end_that_the_model_cannot_say_is_refused(copied, token):
+    edit(copied, "generation_config.json", eos_token_id=[7, token])
+    error = refused(opened, copied)
+    assert (type(error), error.where) == (DataInvalid, str(copied))
+    assert error.what == f"token {token} is to end its texts, the model has a vocabulary of 50"
+
+
+def test_names_of_tokens_that_are_not_unicode_name_none(copied):
+    edit(copied, "generation_config.json")
+    edit(copied, "tokenizer_config.json", eos_token="\ud800")
+    with opened(copied) as generator:
+        assert generator.target.folder.ends == frozenset()
+
+
 def test_types_of_caches_are_no_matter(tmp_path):
     folder = write_folder(tmp_path / "model")
     (folder / "model.onnx").write_bytes(serialized(portable(Tiny(), ir.DataType.FLOAT16)))

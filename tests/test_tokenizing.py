@@ -107,6 +107,32 @@ def test_text_that_is_none_is_refused_with_its_place():
         tokenizer.encode(b"a")
 
 
+def test_a_tokenizer_that_panics_is_told_as_any_that_fails(capfd):
+    told = json.loads(inner().to_str())
+    told["post_processor"]["special_tokens"] = {}  # which its template names
+    tokenizer = Tokenizer(json.dumps(told).encode())
+    with pytest.raises(DataInvalid, match="the tokenizer cannot read the text"):
+        tokenizer.encode("a")
+    assert tokenizer.encode("a", special=False) == wrapped().encode("a", special=False)
+    capfd.readouterr()  # the library's own words
+
+
+def test_an_interrupt_is_no_failure_of_the_tokenizer():
+    class Interrupted:
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    tokenizer = wrapped()
+    tokenizer.inner = Interrupted()
+    for call in (tokenizer.encode, tokenizer.decode):
+        with pytest.raises(KeyboardInterrupt):
+            call("a")
+
+
+def test_no_token_is_called_what_is_not_unicode():
+    assert wrapped().token("\ud800") is None
+
+
 def test_text_without_a_token_is_refused():
     with pytest.raises(DataInvalid, match="the tokenizer cannot read the text"):
         wrapped(unknown="[NONE]").encode("x")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -108,12 +107,13 @@ def _profile(told: Mapping[str, Any]) -> Profile:
 
 
 def _count(told: object, least: int = 1) -> int:
-    if isinstance(told, bool) or not isinstance(told, int) or told < least:
-        raise ValueError(f"{told!r} is not an integer from {least} up")
+    if isinstance(told, bool) or not isinstance(told, int) or not least <= told < 1 << 62:
+        raise ValueError(f"{str(told)[:40]} is not an integer from {least} up")
     return told
 
 
 def _positive(told: object) -> float:
-    if isinstance(told, bool) or not isinstance(told, (int, float)) or not 0 < told < math.inf:
-        raise ValueError(f"{told!r} is not a number above 0")
+    """Milliseconds, from what no clock tells apart to ten days."""
+    if isinstance(told, bool) or not isinstance(told, (int, float)) or not 1e-9 <= told <= 1e9:
+        raise ValueError(f"{str(told)[:40]} is not a number from 1e-9 to 1e9")
     return float(told)

@@ -70,7 +70,7 @@ def open_artefact(folder: Path) -> Artefact:
         text = file.read(_MANIFEST_LIMIT)
     try:
         manifest = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise IntegrityError("the manifest is damaged", where=where) from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise IntegrityError("the manifest is not one of qexport's", where=where)

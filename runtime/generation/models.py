@@ -158,6 +158,10 @@ def _examine(session: Session, folder: Folder) -> tuple[Signature, int | None]:
     if known > size:
         what = f"the tokenizer knows {known} tokens, the model's logits are {size}"
         raise DataInvalid(what, where=where, hint="is it the tokenizer of this model?")
+    beyond = [token for token in folder.ends if token >= size]
+    if beyond:
+        what = f"token {beyond[0]} is to end its texts, the model has a vocabulary of {size}"
+        raise DataInvalid(what, where=where, hint="correct eos_token_id in generation_config.json and export it again")
     with Decoder(session) as decoder:
         return found, decoder.limit
 
