@@ -160,7 +160,7 @@ def test_prompts_that_are_longer_than_a_call_reads_are_read_in_pieces():
         draft = Draft(Decoder(model, ONE), Sampler(sampling), VOCABULARY)
         unrolled.begin(rows), draft.begin(rows)
         same(unrolled.propose(rows, [3] * 4), draft.propose(rows, [3] * 4))
-        assert unrolled.effort.calls == 3
+        assert unrolled.effort.calls == 2 + 3 + unrolled._sampler.weighed  # two pieces in front, then steps
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
@@ -230,17 +230,22 @@ def test_what_was_proposed_stays_when_more_is():
     assert np.array_equal(first.chances, before)
 
 
-def test_effort_counts_calls_and_what_they_read(chains):
-    unrolled, rows = Unrolled(chains, Sampler(GREEDY), VOCABULARY), rows_of(PROMPTS[:1])
-    unrolled.begin(rows)
-    ids = unrolled.propose(rows, [4])[0].ids
-    first = unrolled.effort
-    assert (first.calls, first.width, first.valid) == (1, 3 + 3, 0)
-    assert first.native > 0
-    rows[0].ids += [*ids[:2], (ids[2] + 1) % VOCABULARY]
-    unrolled.propose(rows, [4])
-    more = unrolled.effort - first
-    assert (more.calls, more.width, more.valid) == (1, 1 + 3, 5)  # the third token of the proposal was another
+@pytest.mark.parametrize("sampling", [GREEDY, DRAWN])
+def test_effort_is_that_of_a_draft_which_reads_the_same_step_by_step(chains, decoder, sampling):
+    unrolled, draft = (kind(of, Sampler(sampling), VOCABULARY) for kind, of in ((Unrolled, chains), (Draft, decoder)))
+    rows = rows_of(PROMPTS)
+    unrolled.begin(rows), draft.begin(rows)
+    steps = 4 + unrolled._sampler.weighed
+    for taken in (2, 0, 4, 1):
+        before = unrolled.effort, draft.effort
+        found = unrolled.propose(rows, [4] * len(rows))
+        draft.propose(rows, [4] * len(rows))
+        done, truth = unrolled.effort - before[0], draft.effort - before[1]
+        assert (done.calls, done.width, done.valid) == (truth.calls, truth.width, truth.valid)
+        assert done.calls == steps
+        assert done.native > 0
+        for row, proposal in zip(rows, found, strict=True):
+            row.ids += [*proposal.ids[:taken], (proposal.ids[taken] + 1) % VOCABULARY if taken < 4 else 3]
 
 
 # ---------------------------------------------------------------- chains

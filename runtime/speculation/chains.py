@@ -241,7 +241,7 @@ class Chain:
             frame.uniform[...], frame.sharpness[...] = draw.uniform, draw.sharpness
         began = perf_counter()
         frame.binding.run()
-        self.effort += Effort(perf_counter() - began, 1, width + ahead, sum(start))
+        self.effort += _effort(perf_counter() - began, start, counts, ahead)
         after = [count and count + ahead for count in counts]
         if most is not None:
             after = [min(more, most - length) for more, length in zip(after, start, strict=True)]
@@ -288,3 +288,10 @@ def _numbers(parts: Sequence[Sequence[int]], start: Sequence[int], width: int) -
             ids += [0] * padding
             positions += [max(end - 1, 0)] * padding
     return [*ids, *positions, *start, *(max(len(part) - 1, 0) for part in parts)]
+
+
+def _effort(seconds: float, start: Sequence[int], counts: Sequence[int], ahead: int) -> Effort:
+    """What a call did: a step that reads what is new, and ``ahead`` more, each of which reads all weights again."""
+    valid = sum(start) * (1 + ahead)
+    valid += sum(count * ahead + ahead * (ahead - 1) // 2 for count in counts if count)
+    return Effort(seconds, 1 + ahead, max(counts) + ahead, valid)

@@ -92,7 +92,7 @@ class Effort:
 
     Attributes:
         native: Seconds inside of their backends.
-        calls: Calls of them.
+        calls: Calls of them; of an unrolled one, its steps, as each reads all weights.
         width: Tokens of a row that they read, all calls together.
         valid: Tokens in their caches before each call, of all rows and all calls together.
     """
