@@ -42,8 +42,8 @@ NOTE = (
     "decoded, the draft unrolled as after the first requests of a service. Speed: tokens per second, prompts included, "
     "over plain decoding (95 % of resamplings of prompts). `K = n`: always n tokens ahead; `auto`: as many as the "
     "measured curves and the acceptance so far say, copies from prompt and output where they pay. Overhead: time of "
-    "rounds outside of onnxruntime: the rule, rollback, all of Python. Same: prompts with the tokens of plain decoding; "
-    "an 8-bit target rounds activations, so that the order of a sum can move a whole step."
+    "rounds outside of onnxruntime: the rule, rollback, all of Python. Same: prompts with the tokens of plain "
+    "decoding; an 8-bit target rounds activations, so that the order of a sum can move a whole step."
 )
 PEER_NOTE = (
     f"The first {COMPARED} of these prompts, decoded by transformers in a process beside it, in turn in the same run: "
