@@ -44,6 +44,17 @@ def right(made):
     )
 
 
+def test_a_reset_leaves_no_number_that_a_mask_would_not_hide():
+    made = cache(2, least=16)
+    step(made, 9, 9, 4)
+    for buffer in made.buffers.values():
+        buffer[:, :, :9] = np.nan
+    made.rollback([0, 0])
+    assert made.reset(2)
+    assert all((buffer == 0).all() for buffer in made.buffers.values())
+    assert not made.reset(3)
+
+
 def test_buffers_are_zeros_of_the_asked_shape_and_type():
     made = Cache(SHAPES, np.dtype(np.float16), 3, Room(least=8))
     assert {name: buffer.shape for name, buffer in made.buffers.items()} == {

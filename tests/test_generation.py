@@ -175,6 +175,9 @@ def test_what_a_run_took_is_told(drafted):
     (run,) = batch.runs
     emitted = sum(run.prefill.emitted) + sum(sum(record.emitted) for record in run.rounds)
     assert emitted == 9 * len(PROMPTS)
+    ends = {found.tokens[5] for found in batch.completions}  # which many a round has gone beyond
+    cut = drafted.batch(PROMPTS, stop=Stop(9, ids=tuple(ends), eos=False))
+    assert len(list(cut)) == account(cut.runs).tokens < emitted
     assert [found.tally.calls for found in batch.completions] == [
         sum(row in record.rows for record in run.rounds) for row in range(len(PROMPTS))
     ]

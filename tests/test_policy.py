@@ -16,6 +16,7 @@ from qexport.runtime.sampling.settings import Sampling
 from qexport.runtime.session import SessionOptions
 from qexport.runtime.speculation.cascade import Cascade
 from qexport.runtime.speculation.draft import Draft
+from qexport.runtime.speculation.guard import Guard
 from qexport.runtime.speculation.lookup import Lookup
 from qexport.runtime.speculation.policy import Auto
 from qexport.runtime.speculation.proposal import Reference, Row
@@ -231,3 +232,17 @@ def test_drawn_tokens_are_those_of_plain_decoding_where_they_are_copied():
     terms = Terms()
     references = (Reference("said", tuple(plain[0])),)
     assert generate(Lookup(terms), Auto(target, None, terms), drawn, references) == plain
+
+
+def test_what_a_round_of_many_rows_gave_is_told_to_the_guard_by_the_row():
+    heard = []
+
+    class Heard(Guard):
+        def observe(self, proposers, tokens, taken, load=1.0):
+            heard.append(tokens)
+            super().observe(proposers, tokens, taken, load)
+
+    policy = Auto(target, draft, guard=Heard("draft"))
+    World(policy, chance=1.0, batch=4).go(20)
+    assert heard[:3] == [1, 1, 1]
+    assert 1 < max(heard) <= 16

@@ -190,6 +190,7 @@ def test_a_draft_without_numbers_is_not_asked_for_more_and_changes_nothing(monke
     found, rounds = run(PROMPTS, Sampling(), draft=draft)
     assert found == TRUTH
     assert all(not any(one.record.proposed) for one in rounds[1:])
+    assert sum(one.record.draft_calls for one in rounds[1:]) == 1
 
 
 @pytest.mark.parametrize("size", [VOCABULARY - 7, VOCABULARY + 5])

@@ -81,6 +81,15 @@ def test_what_stands_behind_the_last_token_goes_the_same_way_with_a_spare(monkey
     assert rejection(refused, refused.chances, logits_of(q0, q1), ROW, DRAWN) == rules.Verdict(1, (0, 2))
 
 
+def test_a_token_that_the_target_never_says_is_not_taken_whatever_the_number(monkeypatch):
+    numbers = Numbers(monkeypatch)
+    numbers.given = {(0, "ACCEPT"): 0.0, (0, "RESIDUAL"): 0.0, (1, "TOKEN"): 0.5}
+    logits = logits_of(chances_of([0, 1, 1, 0]), chances_of([1, 1, 1, 1]))
+    logits[0, [0, 3]] = -np.inf
+    proposal = Proposal((0,), np.stack([chances_of([1, 1, 1, 1])]))
+    assert rejection(proposal, proposal.chances, logits, ROW, DRAWN) == rules.Verdict(0, (1,))
+
+
 def test_equality_takes_as_far_as_the_target_says_the_same():
     logits = logits_of([1, 5, 1, 1], [5, 1, 1, 1], [1, 1, 1, 5])
     greedy = Sampler(Sampling())

@@ -79,6 +79,10 @@ def test_the_nucleus_of_a_large_vocabulary_is_that_of_a_full_sort(seed, share, s
     assert all((found[token] > 0) == (sum_ < share) for token, sum_, s in zip(order, before, sure, strict=True) if s)
 
 
+def test_the_token_that_reaches_the_share_is_the_last():
+    assert np.flatnonzero(distribution(np.zeros(4), Sampling(1.0, top_p=0.5))).tolist() == [0, 1]
+
+
 def _normalized(weights):
     total = sum(weights.values())
     return {token: weight / total for token, weight in weights.items()}

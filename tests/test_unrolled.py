@@ -115,10 +115,12 @@ ROUND = st.tuples(
 )
 
 
-@given(st.lists(ROUND, min_size=1, max_size=6), st.booleans())
+@given(
+    st.lists(ROUND, min_size=1, max_size=6),
+    st.sampled_from([Sampler(GREEDY), Sampler(DRAWN), Sampler(DRAWN, coupled=True)]),
+)
 @settings(max_examples=40, deadline=None)
-def test_proposals_are_those_of_a_draft_whatever_is_taken(chains, decoder, rounds, drawn):
-    sampler = Sampler(DRAWN if drawn else GREEDY)
+def test_proposals_are_those_of_a_draft_whatever_is_taken(chains, decoder, rounds, sampler):
     both = Unrolled(chains, sampler, VOCABULARY), Draft(decoder, sampler, VOCABULARY)
     rows = rows_of(PROMPTS)
     for proposer in both:
