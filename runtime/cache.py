@@ -14,7 +14,7 @@ from qexport.runtime.backends.host import HOST
 from qexport.runtime.session import Memory
 
 Counts: TypeAlias = NDArray[np.int64]  # [batch], columns
-LEAST = 32  # columns
+LEAST = 64  # columns
 SHARE = 8  # of the next power of two, by which buffers grow at least
 
 

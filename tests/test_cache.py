@@ -66,8 +66,8 @@ def test_buffers_are_zeros_of_the_asked_shape_and_type():
 
 def test_capacity_starts_small_and_grows_by_an_eighth_only_when_a_column_does_not_fit():
     made = cache()
-    assert made.capacity == 32
-    sizes = (32, 32), (33, 64), (200, 224), (256, 256), (257, 320), (512, 512), (513, 640), (3000, 3072)
+    assert made.capacity == 64
+    sizes = (64, 64), (65, 128), (200, 256), (256, 256), (257, 320), (512, 512), (513, 640), (3000, 3072)
     for length, capacity in sizes:
         step(made, length - int(made.lengths[0]))
         assert made.capacity == capacity

@@ -181,7 +181,7 @@ def test_reset_forgets_and_takes_another_batch(decoder):
     decoder.extend(IDS[:1, :300])
     assert decoder.capacity == 320
     decoder.reset(2)
-    assert (decoder.capacity, decoder.lengths.tolist()) == (32, [0, 0])
+    assert (decoder.capacity, decoder.lengths.tolist()) == (64, [0, 0])
     assert error(decoder.extend(IDS[2:, :9])[1], TRUTH[3][:9]) < TOLERANCE
 
 

@@ -213,8 +213,10 @@ class Rounds:
             row.ids.extend(outcome.tokens)
 
 
-def _beside(rows: Sequence[Row], proposals: Sequence[Proposal]) -> tuple[Counts, Counts]:
-    """The pending token of each row and what is proposed behind it, ``[rows, width]``; and how many these are."""
+def _beside(rows: Sequence[Row], proposals: Sequence[Proposal]) -> tuple[Counts, Counts | None]:
+    """The pending token of each row and what is proposed behind it, ``[rows, width]``; and how many if they differ."""
+    if len(rows) == 1:
+        return np.array([[rows[0].ids[-1], *proposals[0].ids]], np.int64), None
     counts = np.array([1 + len(proposal.ids) for proposal in proposals], np.int64)
     ids = np.zeros((len(rows), counts.max()), np.int64)
     for index, (row, proposal) in enumerate(zip(rows, proposals, strict=True)):
