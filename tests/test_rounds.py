@@ -12,6 +12,7 @@ from qexport.runtime.decoder import Decoder
 from qexport.runtime.sampling.sampler import Sampler
 from qexport.runtime.sampling.settings import Sampling
 from qexport.runtime.session import SessionOptions
+from qexport.runtime.speculation import prefill
 from qexport.runtime.speculation.chains import Chains
 from qexport.runtime.speculation.draft import Draft
 from qexport.runtime.speculation.proposal import NOTHING, Effort, Proposal, Row
@@ -273,7 +274,7 @@ def test_a_draft_that_knows_fewer_tokens_leaves_only_rows_alone_that_have_others
         model = serialized(portable(fewer))
     sampler = Sampler(Sampling(0.9, seed=4))
     for kind, opened in ((Draft, Decoder), (Unrolled, Chains)):
-        prompts = [[3, VOCABULARY - 1, 4], *PROMPTS]
+        prompts = [[3, size, 4], *PROMPTS]
         found, rounds = run(prompts, sampler.settings, draft=kind(opened(model, ONE), sampler, VOCABULARY))
         alone, _ = run(PROMPTS[:1], sampler.settings, draft=kind(opened(model, ONE), sampler, VOCABULARY), streams=[1])
         assert found[1] == alone[0]
