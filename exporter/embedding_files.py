@@ -42,7 +42,7 @@ def read_texts(path: Path, column: str | None = None) -> list[str]:
     elif column is not None:
         raise UsageError(f"lines have no column {column!r}", where=str(path), hint=f"tables end in {', '.join(TABLES)}")
     elif str(path) == STDIN:
-        found = _lines(sys.stdin.buffer, "stdin")
+        found = [] if sys.stdin is None else _lines(sys.stdin.buffer, "stdin")
     else:
         with open_file(path) as file:
             found = _lines(file, str(path))

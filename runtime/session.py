@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qexport.errors import EnvironmentMismatch
+from qexport.runtime.demands import demand_integer
 
 Array: TypeAlias = NDArray[Any]
 Feeds: TypeAlias = Mapping[str, Array]
@@ -20,6 +21,7 @@ Profile: TypeAlias = Mapping[str, tuple[Shape, Shape, Shape]]
 
 # Its CPU kernel is several times slower than the Add and LayerNormalization that it replaces (onnxruntime 1.31).
 SLOW_FUSIONS = ("SkipLayerNormFusion",)
+MOST_THREADS = 1024
 
 
 def load_onnxruntime() -> ModuleType:
@@ -50,7 +52,7 @@ class SessionOptions:
         device: Which GPU, as the driver counts them.
         graphs: Whether calls that come again in the same shape are recorded as CUDA graphs, which saves the time to
             launch their kernels one by one.
-        threads: Threads inside one operator; 0 lets onnxruntime choose.
+        threads: Threads inside one operator, up to 1024; 0 lets onnxruntime choose.
         spin: Whether threads without work wait in a loop. A session alone answers sooner by it; of two that run
             in turn, each takes the processor from the other.
         providers: Execution providers of onnxruntime in order of preference.
@@ -74,6 +76,11 @@ class SessionOptions:
     literal: bool = False
     lean: bool = False
     profile: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise :class:`UsageError` on numbers out of their range."""
+        demand_integer("device", self.device, 0)
+        demand_integer("threads", self.threads, 0, MOST_THREADS)
 
 
 _TYPES: dict[str, np.dtype[Any]] = {

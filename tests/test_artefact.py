@@ -213,6 +213,13 @@ def test_what_a_backend_cannot_run_is_refused_with_what_to_do(tmp_path):
             open_session(path, SessionOptions(backend=backend))
 
 
+@pytest.mark.parametrize("options", [{"threads": -1}, {"threads": 1025}, {"threads": 1.5}, {"device": -1}], ids=str)
+def test_numbers_out_of_their_range_are_refused_by_name(options):
+    ((name, value),) = options.items()
+    with pytest.raises(UsageError, match=f"{name} is {value}, expected 0"):
+        SessionOptions(**options)
+
+
 # ------------------------------------------------------------ choosing
 
 

@@ -110,6 +110,7 @@ def test_without_a_draft_it_is_plain_decoding_and_copies(folder):
     ("options", "told"),
     [
         (["--speculate", "2,fast"], "--speculate"),
+        (["--speculate", "9" * 5000], "--speculate"),
         (["--speculate", "0"], "tokens ahead are"),
         (["--rounds", "0"], "0 rounds"),
         (["--max-tokens", "1"], "of 1 tokens"),

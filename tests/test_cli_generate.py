@@ -179,7 +179,10 @@ def test_drawing_goes_by_its_flags(capsys, folders):
         (("--prompt", "a", "--logit-bias", "50=1"), 2, "logit_bias names token 50"),
         (("--prompt", "a", "--stop", ""), 2, "a stop string has 0 characters"),
         (("--prompt", "a", "--seed", str(2**70)), 2, "seed is"),
+        (("--prompt", "a", "--speculate", "9" * 5000), 2, "speculate is '9999"),
         (("--prompt", "a", "--threads", "-1"), 2, "--threads is -1"),
+        (("--prompt", "a", "--threads", "100000"), 2, "threads is 100000, expected 0 to 1024"),
+        (("--prompt", "a", "--stop", "\udcff"), 2, "is not Unicode"),
         (("--prompt", "a", "--batch", "0"), 2, "batch is 0"),
         (("--prompt", "a", "--backend", "abacus"), 2, "no backend called 'abacus'"),
         (("--prompts", "nowhere.txt"), 2, "nowhere.txt"),
@@ -193,6 +196,27 @@ def test_what_cannot_be_done_is_told(capsys, folders, flags, code, words):
     assert (found, out) == (code, "")
     assert err.startswith("error: ")
     assert words in err
+
+
+def test_lines_end_at_newlines_alone_and_a_byte_order_mark_is_none_of_the_first(capsys, folders, tmp_path, monkeypatch):
+    lines = ["a\u2028b", "c\x0bd\x85e", "ab"]
+    text, objects = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    text.write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8", newline="")
+    objects.write_text(
+        "\ufeff" + "\n".join(json.dumps({"prompt": line}, ensure_ascii=False) for line in lines), "utf-8"
+    )
+    for source in (text, objects, "-"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.read_bytes())))
+        code, out, _ = call(capsys, "generate", folders[0], "--prompts", str(source), *ONE, "--json")
+        assert code == 0
+        assert [found["prompt"] for found in json.loads(out)["outputs"]] == lines
+
+
+def test_a_reference_of_megabytes_is_refused_unread(capsys, folders, tmp_path):
+    notes = tmp_path / "notes.txt"
+    notes.write_bytes(b"ab" * (1 << 23) + b"a")
+    code, _, err = call(capsys, "generate", folders[0], "--prompt", "a", "--reference", str(notes))
+    assert (code, "the file has 16777217 bytes, the limit is 16777216" in err) == (9, True)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from qexport.safe_io import read_text
 
 MOST_BYTES = 256 << 20
 OBJECTS = ".jsonl"
+BYTE_ORDER_MARK = "\ufeff"
 _KEYS = {"prompt", "references"}
 
 
@@ -23,7 +24,7 @@ def read_prompts_file(path: Path) -> list[Prompt]:
         UsageError: There is no such file, or it is not UTF-8.
         DataInvalid: A line is not what it should be, or there is none.
     """
-    lines = read_text(path, limit=MOST_BYTES).splitlines()
+    lines = read_text(path, limit=MOST_BYTES).removeprefix(BYTE_ORDER_MARK).split("\n")  # and at nothing else
     found = list(read_objects(lines, str(path)) if path.suffix == OBJECTS else read_lines(lines))
     if not found:
         raise DataInvalid("there are no prompts in it", where=str(path), hint="give one per line")

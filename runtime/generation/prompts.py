@@ -51,7 +51,7 @@ def read_row(prompt: Prompt, number: int, model: Model) -> Row:
         _demand_short(prompt.text, positions, where)
         ids = folder.tokenizer.encode(prompt.text)
     else:
-        ids = _checked(prompt.text, model.signature.vocabulary, where)
+        ids = list(_checked(prompt.text, model.signature.vocabulary, where))
     if not ids:
         raise DataInvalid("there is nothing to continue: no tokens", where=where, hint=_offer(folder))
     if positions is not None and len(ids) >= positions:
@@ -84,10 +84,12 @@ def _demand_short(text: str, positions: int | None, where: str) -> None:
         raise DataInvalid(what, where=where, hint="give less text")
 
 
-def _checked(given: Sequence[int], vocabulary: int, where: str) -> list[int]:
+def _checked(given: Sequence[int], vocabulary: int, where: str) -> Sequence[int]:
     """Tokens as integers of Python; bytes, sets and dictionaries are no tokens, though they could be read as such."""
     if not isinstance(given, Iterable) or isinstance(given, bytes | bytearray | memoryview | Mapping | Set):
         raise DataInvalid(f"it is a {type(given).__name__}, expected text or tokens", where=where)
+    if isinstance(given, tuple) and set(map(type, given)) == {int} and min(given) >= 0 and max(given) < vocabulary:
+        return given  # as references are that come again and again
     ids = []
     for place, token in enumerate(given):
         try:

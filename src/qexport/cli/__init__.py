@@ -7,11 +7,14 @@ import importlib
 import io
 import json
 import logging
+import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
 import click
 
@@ -36,13 +39,17 @@ COMMANDS = (
 )
 """Each is a module of this package with a click command of the same name."""
 
-INTERRUPTED, TERMINATED = 130, 143
+INTERRUPTED, CLOSED, TERMINATED = 130, 141, 143  # as of programs that SIGINT, SIGPIPE and SIGTERM ended
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ERROR_SCHEMA = "qexport.error/1"
 
 
 class _TerminatedError(BaseException):
     """Raised by SIGTERM, so that what was staged is removed on the way out."""
+
+
+class _ClosedError(BaseException):
+    """Raised where nobody reads any more, as head does after some lines, where click and rich would exit by 1."""
 
 
 class LazyGroup(click.Group):
@@ -58,6 +65,15 @@ class LazyGroup(click.Group):
             return None
         command: click.Command = getattr(importlib.import_module(f"qexport.cli.{cmd_name}"), cmd_name)
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except (BrokenPipeError, SystemExit) as error:
+            if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
+                raise
+            raise _ClosedError from error
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -79,13 +95,19 @@ def run(arguments: list[str]) -> int:
     flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
     _end_by_exception(signal.SIGTERM)
     try:
+        return _run(arguments, flags)
+    except _ClosedError:
+        _forget_stdout()
+        return CLOSED
+
+
+def _run(arguments: list[str], flags: list[str]) -> int:
+    try:
         code: int | None = cli.main(arguments, prog_name="qexport", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; nothing was published", err=True)
-        return INTERRUPTED
+        return _report_end("interrupted", INTERRUPTED, as_json="--json" in flags)
     except _TerminatedError:
-        click.echo("terminated; nothing was published", err=True)
-        return TERMINATED
+        return _report_end("terminated", TERMINATED, as_json="--json" in flags)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
@@ -124,7 +146,7 @@ def _report_crash(error: Exception, flags: list[str]) -> int:
     if "--debug" in flags:
         traceback.print_exc()
     if isinstance(error, MemoryError):
-        failure: QexportError = ResourceExhausted("out of memory", hint="fewer --calib samples, or a larger machine")
+        failure: QexportError = ResourceExhausted("out of memory", hint="give it less at once, or a larger machine")
     elif isinstance(error, OSError) and error.errno in _FULL:
         failure = ResourceExhausted(f"cannot be written: {error.strerror}", where=str(error.filename or "stdout"))
     else:
@@ -134,16 +156,45 @@ def _report_crash(error: Exception, flags: list[str]) -> int:
     return failure.exit_code
 
 
+def _report_end(word: str, code: int, *, as_json: bool) -> int:
+    """Tell that a signal ended it, and return the exit code."""
+    what = f"{word}; nothing was published"
+    if not (as_json and _told_as_json(word.capitalize(), code, {"what": what, "where": None, "hint": None})):
+        _tell(what)
+    return code
+
+
 def _report(failure: QexportError, name: str, *, as_json: bool) -> None:
     """Tell a failure: one object on stdout, or one line and a hint on stderr."""
-    if as_json:
-        told = {"what": failure.what, "where": failure.where, "hint": failure.hint}
-        click.echo(json.dumps({"schema": ERROR_SCHEMA, "error": name, "exit_code": failure.exit_code, **told}))
+    told = {"what": failure.what, "where": failure.where, "hint": failure.hint}
+    if as_json and _told_as_json(name, failure.exit_code, told):
         return
     place = f"{printable(failure.where, limit=1000)}: " if failure.where else ""
-    click.echo(f"error: {_one_line(place + failure.what)}", err=True)
+    _tell(f"error: {_one_line(place + failure.what)}")
     if failure.hint:
-        click.echo(f"hint: {_one_line(failure.hint)}", err=True)
+        _tell(f"hint: {_one_line(failure.hint)}")
+
+
+def _tell(line: str) -> None:
+    """Write to stderr, if that can be written to: the exit code says it as well."""
+    with suppress(OSError):
+        click.echo(line, err=True)
+
+
+def _told_as_json(name: str, code: int, told: dict[str, str | None]) -> bool:
+    """Write the one object; whether that was possible, where the disk is full or nobody reads."""
+    try:
+        click.echo(json.dumps({"schema": ERROR_SCHEMA, "error": name, "exit_code": code, **told}))
+    except OSError:
+        _forget_stdout()
+        return False
+    return True
+
+
+def _forget_stdout() -> None:
+    """Let what is still buffered, and would be written at exit, go nowhere."""
+    with open(os.devnull, "wb") as nowhere, suppress(OSError, AttributeError):
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _one_line(text: str) -> str:

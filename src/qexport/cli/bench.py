@@ -86,15 +86,17 @@ def _options(asked: Asked) -> BenchOptions:
     from qexport.runtime.session import SessionOptions
 
     words = [word.strip() for word in (asked["speculate"] or "").split(",") if word.strip()]
-    numbers = [word for word in words if word not in {"auto", "off"}]
-    if not all(word.isdecimal() for word in numbers):
-        raise UsageError(f"--speculate is {asked['speculate']!r}", hint="auto, off, or numbers such as 2,4,6,auto")
+    try:
+        numbers = tuple(int(word) for word in words if word not in {"auto", "off"})
+    except ValueError as error:
+        what = f"--speculate is {asked['speculate']!r}"
+        raise UsageError(what, hint="auto, off, or numbers such as 2,4,6,auto") from error
     if asked["threads"] < 0:
         raise UsageError(f"--threads is {asked['threads']}, expected 0 for all, or more")
     return BenchOptions(
         max_tokens=asked["max_tokens"],
         rounds=asked["rounds"],
-        ahead=tuple(map(int, numbers)) if words else AHEAD,
+        ahead=numbers if words else AHEAD,
         auto=not words or "auto" in words,
         lookup=not words or "auto" in words,
         sampling=Sampling(temperature=asked["temperature"]),

@@ -87,7 +87,7 @@ def _read(path: Path) -> tuple[str, ...]:
     """The lines that are not empty."""
     from qexport.safe_io import read_text
 
-    texts = tuple(line for line in read_text(path, limit=_MOST).splitlines() if line.strip())
+    texts = tuple(line.rstrip("\r") for line in read_text(path, limit=_MOST).split("\n") if line.strip())
     if not texts:
         raise UsageError("there are no prompts in it", where=str(path), hint="write a text in each line")
     return texts

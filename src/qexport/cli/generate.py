@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
@@ -102,7 +103,7 @@ def generate(target: Path, **asked: Unpack[Asked]) -> None:
     sampling, stop, options, prompts = _sampling(asked), _stop(asked), _options(asked), _prompts(asked)
     with open_generator(target, draft=asked["draft"], options=options) as generator:
         prompts = _with_references(prompts, asked["reference"], generator.tokenizer)
-        with outputs.until_closed(), generator.batch(prompts, sampling, stop) as batch:
+        with generator.batch(prompts, sampling, stop) as batch:
             (outputs.collect if asked["as_json"] else outputs.show)(batch, len(prompts))
             if asked["stats"]:
                 stats = account_with_baseline(generator, batch, prompts, sampling, stop)
@@ -122,15 +123,21 @@ def _options(asked: Asked) -> GenerateOptions:
     if asked["threads"] < 0:
         raise UsageError(f"--threads is {asked['threads']}, expected 0 for all, or more")
     session = SessionOptions(backend=asked["backend"], threads=asked["threads"], spin=asked["draft"] is None)
-    ahead = asked["speculate"]
     return GenerateOptions(
         session=session,
         draft_session=replace(session, backend=asked["draft_backend"]),
-        speculate=int(ahead) if ahead.removeprefix("-").isdecimal() else ahead,  # type: ignore[arg-type]  # it refuses
+        speculate=_ahead(asked["speculate"]),  # type: ignore[arg-type]  # it refuses
         lookup=asked["lookup"],
         rule=asked["rule"],  # type: ignore[arg-type]  # it refuses all but two
         batch=asked["batch"],
     )
+
+
+def _ahead(told: str) -> int | str:
+    try:
+        return int(told)
+    except ValueError:
+        return told
 
 
 def _sampling(asked: Asked) -> Sampling:
@@ -162,31 +169,39 @@ def _stop(asked: Asked) -> Stop:
 
 
 def _prompts(asked: Asked) -> list[Prompt]:
-    from qexport.runtime.generation.prompt_files import read_lines, read_prompts_file
+    from qexport.runtime.generation.prompt_files import read_prompts_file
     from qexport.runtime.generation.prompts import Prompt
 
     found = [Prompt(text) for text in asked["prompt"]]
-    if asked["prompts"] == STDIN:
-        with click.open_file(STDIN, encoding="utf-8") as lines:
-            try:
-                found += read_lines(lines)
-            except UnicodeDecodeError as error:
-                raise UsageError(f"not UTF-8 text: bad byte at offset {error.start}", where="stdin") from error
-    elif asked["prompts"] is not None:
-        found += read_prompts_file(Path(asked["prompts"]))
+    source = asked["prompts"]
+    if source is not None:
+        found += _read_stdin() if source == STDIN else read_prompts_file(Path(source))
     if not found:
         raise UsageError("there is no prompt", hint="give --prompt TEXT or --prompts FILE")
     return found
 
 
+def _read_stdin() -> list[Prompt]:
+    """A prompt for every line; none where stdin is closed."""
+    from qexport.runtime.generation.prompt_files import read_lines
+
+    if sys.stdin is None:
+        return []
+    with click.open_file(STDIN, encoding="utf-8-sig") as lines:
+        try:
+            return list(read_lines(lines))
+        except UnicodeDecodeError as error:
+            raise UsageError(f"not UTF-8 text: bad byte at offset {error.start}", where="stdin") from error
+
+
 def _with_references(prompts: list[Prompt], files: tuple[Path, ...], tokenizer: Tokenizer) -> list[Prompt]:
     """The same prompts, with files that all of them may copy from."""
-    from qexport.runtime.generation.prompt_files import MOST_BYTES
+    from qexport.runtime.generation.prompts import MOST_CHARACTERS
     from qexport.runtime.speculation.proposal import Reference
     from qexport.safe_io import read_text
 
     shared = tuple(
-        Reference(str(file), tuple(tokenizer.encode(read_text(file, limit=MOST_BYTES), special=False)))
+        Reference(str(file), tuple(tokenizer.encode(read_text(file, limit=MOST_CHARACTERS), special=False)))
         for file in files
     )
     return [replace(prompt, references=(*prompt.references, *shared)) for prompt in prompts]

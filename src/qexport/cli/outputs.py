@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,20 +17,7 @@ if TYPE_CHECKING:
     from qexport.runtime.generation.replies import Completion
 
 SCHEMA = "qexport.generate/1"
-CLOSED = 141  # as of a program that SIGPIPE ended
 _LINES = "\n\t"
-
-
-@contextmanager
-def until_closed() -> Iterator[None]:
-    """Leave without a word when nobody reads stdout any more, as ``head`` does after some lines."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())  # what is still buffered is flushed at exit
-        raise click.exceptions.Exit(CLOSED) from None
 
 
 def collect(batch: Batch, count: int) -> None:
@@ -64,7 +49,9 @@ def _write_output(number: int, found: Completion) -> None:
 
 
 def _write(text: str) -> None:
-    """Write text; on a terminal no output of a model can steer it."""
+    """Write text, if there is a stdout; on a terminal no output of a model can steer it."""
+    if sys.stdout is None:
+        return
     if sys.stdout.isatty():
         text = "".join(c if c in _LINES else printable(c) for c in text)
     sys.stdout.write(text)
