@@ -82,6 +82,14 @@ def test_greedy_tokens_are_those_of_plain_decoding_however_good_the_draft_is(dra
         assert len(rounds) == 1 + -(-29 // (most + 1))
 
 
+@pytest.mark.parametrize("widest", [1, 3, 4])
+def test_prompts_that_are_read_in_pieces_say_the_same(monkeypatch, widest):
+    monkeypatch.setattr(prefill, "WIDEST", widest)
+    found, rounds = run(PROMPTS, Sampling(), draft="close")
+    assert found == TRUTH
+    assert rounds[0].record.calls == -(-8 // widest)
+
+
 @pytest.mark.parametrize("sampling", DRAWN)
 def test_drawn_tokens_depend_neither_on_how_far_the_draft_looks_nor_on_the_batch(sampling):
     first, rounds = run(PROMPTS, sampling, draft="close", most=1)
