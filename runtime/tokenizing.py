@@ -159,6 +159,9 @@ class Tokenizer:
         return Encoded(whole.ids, whole.type_ids, cut=True)
 
     def _encode(self, texts: Sequence[str], *, special: bool, first: int = 0) -> list[tokenizers.Encoding]:
+        for index, text in enumerate(texts, first):
+            if not isinstance(text, str):  # the library takes pairs as well
+                raise DataInvalid(f"text {index} is {type(text).__name__}, expected str")
         try:
             found: list[tokenizers.Encoding] = self.inner.encode_batch_fast(list(texts), add_special_tokens=special)
         except BaseException as error:
@@ -175,9 +178,7 @@ def _demand_failure(error: BaseException) -> None:
         raise error
 
 
-def _demand_unicode(text: object, index: int) -> None:
-    if not isinstance(text, str):
-        raise DataInvalid(f"text {index} is {type(text).__name__}, expected str")
+def _demand_unicode(text: str, index: int) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:

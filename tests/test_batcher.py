@@ -264,12 +264,85 @@ def test_a_crowd_gets_what_each_asked_for(path):
         expect(vectors, *texts[at : at + 1 + at % 3])
 
 
-@pytest.mark.parametrize("asked", [{"wait": -1}, {"room": 0}, {"workers": 0}])
-def test_options_out_of_range_are_refused(path, asked):
-    with pytest.raises(UsageError, match="expected 0, 1 and 1 or more"):
-        Batcher(opened(path), **asked)
+NAN, ENDLESS = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("wait", value) for value in (-1, NAN, ENDLESS, 1e12, "1", None)),
+        *(("room", value) for value in (0, 1.5, NAN, "5")),
+        *(("workers", value) for value in (0, 1.5, 10**6)),
+    ],
+)
+def test_options_out_of_range_are_refused(path, name, value):
+    with pytest.raises(UsageError, match=f"{name} is {value!r}, expected "):
+        Batcher(opened(path), **{name: value})
+
+
+@pytest.mark.parametrize("timeout", [ENDLESS, 1e12, SOON])
+def test_who_waits_for_longer_than_clocks_go_waits_for_as_long_as_it_takes(path, timeout):
+    spy, batcher, _ = stopped(path, room=1)
+    with batcher, ThreadPoolExecutor(1) as pool:
+        late = pool.submit(batcher.embed, ["a", "b", "c"], timeout)
+        time.sleep(0.05)
+        spy.go.set()
+        expect(late.result(SOON), "a", "b", "c")
+
+
+@pytest.mark.parametrize("timeout", [NAN, "5"])
+def test_a_timeout_that_is_no_number_is_refused(path, timeout):
+    with Batcher(opened(path)) as batcher:
+        for call in (batcher.submit, batcher.embed):
+            with pytest.raises(UsageError, match="timeout is "):
+                call(["a"], timeout)
+
+
+@pytest.mark.parametrize("place", ["pack", "compute"])
+def test_the_worker_outlives_what_fails_around_a_run(path, monkeypatch, place):
+    embedder = opened(path)
+    with Batcher(embedder) as batcher:
+        with monkeypatch.context() as patched:
+
+            def failing(*_):
+                raise MemoryError(place)
+
+            patched.setattr(embedder, place, failing)
+            futures = [batcher.submit([text]) for text in "ab"]
+            for future in futures:
+                with pytest.raises(MemoryError, match=place):
+                    future.result(SOON)
+        expect(batcher.embed(["a", "b"], SOON), "a", "b")
+
+
+def test_the_worker_outlives_vectors_that_do_not_go_together(path, monkeypatch):
+    embedder = opened(path)
+    with Batcher(embedder) as batcher:
+        with monkeypatch.context() as patched:
+            patched.setattr(embedder, "compute", lambda rows, _: [np.zeros(1 + len(row.ids)) for row in rows])
+            with pytest.raises(ValueError, match="same shape"):
+                batcher.submit(["a", "a b c"]).result(SOON)
+        expect(batcher.embed(["a"], SOON), "a")
+
+
+def test_an_interrupt_while_there_is_no_room_leaves_nothing_behind(path, monkeypatch):
+    spy, batcher, _ = stopped(path, room=1)
+    with batcher:
+        with monkeypatch.context() as patched:
+
+            def interrupted(left):
+                raise KeyboardInterrupt
+
+            patched.setattr(batcher._changed, "wait", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                batcher.submit(["a", "b"])
+        assert batcher._waiting == []
+        spy.go.set()
+        expect(batcher.embed(["c"], SOON), "c")
 
 
 def test_one_text_is_no_list(path):
-    with Batcher(opened(path)) as batcher, pytest.raises(UsageError, match="texts is one text"):
-        batcher.submit("a")
+    with Batcher(opened(path)) as batcher:
+        for texts, kind in (("a", "one text"), (b"a", "a bytes"), (None, "a NoneType"), (5, "a int")):
+            with pytest.raises(UsageError, match=f"texts is {kind}"):
+                batcher.submit(texts)

@@ -186,6 +186,10 @@ def test_texts_that_are_none_are_refused(encoder):
         embedder.embed(["a", "\ud800"])
     with pytest.raises(DataInvalid, match="text 0 is NoneType"):
         embedder.embed([None])
+    with pytest.raises(DataInvalid, match="text 1 is tuple"):  # which the library would take as a pair
+        embedder.embed(["a", ("b", "c")])
+    with pytest.raises(UsageError, match="texts is a int"):
+        embedder.embed(5)
 
 
 def test_vectors_that_are_no_numbers_are_told_with_their_text(tmp_path):

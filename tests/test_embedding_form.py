@@ -117,7 +117,14 @@ def test_a_pooling_may_be_named(tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    [{"pooling_mode": "strange"}, {"pooling_mode_cls_token": True, "pooling_mode_max_tokens": True}, {"word": 3}],
+    [
+        {"pooling_mode": "strange"},
+        {"pooling_mode_cls_token": True, "pooling_mode_max_tokens": True},
+        {"word": 3},
+        {"pooling_mode": 5},
+        {"pooling_mode": [["mean"]]},
+        {"pooling_mode": {"mean": 1}},
+    ],
 )
 def test_a_pooling_that_is_not_known_is_refused(tmp_path, flags):
     with pytest.raises(ModelInvalid, match="is not supported"):
@@ -129,6 +136,12 @@ def test_layers_behind_the_pooling_that_the_graph_lacks_are_refused(tmp_path):
     with pytest.raises(ModelInvalid, match="layers behind the pooling are not in the graph"):
         opened(path)
     assert opened(path, pooling="mean").form.pooling == "mean"
+
+
+@pytest.mark.parametrize("modules", ["5", "true", '{"type": "some.Dense"}', "[5, null]"])
+def test_modules_that_are_none_are_passed_over(tmp_path, modules):
+    write(listed(tmp_path, pooling_mode="cls") / "modules.json", modules)
+    assert find_pooling(tmp_path) == "cls"
 
 
 def test_settings_that_are_damaged_are_refused(tmp_path):
@@ -236,7 +249,14 @@ def test_a_file_beside_its_tokenizer_will_do(tmp_path):
     ("asked", "message"),
     [
         ({"batch_tokens": 0}, "batch_tokens is 0"),
+        ({"batch_tokens": 2.5}, "batch_tokens is 2.5"),
+        ({"batch_tokens": 10**30}, "batch_tokens is 1"),
         ({"max_tokens": -1}, "max_tokens is -1"),
+        ({"max_tokens": "5"}, "max_tokens is '5'"),
+        ({"window": None}, "window is None"),
+        ({"window": float("nan")}, "window is nan"),
+        ({"session": None}, "session is None"),
+        ({"pooling": []}, r"unknown pooling \[\]"),
         ({"window": 0}, "window is 0"),
         ({"too_long": "maybe"}, "too_long is 'maybe'"),
         ({"pooling": "median"}, "unknown pooling 'median'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -13,12 +14,15 @@ from typing import Self
 import numpy as np
 
 from qexport.errors import BuildFailed, ResourceExhausted, UsageError
-from qexport.runtime.embedding.embedder import Embedder, Vector, Vectors
+from qexport.runtime.demands import demand_integer, is_number
+from qexport.runtime.embedding.embedder import Embedder, Vector, Vectors, demand_list
 from qexport.runtime.embedding.options import EmbedStats
 from qexport.runtime.tokenizing import Encoded
 
 WAIT = 0.002  # seconds
+MOST_WAIT, MOST_WORKERS = 60, 1024
 LOOK = 256  # waiting texts among which a batch is looked for
+_ENDLESS = 1e9  # seconds, of which there is a number that no clock holds
 
 
 @dataclass(eq=False, slots=True)
@@ -55,12 +59,14 @@ class Batcher:
 
         Args:
             embedder: What computes.
-            wait: Seconds that a text waits at most for as many others as the last batch had.
+            wait: Seconds that a text waits at most for as many others as the last batch had, up to 60.
             room: Texts that may wait; who brings more waits for room.
             workers: Batches that run at the same time.
         """
-        if wait < 0 or room < 1 or workers < 1:
-            raise UsageError(f"wait {wait}, room {room}, workers {workers}: expected 0, 1 and 1 or more")
+        if not (is_number(wait) and 0 <= wait <= MOST_WAIT):
+            raise UsageError(f"wait is {wait!r}, expected seconds from 0 to {MOST_WAIT}")
+        demand_integer("room", room, 1)
+        demand_integer("workers", workers, 1, MOST_WORKERS)
         self._embedder, self._wait, self._room = embedder, wait, room
         self._waiting: list[_Waiting] = []
         self._changed = threading.Condition()
@@ -90,6 +96,7 @@ class Batcher:
         Raises:
             TimeoutError: It took longer than ``timeout`` seconds; the texts are no longer waited for.
         """
+        timeout = _seconds(timeout)
         end = None if timeout is None else time.monotonic() + timeout
         future = self.submit(texts, timeout)
         try:
@@ -110,9 +117,9 @@ class Batcher:
             ResourceExhausted: There was no room in time. Nothing of the request is computed.
             UsageError: The batcher is closed, or ``texts`` is no list.
         """
-        if isinstance(texts, str):
-            raise UsageError("texts is one text, expected a list of them", hint="write [text]")
-        rows = self._embedder.tokenize(texts)
+        demand_list(texts)
+        timeout = _seconds(timeout)
+        rows = self._embedder.tokenize(list(texts))
         request = _Request([None] * len(rows), len(rows))
         if not rows:
             request.future.set_result(self._embedder.embed([]))
@@ -139,20 +146,25 @@ class Batcher:
     # ---------------------------------------------------------------- callers
 
     def _bring(self, waiting: _Waiting, end: float | None) -> None:
-        """Put one text into the queue as soon as there is room."""
+        """Put one text into the queue as soon as there is room; where that fails, none of its request stays there."""
         with self._changed:
-            while len(self._waiting) >= self._room and not self._closing:
-                left = None if end is None else end - time.monotonic()
-                if left is not None and left <= 0:
-                    self._withdraw(waiting.request)
-                    what = f"{len(self._waiting)} texts are waiting, there is no room for more"
-                    raise ResourceExhausted(what, hint="try again later, or allow more to wait")
-                self._changed.wait(left)
-            if self._closing:
+            try:
+                self._wait_for_room(end)
+            except BaseException:
                 self._withdraw(waiting.request)
-                raise UsageError("the batcher is closed", hint="open another one")
+                raise
             self._waiting.append(waiting)
             self._changed.notify_all()
+
+    def _wait_for_room(self, end: float | None) -> None:
+        while len(self._waiting) >= self._room and not self._closing:
+            left = None if end is None else end - time.monotonic()
+            if left is not None and left <= 0:
+                what = f"{len(self._waiting)} texts are waiting, there is no room for more"
+                raise ResourceExhausted(what, hint="try again later, or allow more to wait")
+            self._changed.wait(left)
+        if self._closing:
+            raise UsageError("the batcher is closed", hint="open another one")
 
     def _withdraw(self, request: _Request) -> None:
         request.future.cancel()
@@ -196,7 +208,13 @@ class Batcher:
     def _choose(self) -> list[_Waiting]:
         """Take out the batch in which the oldest text goes best."""
         near = self._waiting[:LOOK]
-        batches = self._embedder.pack([waiting.row for waiting in near])
+        try:
+            batches = self._embedder.pack([waiting.row for waiting in near])
+        except Exception as error:  # noqa: BLE001 - such as too little memory; others may come when there is more
+            self._keep(self._waiting[LOOK:])
+            for waiting in near:
+                _fail(waiting.request, error)
+            return []
         chosen = {int(index) for index in next(batch for batch in batches if 0 in batch)}
         self._keep([waiting for index, waiting in enumerate(self._waiting) if index not in chosen])
         self._usual = len(chosen)
@@ -223,14 +241,30 @@ class Batcher:
 
     def _answer(self, request: _Request) -> None:
         """Hand over what is complete."""
-        vectors = [vector for vector in request.vectors if vector is not None]
+        try:
+            found = self._together([vector for vector in request.vectors if vector is not None])
+        except Exception as error:  # noqa: BLE001 - the thread must live on
+            _fail(request, error)
+            return
+        with suppress(InvalidStateError):  # it was closed meanwhile
+            request.future.set_result(found)
+
+    def _together(self, vectors: list[Vector]) -> Vectors:
+        """Vectors of a request as its caller gets them."""
         wrong = next((index for index, vector in enumerate(vectors) if not np.isfinite(vector).all()), None)
         if wrong is not None:
             hint = "qexport check looks at the weights"
-            _fail(request, BuildFailed(f"the vector of text {wrong} holds NaN or Inf", hint=hint))
-        else:
-            with suppress(InvalidStateError):  # it was closed meanwhile
-                request.future.set_result(vectors if self._embedder.form.many else np.stack(vectors))
+            raise BuildFailed(f"the vector of text {wrong} holds NaN or Inf", hint=hint)
+        return vectors if self._embedder.form.many else np.stack(vectors)
+
+
+def _seconds(timeout: float | None) -> float | None:
+    """The same, but what is longer than anybody waits is no limit."""
+    if timeout is None or timeout == math.inf:
+        return None
+    if not is_number(timeout):
+        raise UsageError(f"timeout is {timeout!r}, expected seconds")
+    return timeout if timeout < _ENDLESS else None
 
 
 def _wanted(request: _Request) -> bool:

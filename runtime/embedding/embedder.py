@@ -91,8 +91,7 @@ class Embedder:
 
     def measure(self, texts: Sequence[str]) -> tuple[Vectors, EmbedStats]:
         """``embed``, and what it took."""
-        if isinstance(texts, str):
-            raise UsageError("texts is one text, expected a list of them", hint="write [text]")
+        demand_list(texts)
         stats = EmbedStats()
         parts = list(self.stream(texts, stats))
         if self.form.many:
@@ -210,6 +209,13 @@ def embed(path: str | Path, texts: Sequence[str], options: EmbedOptions | None =
     """Load an encoder, embed some texts, and let it go; ``open_embedder`` is for services."""
     with open_embedder(path, options) as embedder:
         return embedder.embed(texts)
+
+
+def demand_list(texts: object) -> None:
+    """Raise :class:`UsageError` on one text, or on what is no list of texts at all."""
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+        kind = "one text" if isinstance(texts, str) else f"a {type(texts).__name__}"
+        raise UsageError(f"texts is {kind}, expected a list of them", hint="write [text]")
 
 
 def _budget(backend: str, threads: int) -> int:

@@ -202,7 +202,8 @@ def find_pooling(folder: Path) -> str | None:
         ModelInvalid: Several poolings at once, an unknown one, or layers behind the pooling, which the graph has not.
     """
     modules = _settings(folder / MODULES_FILE)
-    kinds = [str(module.get("type", "")) for module in modules or () if isinstance(module, dict)]
+    listed = modules if isinstance(modules, list) else []
+    kinds = [str(module.get("type", "")) for module in listed if isinstance(module, dict)]
     if any(kind.endswith(".Dense") for kind in kinds):
         hint = "export the folder with --task embedding, or choose a pooling that leaves them out"
         raise ModelInvalid(
@@ -212,8 +213,8 @@ def find_pooling(folder: Path) -> str | None:
     if not isinstance(config, dict):
         return None
     named = config.get("pooling_mode") or [mode for flag, mode in FLAGS.items() if config.get(flag)]
-    modes = [named] if isinstance(named, str) else list(named)
-    if len(modes) != 1 or modes[0] not in POOLINGS:
+    modes = named if isinstance(named, list) else [named]
+    if len(modes) != 1 or modes[0] not in tuple(POOLINGS):
         what = f"pooling {' + '.join(map(repr, modes))} is not supported"
         hint = f"supported: {', '.join(POOLINGS)}"
         raise ModelInvalid(what, where=str(folder / POOLING_FILE), hint=hint)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from qexport.errors import UsageError
+from qexport.runtime.demands import demand_integer
 from qexport.runtime.embedding.pooling import POOLINGS
 from qexport.runtime.session import SessionOptions
 
 WINDOW = 4096  # texts
+MOST = 1 << 31  # of any number
 CUT, REFUSE = "cut", "refuse"
 
 
@@ -41,11 +43,13 @@ class EmbedOptions:
     def __post_init__(self) -> None:
         for name in ("batch_tokens", "max_tokens", "window"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}, expected 1 or more")
+            if value is not None or name == "window":
+                demand_integer(name, value, 1, MOST)
+        if not isinstance(self.session, SessionOptions):
+            raise UsageError(f"session is {self.session!r}, expected SessionOptions")
         if self.too_long not in (CUT, REFUSE):
             raise UsageError(f"too_long is {self.too_long!r}, expected {CUT!r} or {REFUSE!r}")
-        if self.pooling is not None and self.pooling not in POOLINGS:
+        if self.pooling is not None and self.pooling not in tuple(POOLINGS):
             raise UsageError(f"unknown pooling {self.pooling!r}", hint=f"known: {', '.join(POOLINGS)}")
 
 
