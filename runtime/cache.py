@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from qexport.errors import DataInvalid, UsageError
 from qexport.runtime.backends.host import HOST
+from qexport.runtime.demands import is_integer
 from qexport.runtime.session import Memory
 
 Counts: TypeAlias = NDArray[np.int64]  # [batch], columns
@@ -34,8 +35,8 @@ class Room:
 
     def __post_init__(self) -> None:
         """Raise ``UsageError`` for a first size that is no power of two."""
-        if self.least < 1 or (self.least & (self.least - 1) and not self.fixed):
-            raise UsageError(f"the capacity is {self.least}, expected a power of two")
+        if not is_integer(self.least) or self.least < 1 or (self.least & (self.least - 1) and not self.fixed):
+            raise UsageError(f"the capacity is {self.least!r}, expected a power of two")
 
     def columns(self, needed: int) -> int:
         """Of a buffer that holds ``needed``."""

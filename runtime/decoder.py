@@ -21,6 +21,7 @@ from qexport.passes.portable import IDS, LOGITS, POSITIONS, WRITE, present_name
 from qexport.runtime.backends.choose import open_session
 from qexport.runtime.backends.host import HOST
 from qexport.runtime.cache import LEAST, Cache, Counts, Room
+from qexport.runtime.demands import is_integer
 from qexport.runtime.session import Array, Binding, Buffer, Port, Session, SessionOptions
 from qexport.runtime.signature import read_signature
 from qexport.runtime.widths import Widths, find_widths
@@ -140,6 +141,8 @@ class Decoder:
                 built for such a batch.
         """
         session = self._opened()
+        if not (is_integer(batch) and batch >= 1):
+            raise DataInvalid(f"the batch is {batch!r}, expected at least one row")
         found, given = self.signature, dict(context or {})
         _check_context(given, found.context, batch)
         self.seconds = 0.0
@@ -185,8 +188,8 @@ class Decoder:
             cache.rollback([lengths] * cache.batch)
             return
         asked = np.asarray(lengths)
-        if asked.dtype.kind not in "iu":
-            raise DataInvalid(f"lengths are {asked.dtype}, expected integers")
+        if asked.dtype.kind not in "iu" or asked.ndim > 1:
+            raise DataInvalid(f"lengths are {asked.dtype} {list(asked.shape)}, expected an integer for each row")
         cache.rollback(asked.tolist() if asked.ndim else [int(asked)] * cache.batch)
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -195,12 +198,15 @@ class Decoder:
         Raises:
             DataInvalid: There is no such row, or none is kept.
         """
-        cache = self._started()
-        widths = find_widths(self._opened().profiles, len(rows)) if rows else self._widths
+        cache, asked = self._started(), np.asarray(rows)
+        if asked.ndim != 1 or (asked.size and asked.dtype.kind not in "iu"):
+            raise DataInvalid(f"rows are {asked.dtype} {list(asked.shape)}, expected a list of integers")
+        kept: list[int] = asked.tolist()
+        widths = find_widths(self._opened().profiles, len(kept)) if kept else self._widths
         self._forget_steps()
-        cache.keep(rows)
+        cache.keep(kept)
         self._widths = widths
-        self._set_context({name: array[list(rows)] for name, array in self._context.items()})
+        self._set_context({name: array[kept] for name, array in self._context.items()})
 
     def _fits(self, cache: Cache, width: int) -> bool:
         """Whether one call reads this many tokens: a profile has them, and there is room for the padding of all."""
@@ -306,12 +312,15 @@ class Decoder:
         if self._cache is None:
             self._opened()
             needed = ", ".join(self.signature.context)
-            raise DataInvalid(f"the model reads {needed} once per sequence", hint="give them to reset() first")
+            what = f"the model reads {needed} once per sequence" if needed else "there are no buffers for any row"
+            raise DataInvalid(what, hint="give them to reset() first" if needed else "reset() makes them")
         return self._cache
 
 
 def _check_shape(ids: NDArray[Any], batch: int) -> tuple[int, int]:
     """Rows and tokens of a row."""
+    if not isinstance(ids, np.ndarray):
+        raise DataInvalid(f"tokens are a {type(ids).__name__}, expected an array", hint="np.array([[...]]) makes one")
     if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
         raise DataInvalid(f"tokens are {ids.dtype} {list(ids.shape)}, expected integers [batch, sequence], not empty")
     if len(ids) != batch:

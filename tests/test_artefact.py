@@ -213,6 +213,14 @@ def test_what_a_backend_cannot_run_is_refused_with_what_to_do(tmp_path):
             open_session(path, SessionOptions(backend=backend))
 
 
+def test_a_fifo_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "model.onnx")
+    with pytest.raises(UnsafeInput, match="not a regular file"):
+        open_session(tmp_path / "model.onnx")
+    with pytest.raises(UnsafeInput, match="not a regular file"):
+        open_session("/dev/zero")
+
+
 @pytest.mark.parametrize("options", [{"threads": -1}, {"threads": 1025}, {"threads": 1.5}, {"device": -1}], ids=str)
 def test_numbers_out_of_their_range_are_refused_by_name(options):
     ((name, value),) = options.items()

@@ -218,6 +218,8 @@ def test_a_context_that_does_not_fit_is_refused(context, words):
     [
         (np.array([[0, VOCABULARY]]), None, f"token {VOCABULARY} does not exist, the model has a vocabulary of 50"),
         (np.array([[-1, 0]]), None, "token -1 does not exist"),
+        ([[0, 1]], None, r"tokens are a list, expected an array"),
+        (None, None, "tokens are a NoneType"),
         (np.zeros((1, 0), np.int64), None, r"int64 \[1, 0\], expected integers \[batch, sequence\], not empty"),
         (np.zeros((1, 2)), None, r"float64 \[1, 2\], expected integers"),
         (np.zeros(2, np.int64), None, r"int64 \[2\], expected integers"),
@@ -238,12 +240,51 @@ def test_what_cannot_be_read_is_refused_and_changes_nothing(decoder, ids, counts
 
 
 @pytest.mark.parametrize(
-    ("lengths", "words"), [(5, "cannot go back to 5 tokens, it has 4"), (1.0, "float64"), ([1, 1], "2 lengths")]
+    ("lengths", "words"),
+    [
+        (5, "cannot go back to 5 tokens, it has 4"),
+        (1.0, "float64"),
+        ([1, 1], "2 lengths"),
+        ([[1]], r"int64 \[1, 1\], expected an integer"),
+        (None, "object"),
+    ],
 )
 def test_a_way_back_that_is_none_is_refused(decoder, lengths, words):
     decoder.extend(IDS[:1, :4])
     with pytest.raises(DataInvalid, match=words):
         decoder.rollback(lengths)
+
+
+@pytest.mark.parametrize("rows", [None, 0, [0.0], ["a"], [[0]], [None]], ids=str)
+def test_rows_that_are_none_are_refused_and_change_nothing(decoder, rows):
+    decoder.extend(IDS[:1, :4])
+    with pytest.raises(DataInvalid, match="rows are"):
+        decoder.keep(rows)
+    decoder.keep(np.array([0]))
+    assert error(decoder.extend(IDS[:1, 4:9])[0], TRUTH[0][4:9]) < TOLERANCE
+
+
+@pytest.mark.parametrize("batch", [0, -1, 1.5, None, "a"])
+def test_a_batch_that_is_none_is_refused_and_changes_nothing(decoder, batch):
+    decoder.extend(IDS[:1, :4])
+    with pytest.raises(DataInvalid, match=f"the batch is {batch!r}, expected at least one row"):
+        decoder.reset(batch)
+    assert decoder.lengths.tolist() == [4]
+
+
+def test_a_decoder_without_memory_for_a_batch_takes_a_smaller_one(decoder):
+    with pytest.raises(MemoryError):
+        decoder.reset(10**12)
+    with pytest.raises(DataInvalid, match=r"there are no buffers for any row \(reset\(\) makes them\)"):
+        decoder.extend(IDS[:1, :4])
+    decoder.reset(1)
+    assert error(decoder.extend(IDS[:1, :9])[0], TRUTH[0][:9]) < TOLERANCE
+
+
+@pytest.mark.parametrize("capacity", [0, 3, 1.5, None])
+def test_a_capacity_that_is_no_power_of_two_is_refused(capacity):
+    with pytest.raises(UsageError, match=f"the capacity is {capacity!r}, expected a power of two"):
+        Decoder(serialized(portable(TINY)), ONE, capacity=capacity)
 
 
 def test_small_types_of_integers_are_tokens_too(decoder):

@@ -83,6 +83,10 @@ def test_tensors_of_torch_go_in_and_out():
     assert torch.from_dlpack(found).tolist() == [10, 11, 12]
 
 
+def test_no_outputs_are_none(session):
+    assert session.run({"a": A, "b": B}, []) == {}
+
+
 def test_an_input_that_is_missing_or_wrong_is_told(session):
     with pytest.raises(DataInvalid, match="input 'b' is missing"):
         session.run({"a": A})

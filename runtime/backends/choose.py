@@ -22,6 +22,7 @@ from qexport.runtime.backends.ort import OrtSession
 from qexport.runtime.backends.ort_cuda import CUDA
 from qexport.runtime.backends.tensorrt import EngineSession
 from qexport.runtime.session import Session, SessionOptions, available_providers
+from qexport.safe_io import open_file
 
 CPU = "CPUExecutionProvider"
 ENGINES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
@@ -48,7 +49,7 @@ def open_session(model: bytes | str | Path, options: SessionOptions | None = Non
 
     Raises:
         UsageError: There is no such backend, or nothing that it runs.
-        UnsafeInput: A folder or an engine without a manifest.
+        UnsafeInput: A folder or an engine without a manifest, or what is no regular file.
         IntegrityError: A file is not the one that the manifest lists.
         EnvironmentMismatch: A module, a driver or a GPU is missing, or of another kind than the engine was built for.
         BuildFailed: The backend cannot load the model.
@@ -65,6 +66,7 @@ def open_session(model: bytes | str | Path, options: SessionOptions | None = Non
         return _open_engine(open_artefact(path.parent), chosen)
     if not path.exists():
         raise UsageError("there is no such file", where=str(path))
+    open_file(path).close()  # refuses what would be waited for, such as a FIFO
     if (path.parent / MANIFEST).exists():
         artefact = open_artefact(path.parent)
         check_files(artefact, path.name)

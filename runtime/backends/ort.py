@@ -78,6 +78,8 @@ class OrtSession:
 
     def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Run once; returns the named outputs, all of them by default."""
+        if outputs is not None and not outputs:
+            return {}  # onnxruntime would take it for all
         names = list(outputs) if outputs is not None else list(self.outputs)
         try:
             arrays = self._run(names, {name: feeds[name] for name in self.inputs})
