@@ -193,8 +193,10 @@ def _told_as_json(name: str, code: int, told: dict[str, str | None]) -> bool:
 
 def _forget_stdout() -> None:
     """Let what is still buffered, and would be written at exit, go nowhere."""
-    with open(os.devnull, "wb") as nowhere, suppress(OSError, AttributeError):
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    with suppress(OSError, AttributeError):
+        os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _one_line(text: str) -> str:
