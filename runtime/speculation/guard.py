@@ -171,9 +171,9 @@ class _Account:
 
     @property
     def pace(self) -> float:
-        """Time per token of the last rounds, disturbed ones cut down."""
-        most = OUTLIER * median(self.taken)
-        return median(self.ratios) * sum(min(taken, most) for taken in self.taken) / sum(self.tokens)
+        """Time per token of the last rounds, disturbed ones as if they had not been."""
+        typical = median(self.taken)
+        return median(self.ratios) * sum(_usual(taken, typical) for taken in self.taken) / sum(self.tokens)
 
     def add(self, tokens: float, taken: float) -> None:
         self.tokens.append(tokens)
@@ -181,7 +181,7 @@ class _Account:
 
     def book(self, tokens: float, pace: float, now: float) -> None:
         """Add what the last round earned over something that takes ``pace`` per token."""
-        lost = median(self.ratios) * min(self.taken[-1], OUTLIER * median(self.taken)) / pace
+        lost = median(self.ratios) * _usual(self.taken[-1], median(self.taken)) / pace
         if len(self.taken) < 3:
             lost = min(lost, OUTLIER)  # too few rounds to tell which was disturbed
         self.earned = MEMORY * self.earned + tokens - lost
@@ -192,3 +192,8 @@ class _Account:
             self.until = now + self.rest
             self.balance, self.loan = 0.0, self.bounds.trial
             self.rest = min(2 * self.rest, self.bounds.longest)
+
+
+def _usual(taken: float, typical: float) -> float:
+    """What a round took, or what rounds take where something else got in between: a session opened, a process."""
+    return taken if taken <= OUTLIER * typical else typical

@@ -14,6 +14,7 @@ from qexport.runtime.speculation.terms import Terms
 COPIES = ("lookup", "reference")
 DRAFT = "draft"
 AT_ONCE = 4  # rounds that are learned from together, as little code that runs at a time costs more than it says
+CATCHING_UP = 2  # times the tokens that a draft reads in a round are many
 EVERY, SELDOM = 4, 16  # rounds after which K and what copies cost are weighed again
 
 
@@ -93,12 +94,15 @@ class Auto:
         if not tokens or times is None:
             return  # all rows have failed, or nobody asked how far to look
         given = {name for name in record.proposers if name}
-        ahead, load = record.width - 1, times.load(record.width - 1, record.verify)
-        self._guard.observe(given, tokens, record.seconds / load, load)
-        times.observe_rest((record.seconds - record.verify - record.propose) / load)
+        ahead, called = record.width - 1, record.native or record.verify
+        load = times.load(ahead, called)
         for name, proposed, accepted in zip(record.proposers, record.proposed, record.accepted, strict=True):
             if name == DRAFT:
                 self._outlook.observe(proposed, accepted)
+        if record.draft_width > CATCHING_UP * record.width:
+            return  # the draft reads a prompt, or all that was said while it rested: not what its rounds take
+        self._guard.observe(given, tokens, record.seconds / load, load)
+        times.observe_rest((record.seconds - called - record.propose) / load)
         if given == {DRAFT}:
             times.observe_draft(ahead, record.propose / load)
 
