@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from cached_models import Tiny, forward
 from certified_pairs import ONE, drafting, load_checker, prompts_of, subject, tiny_pair
-from generating import END, near, tokenizer, write_folder
+from generating import END, broken, near, tokenizer, write_folder
 from helpers import call
 
 from qexport.errors import DataInvalid, ModelInvalid, UsageError
@@ -150,6 +150,14 @@ def test_a_draft_with_another_tokenizer_is_refused(folders, tmp_path, capsys):
     assert "tokenizer is not that of the target" in error
 
 
+def test_a_draft_without_numbers_is_told(folders, tmp_path, capsys):
+    silent = write_folder(tmp_path / "draft", broken(*range(50)))
+    asked = ("--samples", "100", "--seeds", "2", "--rows", "2", "--length", "8", "--threads", "1")
+    code, _, error = call(capsys, "certify", str(folders[0]), "--draft", str(silent), *asked)
+    assert code == DataInvalid.exit_code
+    assert re.search(r"error: the largest logit of the model behind \d+ tokens is nan", error)
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
@@ -157,6 +165,10 @@ def test_a_draft_with_another_tokenizer_is_refused(folders, tmp_path, capsys):
         (("--seeds", "1"), "seeds is 1"),
         (("--level", "1"), "the level is 1"),
         (("--seed", "-1"), "seed is -1"),
+        (("--seed", str(2**63)), "seed is 9223372036854775808, expected 0 to"),
+        (("--samples", str(10**12)), "samples is 1000000000000, expected 1 to 10000000"),
+        (("--rows", str(10**12)), "rows is 1000000000000, expected 1 to 1024"),
+        (("--threads", "9999"), "threads is 9999, expected 0 to 1024"),
     ],
 )
 def test_options_that_leave_nothing_to_test_are_refused(folders, wrong, told, capsys):

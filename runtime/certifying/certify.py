@@ -21,10 +21,11 @@ from qexport.runtime.certifying.log import Run, record, to_jsonl
 from qexport.runtime.certifying.prompts import TEXTS
 from qexport.runtime.certifying.subject import CASCADE, DRAFT, LOOKUP, PLAIN, UNROLLED, Subject, Way, make_rows
 from qexport.runtime.certifying.trials import Arm, Counted, by_seed, count, references
+from qexport.runtime.demands import demand_integer
 from qexport.runtime.generation.models import Model, demand_pair
 from qexport.runtime.sampling.noise import Purpose
 from qexport.runtime.sampling.settings import Sampling
-from qexport.runtime.session import SessionOptions
+from qexport.runtime.session import MOST_THREADS, SessionOptions
 from qexport.runtime.speculation.chains import Chains
 from qexport.runtime.speculation.soundness import measure_soundness
 from qexport.safe_io import digest_file
@@ -75,6 +76,16 @@ GREEDY = (
 )
 
 
+_RANGES = (
+    ("samples", 1, 10**7),
+    ("seeds", 2, 10**6),
+    ("rows", 1, 1024),
+    ("length", 2, None),
+    ("seed", 0, 2**62),
+    ("threads", 0, MOST_THREADS),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class CertifyOptions:
     """The small choices.
@@ -107,9 +118,8 @@ class CertifyOptions:
 
     def __post_init__(self) -> None:
         """Raise :class:`UsageError` for what leaves nothing to test."""
-        for name, least in (("seeds", 2), ("rows", 1), ("length", 2), ("seed", 0), ("threads", 0)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name} is {getattr(self, name)}, expected {least} or more")
+        for name, least, most in _RANGES:
+            demand_integer(name, getattr(self, name), least, most)
         if self.samples < FEW * self.seeds:
             what = f"{self.samples} samples are too few for {self.seeds} seeds, expected {FEW * self.seeds} or more"
             raise UsageError(what, hint="a seed needs a sample of every prompt")

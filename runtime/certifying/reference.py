@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from qexport.errors import DataInvalid
 from qexport.runtime.decoder import Decoder
 from qexport.runtime.sampling.settings import Sampling
 
@@ -40,8 +41,14 @@ def wanted(logits: Scores, settings: Sampling, before: Sequence[int]) -> Wanted:
         logits: Of the model.
         settings: What is asked for.
         before: All tokens so far.
+
+    Raises:
+        DataInvalid: The model gave no numbers.
     """
     scores = adjusted(logits, settings, before)
+    if not np.isfinite(scores.max()):
+        what = f"the largest logit of the model behind {len(before)} tokens is {scores.max()}"
+        raise DataInvalid(what, hint="nothing can be certified of what has no numbers")
     if settings.greedy:
         return Wanted(np.eye(1, scores.size, int(np.argmax(scores)))[0], FAR)
     scores /= settings.temperature
