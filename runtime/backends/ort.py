@@ -167,16 +167,18 @@ class HostBinding:
         outputs: Mapping[str, Array | Buffer],
     ) -> None:
         """Bind all of them; an output may be what an input reads."""
-        wrap = ort.OrtValue.ortvalue_from_numpy
         self._session, self._binding = session, session.io_binding()
         read = {name: np.ascontiguousarray(as_array(name, array)) for name, array in inputs.items()}
         written = {name: as_array(name, array) for name, array in outputs.items()}
-        self._arrays = [*read.values(), *written.values()]  # onnxruntime does not keep them
+        arrays = {id(array): array for array in (*read.values(), *written.values())}
+        self._arrays = [*arrays.values()]  # onnxruntime does not keep them
+        # wrapping takes most of the time, and a cache is an input and an output, or several
+        values = {place: ort.OrtValue.ortvalue_from_numpy(array) for place, array in arrays.items()}
         for name, array in read.items():
-            self._binding.bind_ortvalue_input(name, wrap(array))
+            self._binding.bind_ortvalue_input(name, values[id(array)])
         for name, array in written.items():
             assert array.flags.c_contiguous, "what is written must lie in one piece"
-            self._binding.bind_ortvalue_output(name, wrap(array))
+            self._binding.bind_ortvalue_output(name, values[id(array)])
 
     def run(self) -> None:
         """Run once."""
