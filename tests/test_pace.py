@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qexport.runtime.accounting.acceptance import predict_speedup
+from qexport.runtime.accounting.acceptance import expected_tokens, predict_speedup
 from qexport.runtime.speculation.pace import APART, PRIOR, STEP, Outlook, Times, best
 
 MOST = 8
@@ -164,3 +164,14 @@ def test_what_verifying_adds_is_told_as_shares_of_a_plain_round():
     assert times.verifying() == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
     times.observe_rest(1.0)
     assert times.verifying() == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+
+
+def test_k_stays_where_another_is_hardly_better():
+    chances, most = [0.7] * 6, 6
+    each = [(1 + 0.225 * k) / expected_tokens(chances, k) for k in range(1, most + 1)]
+    chosen = best(chances, lambda k: 1 + 0.225 * k, most)
+    assert chosen == 1 + each.index(min(each))
+    for now in range(1, most + 1):
+        kept = best(chances, lambda k: 1 + 0.225 * k, most, now)
+        assert kept == (now if each[now - 1] <= 1.01 * min(each) else chosen)
+    assert {best(chances, lambda k: 1 + 0.225 * k, most, now) for now in range(1, most + 1)} > {chosen}

@@ -34,6 +34,7 @@ from qexport.runtime.speculation.proposal import Chances, Effort
 LARGEST = 64 << 20
 """Bytes of the largest file that is unrolled: each session has weights of its own, packed for the processor, and a
 step of a larger model takes so long that what is spent around it does not matter."""
+USUAL = 2  # tokens of a row that are read in one call at least, padding included: one or two are new, as it happens
 WIDEST = 256  # tokens of a row that are read in one call
 _STEP_BY_STEP = "let it decode step by step"
 _NARROW, _FRAMES = 16, 32  # tokens of a row, and shapes, up to which arrays are kept for the next call
@@ -232,7 +233,7 @@ class Chain:
     def _call(self, parts: Sequence[Sequence[int]], kind: Kind, draw: Draw | None) -> _Frame:
         cache, ahead, counts = self._cache, kind.steps - 1, [len(part) for part in parts]
         cache.demand(counts)
-        width, start, most = max(counts), cache.starts, cache.room.most
+        width, start, most = max(USUAL, *counts), cache.starts, cache.room.most
         if cache.reserve(width + ahead):
             self._frames.clear()
         frame = self._frames.get((kind, width)) or self._new_frame(kind, width)

@@ -16,6 +16,7 @@ Curve: TypeAlias = Callable[[float], float]  # time by tokens of a row in one ca
 PRIOR, WEIGHT = 0.6, 4.0  # acceptance before anything was seen, and how many tokens that is worth
 SHARED = 16.0  # tokens that the acceptance of all positions is worth to each
 MEMORY = 1 - 1 / 16  # what a token counts when one more is seen: acceptance comes in runs, which are worth following
+STICKY = 0.01  # of a token's time
 STEP, APART = 1 / 8, 1.5  # of a ratio of times towards a new one, and how far that may be off to be believed
 
 
@@ -107,20 +108,20 @@ def _towards(known: float, found: float) -> float:
     return known + (min(max(found, known / APART), known * APART) - known) * STEP if known else found
 
 
-def best(conditional: Sequence[float], taken: Callable[[int], float], most: int) -> int:
+def best(conditional: Sequence[float], taken: Callable[[int], float], most: int, now: int = 0) -> int:
     """The K from 1 to ``most`` with the least time per token, taken(K) / E(K); of equal ones the smallest.
 
     Args:
         conditional: Chance of each of ``most`` positions that its token is taken once all before it are.
         taken: Time of a round that proposes so many.
         most: At least 1.
+        now: The K until now, which stays where it is as good but for ``STICKY``: calls of a new shape cost something.
     """
     tokens = chance = 1.0
-    chosen, least = 1, float("inf")
+    each = [float("inf")]
     for ahead in range(1, most + 1):
         chance *= conditional[ahead - 1]
         tokens += chance  # E(K)
-        each = taken(ahead) / tokens
-        if each < least:
-            chosen, least = ahead, each
-    return chosen
+        each.append(taken(ahead) / tokens)
+    least = min(each)
+    return now if now and each[now] <= (1 + STICKY) * least else each.index(least)

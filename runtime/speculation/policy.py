@@ -121,5 +121,5 @@ class Auto:
         if self._rounds % SELDOM == 0:
             self.terms.costs = times.verifying()
         if self._rounds % EVERY == 0 and self._draft is not None:
-            self._ahead = best(self._outlook.conditional(self._most), times.round, self._most)
+            self._ahead = best(self._outlook.conditional(self._most), times.round, self._most, self._ahead)
         self._rounds += 1
