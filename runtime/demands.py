@@ -27,3 +27,9 @@ def demand_integer(name: str, value: Any, least: int, most: int | None = None) -
     if not (is_integer(value) and value >= least and (most is None or value <= most)):
         expected = f"{least} or more" if most is None else f"{least} to {most}"
         raise UsageError(f"{name} is {value!r}, expected {expected}")
+
+
+def demand_names(name: str, value: Any, *, empty: bool = False) -> None:
+    """Raise :class:`UsageError` unless it is a tuple of texts, with one at least unless it may be ``empty``."""
+    if not isinstance(value, tuple) or not all(isinstance(one, str) for one in value) or not (value or empty):
+        raise UsageError(f"{name} is {value!r}, expected a tuple of names")

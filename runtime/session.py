@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qexport.errors import EnvironmentMismatch
-from qexport.runtime.demands import demand_integer
+from qexport.runtime.demands import demand_integer, demand_names
 
 Array: TypeAlias = NDArray[Any]
 Feeds: TypeAlias = Mapping[str, Array]
@@ -78,9 +78,11 @@ class SessionOptions:
     profile: str | None = None
 
     def __post_init__(self) -> None:
-        """Raise :class:`UsageError` on numbers out of their range."""
+        """Raise :class:`UsageError` on numbers out of their range, and on names that are none."""
         demand_integer("device", self.device, 0)
         demand_integer("threads", self.threads, 0, MOST_THREADS)
+        demand_names("providers", self.providers)
+        demand_names("disabled", self.disabled, empty=True)
 
 
 _TYPES: dict[str, np.dtype[Any]] = {

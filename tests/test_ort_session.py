@@ -13,7 +13,7 @@ import pytest
 from cached_models import VOCABULARY, Tiny, portable, serialized
 from helpers import model_from
 
-from qexport.errors import BuildFailed, DataInvalid, EnvironmentMismatch
+from qexport.errors import BuildFailed, DataInvalid, EnvironmentMismatch, UsageError
 from qexport.runtime.backends.ort import OrtSession
 from qexport.runtime.decoder import Decoder
 from qexport.runtime.session import SessionOptions
@@ -184,3 +184,10 @@ def test_single_runs_are_never_recorded():
     session = on_gpu(options=GRAPHS)
     session.run({"a": A, "b": B})
     assert fake_ort.InferenceSession.made.runs == [-1]
+
+
+@pytest.mark.parametrize("asked", [{"providers": ()}, {"providers": None}, {"providers": "CPU"}, {"disabled": [1]}])
+def test_names_that_are_none_are_refused_by_name(asked):
+    with pytest.raises(UsageError, match=f"{next(iter(asked))} is .*, expected a tuple of names"):
+        SessionOptions(**asked)
+    assert SessionOptions(disabled=()).disabled == ()
