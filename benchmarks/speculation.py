@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import measure
@@ -64,9 +63,7 @@ class Transformers:
     def __enter__(self) -> Transformers:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         assert self._child.stdin is not None
         self._child.stdin.close()
         self._child.wait()

@@ -53,7 +53,8 @@ class RoundRecord:
         accept: Seconds for the rule, the commit and the rollback.
         native: Seconds of ``verify`` inside of the target's backend.
         native_draft: Seconds of ``propose`` inside of the draft's backend.
-        transfer: Seconds of ``verify`` for copies between a device and the host; none on the processor.
+        transfer: Seconds of ``verify`` for copies between a device and the host; none on the processor. Backends on
+            GPUs do not tell them apart yet: there they are part of ``native``.
         draft_calls: Calls of the draft's backend; of an unrolled draft, its steps, as each reads all weights.
         draft_width: Tokens of a row that the draft read in them, all calls together.
         draft_valid: Tokens in the draft's cache before each call, of all rows and all calls together.

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, TypeAlias
 
 from qexport.errors import UsageError
@@ -35,7 +34,7 @@ PLAIN = Fixed(1)  # asks nobody, where there is nobody
 
 @dataclass(frozen=True, slots=True)
 class GenerateOptions:
-    """How a generator works; nothing here changes what a greedy request gets.
+    """How a generator works; what a greedy request gets changes at near ties alone, where rounding decides.
 
     Attributes:
         session: How the target runs.
@@ -109,9 +108,7 @@ class Generator:
     def __enter__(self) -> Generator:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def generate(

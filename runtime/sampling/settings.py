@@ -36,7 +36,8 @@ class Sampling:
         repetition_penalty: Divides positive logits of tokens that were there, multiplies negative ones (CTRL, Keskar
             et al. 2019, section 4.1); 1 does nothing.
         logit_bias: Added to the logits of tokens, by id.
-        seed: Of all randomness. The same seed, prompt and place in the batch give the same tokens.
+        seed: Of all randomness. The same seed, prompt and number in the request give the same tokens, unless a draft
+            takes part as far as times say (``speculate="auto"`` with the rule of rejection).
     """
 
     temperature: float = 0.0
