@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from qexport.errors import DataInvalid, UsageError
 from qexport.runtime.backends.host import HOST
 from qexport.runtime.demands import is_integer
-from qexport.runtime.session import Memory
+from qexport.runtime.session import Buffer, Memory
 
 Counts: TypeAlias = NDArray[np.int64]  # [batch], columns
 LEAST = 64  # columns
+KEPT = 16 << 20  # bytes of buffers that wait to be used again: where calls are short, new ones take longer than those
 SHARE = 8  # of the next power of two, by which buffers grow at least
 
 
@@ -82,6 +83,7 @@ class Cache:
         self.buffers = {
             name: memory.zeros((batch, heads, self.capacity, size), dtype) for name, (heads, size) in shapes.items()
         }
+        self._spare: dict[int, dict[str, Buffer]] = {}  # by capacity: those that were too small, or will be needed
 
     @property
     def lengths(self) -> Counts:
@@ -99,9 +101,12 @@ class Cache:
         return len(self._lengths)
 
     def reset(self, batch: int) -> bool:
-        """Forget everything where the buffers are those of a new cache for ``batch`` rows; whether they are."""
-        if (self.batch, self.capacity) != (batch, self.room.columns(1)):
+        """Forget everything where there are buffers of a new cache for ``batch`` rows; whether there are."""
+        least = self.room.columns(1)
+        if self.batch != batch or (self.capacity != least and least not in self._spare):
             return False
+        if self.capacity != least:
+            self._spare[self.capacity], self.buffers, self.capacity = self.buffers, self._spare.pop(least), least
         for buffer in self.buffers.values():
             self._memory.clear(buffer, min(self._touched, self.capacity))
         self._lengths, self._touched = [0] * batch, 0
@@ -117,7 +122,7 @@ class Cache:
                 raise DataInvalid(what, hint="start a new sequence, or go back first")
 
     def reserve(self, width: int) -> bool:
-        """Make room for ``width`` more columns in every row; whether buffers are new.
+        """Make room for ``width`` more columns in every row; whether buffers were freed for that.
 
         Where buffers do not grow, there must be room: ``free`` says how much.
         """
@@ -126,9 +131,16 @@ class Cache:
         if needed <= self.capacity:
             return False
         assert not self.room.fixed, "a step is wider than what is free"
-        self.capacity = self.room.columns(needed)
-        self._move(range(self.batch))
-        return True
+        before, self.capacity = self.capacity, self.room.columns(needed)
+        if self._bytes(self.capacity, before, *self._spare) > KEPT:
+            self._move(range(self.batch))
+            return True
+        large, small = self._spare.pop(self.capacity, None), self.buffers
+        self.buffers = large or {name: self._zeros(old) for name, old in small.items()}
+        for name, old in small.items():
+            self._memory.copy(old, self.buffers[name], range(self.batch), self._lengths)
+        self._spare[before] = small
+        return False
 
     @property
     def free(self) -> int:
@@ -163,6 +175,7 @@ class Cache:
             what = f"row {wrong[0]} does not exist" if wrong else "no row is kept"
             raise DataInvalid(f"{what}, the batch has {self.batch}")
         self._lengths = [self._lengths[row] for row in rows]
+        self._free_spare()
         self._move(rows)
 
     def close(self) -> None:
@@ -170,12 +183,33 @@ class Cache:
         for buffer in self.buffers.values():
             self._memory.free(buffer)
         self.buffers.clear()
+        self._free_spare()
+
+    @property
+    def small(self) -> bool:
+        """Whether all buffers together are worth keeping while nobody needs them."""
+        return self._bytes(self.capacity, *self._spare) <= KEPT
+
+    def _bytes(self, *columns: int) -> int:
+        """Of buffers with so many columns, all together."""
+        column = sum(old.shape[1] * old.shape[3] * old.dtype.itemsize for old in self.buffers.values())
+        return self.batch * column * sum(columns)
+
+    def _zeros(self, old: Buffer) -> Buffer:
+        return self._memory.zeros((self.batch, old.shape[1], self.capacity, old.shape[3]), old.dtype)
 
     def _move(self, rows: Sequence[int]) -> None:
         """Put the columns of ``rows`` that count into new buffers, of which no more than one is there twice."""
         for name, old in self.buffers.items():
-            shape = len(rows), old.shape[1], self.capacity, old.shape[3]
-            self.buffers[name] = self._memory.move(old, shape, rows, self._lengths)
+            self.buffers[name] = new = self._zeros(old)
+            self._memory.copy(old, new, rows, self._lengths)
+            self._memory.free(old)
+
+    def _free_spare(self) -> None:
+        for buffers in self._spare.values():
+            for buffer in buffers.values():
+                self._memory.free(buffer)
+        self._spare.clear()
 
 
 def bucket(needed: int, least: int, most: int | None) -> int:

@@ -34,7 +34,7 @@ _NARROW, _SMALL = 16, 1 << 26  # tokens of a row, bytes of logits: up to these a
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """The arrays of all calls of one shape, which a binding reads and writes.
+    """The arrays of all calls of one shape, which a binding reads and writes beside the buffers.
 
     Attributes:
         tokens: ``[batch, width]``.
@@ -53,7 +53,6 @@ class _Step:
     start: Counts
     logits: Logits
     kept: bool
-    binding: Binding
 
 
 class Decoder:
@@ -84,7 +83,9 @@ class Decoder:
         self.signature = read_signature(self._session)
         self.seconds = 0.0
         self._least = capacity
+        self._presents = {name: present_name(name) for name in self.signature.caches}
         self._steps: dict[tuple[int, ...], _Step] = {}
+        self._bindings: dict[tuple[int, ...], Binding] = {}  # of steps to buffers, by capacity and shape
         self._cache: Cache | None = None
         self._widths = Widths()
         self._context: dict[str, Array] = {}
@@ -104,9 +105,19 @@ class Decoder:
         return self._started().lengths
 
     @property
+    def starts(self) -> Sequence[int]:
+        """The same as plain numbers, which stay as they are."""
+        return self._started().starts
+
+    @property
     def capacity(self) -> int:
         """Columns of the buffers now."""
         return self._started().capacity
+
+    @property
+    def small(self) -> bool:
+        """Whether its buffers are worth keeping while nobody needs them."""
+        return self._cache is not None and self._cache.small
 
     @property
     def limit(self) -> int | None:
@@ -184,6 +195,9 @@ class Decoder:
         if type(lengths) is int:
             cache.rollback([lengths] * cache.batch)
             return
+        if type(lengths) is list and set(map(type, lengths)) == {int}:
+            cache.rollback(lengths)
+            return
         asked = np.asarray(lengths)
         if asked.dtype.kind not in "iu" or asked.ndim > 1:
             raise DataInvalid(f"lengths are {asked.dtype} {list(asked.shape)}, expected an integer for each row")
@@ -228,8 +242,9 @@ class Decoder:
     def _step(self, cache: Cache, ids: NDArray[np.integer[Any]], valid: Sequence[int], *, whole: bool) -> Logits:
         """One call; ``whole`` says that all tokens of all rows count."""
         if cache.reserve(ids.shape[1]):
-            self._forget_steps()
+            self._forget_bindings()
         step = self._steps.get(ids.shape) or self._new_step(cache, ids.shape[1])
+        binding = self._bindings.get((cache.capacity, *ids.shape)) or self._bind(cache, step)
         step.tokens[...] = ids
         step.start[...] = cache.starts
         np.add(step.start[:, None], step.offsets, out=step.positions)
@@ -241,16 +256,16 @@ class Decoder:
             _check_tokens(step.tokens, self.signature.vocabulary)
         began = perf_counter()
         try:
-            step.binding.run()
+            binding.run()
         finally:
             self.seconds += perf_counter() - began
             if not step.kept:
-                step.binding.close()
+                binding.close()
         cache.advance(valid)
         return step.logits.copy() if step.kept else step.logits
 
     def _new_step(self, cache: Cache, width: int) -> _Step:
-        """Arrays for calls of this width, bound together with the buffers and the context."""
+        """Arrays for calls of this width."""
         session, batch = self._opened(), cache.batch
         size = batch * width * self.signature.vocabulary * np.dtype(np.float32).itemsize
         kept = width <= _NARROW and size <= _SMALL
@@ -258,16 +273,20 @@ class Decoder:
         tokens, positions = (make((batch, width), _INT) for _ in range(2))
         start = make((batch,), _INT)
         logits = make((batch, width, self.signature.vocabulary), np.dtype(np.float32))
-        given: dict[str, Array | Buffer] = {IDS: tokens, POSITIONS: positions, WRITE: start, **self._placed}
-        binding = session.bind(
-            {**given, **cache.buffers},
-            {LOGITS: logits, **{present_name(name): buffer for name, buffer in cache.buffers.items()}},
-        )
         flat = tokens.view(np.uint64).reshape(-1)
-        step = _Step(tokens, flat, np.arange(width), positions, start, logits, kept, binding)
+        step = _Step(tokens, flat, np.arange(width), positions, start, logits, kept)
         if kept:
             self._steps[tokens.shape] = step
         return step
+
+    def _bind(self, cache: Cache, step: _Step) -> Binding:
+        """The arrays together with the buffers and the context."""
+        given: dict[str, Array | Buffer] = {IDS: step.tokens, POSITIONS: step.positions, WRITE: step.start}
+        written = {self._presents[name]: buffer for name, buffer in cache.buffers.items()}
+        binding = self._opened().bind({**given, **self._placed, **cache.buffers}, {LOGITS: step.logits, **written})
+        if step.kept:
+            self._bindings[cache.capacity, *step.tokens.shape] = binding
+        return binding
 
     def _room(self, batch: int) -> Room:
         """Columns of the buffers. In those of an engine one stays free for the padding of rows that wait."""
@@ -288,9 +307,13 @@ class Decoder:
             self._opened().memory.free(buffer)
         self._context, self._placed = {}, {}
 
+    def _forget_bindings(self) -> None:
+        for binding in self._bindings.values():
+            binding.close()
+        self._bindings.clear()
+
     def _forget_steps(self) -> None:
-        for step in self._steps.values():
-            step.binding.close()
+        self._forget_bindings()
         self._steps.clear()
 
     def _drop(self) -> None:

@@ -141,11 +141,8 @@ class Memory(Protocol):
     def host(self, shape: Shape, dtype: np.dtype[Any]) -> Array:
         """An array on the CPU that the session copies from and to at its best speed."""
 
-    def move(self, old: Buffer, shape: Shape, rows: Sequence[int], columns: Sequence[int]) -> Buffer:
-        """A new buffer of ``shape`` in place of ``old``, which is freed.
-
-        Its row ``i`` begins with the first ``columns[i]`` columns of row ``rows[i]``; all else is zero.
-        """
+    def copy(self, old: Buffer, new: Buffer, rows: Sequence[int], columns: Sequence[int]) -> None:
+        """Let row ``i`` of ``new`` begin with the first ``columns[i]`` columns of row ``rows[i]``; all else is zero."""
 
     def clear(self, buffer: Buffer, columns: int) -> None:
         """Put zeros into the first ``columns`` columns of every row."""

@@ -86,3 +86,15 @@ def greedy(tiny, prompt, count):
     for _ in range(count):
         ids.append(int(forward(tiny, ids)[-1].argmax()))
     return ids[len(prompt) :]
+
+
+def pools(generator):
+    """What a generator keeps for the next request."""
+    models = [model for model in (generator.target, generator.draft) if model is not None]
+    chains = [model.__dict__.get("_chains") for model in models]
+    return [owner._idle for owner in (*models, *chains) if owner is not None]
+
+
+def kept(generator):
+    """Caches that wait for the next request; all others belong to one that is under way."""
+    return {thing._cache for pool in pools(generator) for thing in pool._things}

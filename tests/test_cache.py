@@ -74,14 +74,47 @@ def test_capacity_starts_small_and_grows_by_an_eighth_only_when_a_column_does_no
         assert right(made)
 
 
-def test_buffers_are_new_only_when_they_grow():
+@pytest.mark.parametrize("kept", [0, 1 << 20])
+def test_buffers_are_new_only_when_they_grow_and_large_ones_are_freed_then(monkeypatch, kept):
+    monkeypatch.setattr("qexport.runtime.cache.KEPT", kept)
     made = cache(least=4)
     before = dict(made.buffers)
     assert not made.reserve(4)
     assert all(made.buffers[name] is buffer for name, buffer in before.items())
     made.advance(counts(4))
-    assert made.reserve(1)
+    assert made.reserve(1) is (kept == 0)
     assert all(made.buffers[name] is not buffer for name, buffer in before.items())
+    assert made.small is (kept > 0)
+
+
+def test_small_buffers_are_used_again_with_nothing_left_in_them():
+    made, seen = cache(least=4), []
+    for _ in range(3):
+        assert made.reset(1)
+        assert not any(buffer.any() for buffer in made.buffers.values())
+        for _ in range(10):
+            step(made, 1)
+            seen += [id(buffer) for buffer in made.buffers.values()]
+            for buffer in made.buffers.values():
+                assert not buffer[:, :, made.lengths[0] :].any()
+        assert right(made)
+        for buffer in made.buffers.values():
+            buffer[:, :, 9:] = np.nan  # as what was proposed may have left
+    assert len(set(seen)) == 3 * len(SHAPES)
+
+
+def test_what_is_kept_has_a_bound(monkeypatch):
+    monkeypatch.setattr("qexport.runtime.cache.KEPT", 2 * (4 + 8 + 12) * (4 + 3) * F32.itemsize)
+    made, freed = cache(least=4), []
+    for _ in range(20):
+        before = dict(made.buffers)
+        step(made, 1)
+        freed.append(made.lengths[0] if made.buffers["a.key"] is not before["a.key"] and not made.small else None)
+    assert [length for length in freed if length] == [13, 17]
+    assert right(made)
+    made.keep([0])
+    assert right(made)
+    assert made.reset(1) is False
 
 
 @pytest.mark.parametrize(("most", "capacities"), [(6, [4, 6, 6]), (3, [3, None, None]), (None, [4, 8, 8])])

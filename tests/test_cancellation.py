@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 from cached_models import Tiny
-from generating import broken, near, opened, write_folder
+from generating import broken, kept, near, opened, write_folder
 
 from qexport.errors import UsageError
 from qexport.runtime.cache import Cache
@@ -168,7 +168,8 @@ def test_a_draft_that_fails_in_any_way_is_left_alone(monkeypatch, generator, cac
     batch = generator.batch([PROMPT, [3]], stop=Stop(40))
     assert [number for number, _ in batch]
     assert [found.tokens for found in batch.completions] == expected
-    assert len(caches) == 0
+    assert set(caches) <= kept(generator)
+    assert not generator.draft._idle._things
     assert error.__traceback__ is None
 
 
@@ -178,7 +179,7 @@ def test_a_target_that_fails_ends_the_request_and_no_other(monkeypatch, generato
         fail_in(patched, generator.target, RuntimeError("the device is gone"))
         with pytest.raises(RuntimeError, match="the device is gone"):
             generator.complete([PROMPT], stop=Stop(20))
-    assert len(caches) == 0
+    assert set(caches) <= kept(generator)
     assert generator.complete([PROMPT], stop=Stop(20)) == expected
 
 
@@ -188,4 +189,5 @@ def test_an_output_that_failed_holds_nothing_of_its_round(monkeypatch, tmp_path,
     with opened(write_folder(tmp_path / "target", broken(43)), speculate="off") as generator:
         found = generator.complete([[43], PROMPT], stop=Stop(4, eos=False))
         assert [one.reason for one in found] == ["failed", "length"]
-        assert (len(rounds), len(caches)) == (0, 0)
+        assert (len(rounds), set(caches)) == (0, kept(generator))
+    assert len(caches) == 0

@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 from cached_models import VOCABULARY, Tiny
-from generating import broken, greedy, made_of, near, opened, tokenizer, write_folder
+from generating import broken, greedy, kept, made_of, near, opened, pools, tokenizer, write_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -316,6 +316,8 @@ def caches(monkeypatch):
 @pytest.mark.parametrize("kind", ["drafted", "unrolled"])
 def test_memory_is_free_when_a_request_ends_is_closed_or_is_dropped(request, kind, caches):
     drafted = request.getfixturevalue(kind)
+    for pool in pools(drafted):
+        pool.close()
     gc.collect()
     gc.disable()  # nothing here waits for the collector
     try:
@@ -336,10 +338,18 @@ def test_memory_is_free_when_a_request_ends_is_closed_or_is_dropped(request, kin
 
         stream = drafted.generate(PROMPTS[0], stop=Stop(9, eos=False))
         assert len(list(stream)) == 9
-        assert len(caches) == 0
+        assert set(caches) == kept(drafted)
+        again = [id(cache) for cache in caches]
+        for _ in range(3):
+            assert len(list(drafted.generate(PROMPTS[0], stop=Stop(9, eos=False)))) == 9
+            assert set(caches) == kept(drafted)
+            assert sorted(map(id, caches)) == sorted(again)
 
         with drafted.batch(PROMPTS) as batch:
             next(batch)
+        assert set(caches) == kept(drafted)
+        for pool in pools(drafted):
+            pool.close()
         assert len(caches) == 0
     finally:
         gc.enable()

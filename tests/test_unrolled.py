@@ -242,7 +242,7 @@ def test_effort_is_that_of_a_draft_which_reads_the_same_step_by_step(chains, dec
         before = unrolled.effort, draft.effort
         found = unrolled.propose(rows, [4] * len(rows))
         draft.propose(rows, [4] * len(rows))
-        done, truth = unrolled.effort - before[0], draft.effort - before[1]
+        done, truth = unrolled.effort.since(before[0]), draft.effort.since(before[1])
         assert (done.calls, done.width, done.valid) == (truth.calls, truth.width, truth.valid)
         assert done.calls == steps
         assert done.native > 0

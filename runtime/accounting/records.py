@@ -7,11 +7,11 @@ proposed. Between two rounds the caller has the tokens: that time is nobody's he
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillRecord:
+class PrefillRecord(NamedTuple):
     """Reading the prompts, up to the first token of each row.
 
     Attributes:
@@ -33,8 +33,7 @@ class PrefillRecord:
     native_draft: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class RoundRecord:
+class RoundRecord(NamedTuple):
     """One round. What is said "of each row" is in the order of ``rows``, and as long.
 
     Attributes:
@@ -95,7 +94,7 @@ class Run:
     def of_row(self, row: int) -> Run:
         """What one row saw of it: it waits as long as all others."""
         told = self.prefill
-        first = replace(told, prompts=told.prompts[row : row + 1], emitted=told.emitted[row : row + 1])
+        first = told._replace(prompts=told.prompts[row : row + 1], emitted=told.emitted[row : row + 1])
         return Run(
             first, tuple(_of_row(record, record.rows.index(row)) for record in self.rounds if row in record.rows)
         )
@@ -103,8 +102,7 @@ class Run:
 
 def _of_row(record: RoundRecord, place: int) -> RoundRecord:
     here = slice(place, place + 1)
-    return replace(
-        record,
+    return record._replace(
         rows=record.rows[here],
         proposed=record.proposed[here],
         accepted=record.accepted[here],

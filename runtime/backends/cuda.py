@@ -202,11 +202,12 @@ class CudaMemory:
         self._demand_open()
         return self._cuda.pinned(shape, dtype)
 
-    def move(self, old: Buffer, shape: Shape, rows: Sequence[int], columns: Sequence[int]) -> DeviceBuffer:
-        """Copy the first columns of some rows into a new buffer of zeros."""
-        source = device_buffer(old)
-        made = self.zeros(shape, old.dtype)
-        (_, heads, wide, size), target_wide = old.shape, shape[2]
+    def copy(self, old: Buffer, new: Buffer, rows: Sequence[int], columns: Sequence[int]) -> None:
+        """Copy the first columns of some rows, and put zeros behind them."""
+        self._demand_open()
+        source, made = device_buffer(old), device_buffer(new)
+        self._cuda.clear(made, self.stream)
+        (_, heads, wide, size), target_wide = old.shape, new.shape[2]
         piece = size * old.dtype.itemsize
         for place, (row, count) in enumerate(zip(rows, columns, strict=True)):
             if count:
@@ -214,8 +215,6 @@ class CudaMemory:
                 taken = made.address + place * heads * target_wide * piece, target_wide * piece
                 self._cuda.copy_rows(given, taken, (count * piece, heads), self.stream)
         self._cuda.wait(self.stream)
-        source.release()
-        return made
 
     def clear(self, buffer: Buffer, columns: int) -> None:
         """Put zeros everywhere, of which the first ``columns`` columns are a part."""

@@ -28,12 +28,12 @@ class HostMemory:
         """The same."""
         return np.zeros(shape, dtype)
 
-    def move(self, old: Buffer, shape: Shape, rows: Sequence[int], columns: Sequence[int]) -> Array:
-        """Copy the first columns of some rows into a new array of zeros."""
-        new, given = np.zeros(shape, old.dtype), _array(old)
+    def copy(self, old: Buffer, new: Buffer, rows: Sequence[int], columns: Sequence[int]) -> None:
+        """Copy the first columns of some rows, and put zeros behind them."""
+        given, taken = _array(old), _array(new)
         for place, (row, count) in enumerate(zip(rows, columns, strict=True)):
-            new[place, :, :count] = given[row, :, :count]
-        return new
+            taken[place, :, :count] = given[row, :, :count]
+            taken[place, :, count:] = 0
 
     def clear(self, buffer: Buffer, columns: int) -> None:
         """Put zeros into the first columns."""

@@ -53,11 +53,11 @@ class DeviceMemory:
         """An array of zeros."""
         return np.zeros(shape, dtype)
 
-    def move(self, old: Buffer, shape: Shape, rows: Sequence[int], columns: Sequence[int]) -> Held:
-        """Copy the first columns of some rows into a new buffer of zeros."""
-        given = _held(old).value.numpy()
-        self.free(old)
-        return self.put(HOST.move(given, shape, rows, columns))
+    def copy(self, old: Buffer, new: Buffer, rows: Sequence[int], columns: Sequence[int]) -> None:
+        """Copy the first columns of some rows, and put zeros behind them."""
+        made = np.empty(new.shape, new.dtype)
+        HOST.copy(_held(old).value.numpy(), made, rows, columns)
+        _held(new).value.update_inplace(made)
 
     def clear(self, buffer: Buffer, columns: int) -> None:
         """Put zeros everywhere, of which the first ``columns`` columns are a part."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import TypeAlias
 
 from qexport.runtime.accounting.records import PrefillRecord, RoundRecord, Run
@@ -21,7 +20,8 @@ class Batch:
     """Tokens of all prompts of a request, as they come: pairs of a prompt's number and a token.
 
     Nothing runs before the first is asked for. When the last has come, or ``close`` is called, or nobody holds it any
-    more, the memory of caches is free. Threads that read it take turns.
+    more, the memory of caches is free, but for a few small ones that the next request gets. Threads that read it
+    take turns.
 
     Attributes:
         runs: What it took so far, for ``runtime.accounting.stats``: one for every group of rows that is done.
@@ -163,4 +163,4 @@ def _answer_group(rounds: Rounds, replies: Sequence[Reply], runs: list[Run]) -> 
 def _cut(record: RoundRecord, emitted: Sequence[int]) -> RoundRecord:
     """The record with what came out of it, where outputs end inside of it."""
     told = tuple(emitted)
-    return record if record.emitted == told else replace(record, emitted=told)
+    return record if record.emitted == told else record._replace(emitted=told)

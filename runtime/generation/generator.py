@@ -205,7 +205,8 @@ class Generator:
 
     def _rounds(self, stack: ExitStack, sampler: Sampler) -> Rounds:
         """Decoders of a group of rows, closed by the stack, and the loop over them."""
-        target = stack.enter_context(self.target.decoder())
+        target = self.target.take()
+        stack.push(lambda kind, *_: self.target.give_back(target, sound=kind is None))
         if self.plain:
             return Rounds(target, sampler, None, PLAIN)
         speculator = self._speculator()

@@ -14,6 +14,7 @@ from qexport.runtime.backends.artefact import MODEL
 from qexport.runtime.backends.choose import open_session
 from qexport.runtime.decoder import Decoder
 from qexport.runtime.generation.folders import Folder, read_folder
+from qexport.runtime.idle import Idle
 from qexport.runtime.session import Session, SessionOptions
 from qexport.runtime.signature import Signature, read_signature
 from qexport.runtime.speculation.chains import Chains
@@ -54,6 +55,7 @@ class Model:
         self.options = options
         self._drafted = 0  # rounds
         self._measuring = threading.Lock()
+        self._idle: Idle[Decoder] = Idle()
         self._session: Session | None = open_session(path, options)
         try:
             self.signature, self.positions = _examine(self._session, self.folder)
@@ -68,6 +70,24 @@ class Model:
             UsageError: The model is closed.
         """
         return Decoder(self._opened())
+
+    def take(self) -> Decoder:
+        """A decoder, of which nothing is known but that a reset makes it new; whoever takes it gives it back.
+
+        Raises:
+            UsageError: The model is closed.
+        """
+        return self._idle.take() or self.decoder()
+
+    def give_back(self, decoder: Decoder, *, sound: bool = True) -> None:
+        """Keep it for the next one if it is sound and its buffers are small.
+
+        Making buffers and binding them takes longer than a step of a small model does.
+        """
+        if sound and decoder.small and self._session is not None:
+            self._idle.give(decoder)
+        else:
+            decoder.close()
 
     def profile(self) -> Profile | None:
         """What its calls take, as the folder says for this machine or as it is measured once, in less than a second.
@@ -133,6 +153,7 @@ class Model:
         """Free the model; a second time does nothing."""
         if self._session is not None:
             self._session.close()
+            self._idle.close()
             chains = self.__dict__.pop("_chains", None)
             if chains is not None:
                 chains.close()

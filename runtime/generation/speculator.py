@@ -63,12 +63,18 @@ class Speculator:
         """The draft, all tokens in one call where that is possible."""
         vocabulary = self._target.signature.vocabulary
         chains = draft.chains() if unrolls(sampler.settings) else None
-        if chains is None:
-            inner: Proposer = Draft(stack.enter_context(draft.decoder()), sampler, vocabulary)
-        else:
-            inner = Unrolled(chains, sampler, vocabulary)
+        inner = Draft(draft.take(), sampler, vocabulary) if chains is None else Unrolled(chains, sampler, vocabulary)
         found = FailSafe(inner)
-        stack.callback(lambda: draft.note(found.rounds, failed=chains is not None and found.failure is not None))
+
+        def give_back(kind: type[BaseException] | None, *_: object) -> None:
+            sound = found.failure is None and kind is None
+            if isinstance(inner, Draft):
+                draft.give_back(inner.decoder, sound=sound)
+            elif sound:
+                inner.give_back()
+            draft.note(found.rounds, failed=chains is not None and found.failure is not None)
+
+        stack.push(give_back)
         return found
 
 

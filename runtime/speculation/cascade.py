@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qexport.runtime.speculation.proposal import NOTHING, Effort, Proposal, Proposer, Row
+from qexport.runtime.speculation.proposal import NO_EFFORT, NOTHING, Effort, Proposal, Proposer, Row
 from qexport.runtime.speculation.terms import Terms
 
 NOT_ASKED = -1  # less than none: not even a token to spare
@@ -24,7 +24,11 @@ class Cascade:
     @property
     def effort(self) -> Effort:
         """All of theirs."""
-        return sum((proposer.effort for proposer in self._proposers), Effort())
+        all_of_them = NO_EFFORT
+        for effort in [proposer.effort for proposer in self._proposers]:
+            if effort is not NO_EFFORT:
+                all_of_them = effort if all_of_them is NO_EFFORT else all_of_them.plus(*effort)
+        return all_of_them
 
     def begin(self, rows: Sequence[Row]) -> None:
         """Tell all."""

@@ -27,17 +27,19 @@ from qexport.passes.portable import (
 )
 from qexport.runtime.backends.choose import open_session
 from qexport.runtime.cache import Cache, Room
+from qexport.runtime.idle import Idle
 from qexport.runtime.session import Array, Binding, Buffer, Session, SessionOptions
 from qexport.runtime.signature import read_signature
-from qexport.runtime.speculation.proposal import Chances, Effort
+from qexport.runtime.speculation.proposal import NO_EFFORT, Chances, Effort
 
 LARGEST = 64 << 20
 """Bytes of the largest file that is unrolled: each session has weights of its own, packed for the processor, and a
 step of a larger model takes so long that what is spent around it does not matter."""
+COLUMNS = 256  # that buffers have at first: they are small, and growing takes longer than reading what is empty
 USUAL = 2  # tokens of a row that are read in one call at least, padding included: one or two are new, as it happens
 WIDEST = 256  # tokens of a row that are read in one call
 _STEP_BY_STEP = "let it decode step by step"
-_NARROW, _FRAMES = 16, 32  # tokens of a row, and shapes, up to which arrays are kept for the next call
+_NARROW, _FRAMES, _CHANCES = 16, 128, 16 << 20  # tokens, shapes, bytes, up to which arrays are kept for the next call
 
 
 class Kind(NamedTuple):
@@ -84,6 +86,7 @@ class Chains:
         self._model = _load(model)
         self._sessions: dict[Kind, Session] = {}
         self._lock = Lock()
+        self._idle: Idle[Chain] = Idle()
 
     def session(self, kind: Kind) -> Session:
         """The session for this many steps; the first time it is unrolled and loaded."""
@@ -92,8 +95,19 @@ class Chains:
                 self._sessions[kind] = open_session(_unrolled(self._model, kind), self._options)
             return self._sessions[kind]
 
+    def take(self, vocabulary: int) -> Chain:
+        """A chain with nothing in it, one that was given back if there is one like it."""
+        known = self._idle.take()
+        return known if known is not None and known.asked == vocabulary else Chain(self, vocabulary)
+
+    def give_back(self, chain: Chain) -> None:
+        """Keep what the next one needs as well, if that is little."""
+        if chain.small:
+            self._idle.give(chain)
+
     def close(self) -> None:
         """Free the sessions; a second time does nothing."""
+        self._idle.close()
         with self._lock:
             for session in self._sessions.values():
                 session.close()
@@ -166,6 +180,7 @@ class Chain:
 
     Attributes:
         effort: What it did since it was made.
+        asked: The vocabulary that was asked for.
         vocabulary: Tokens that are chosen from.
     """
 
@@ -177,20 +192,26 @@ class Chain:
             vocabulary: Tokens that can be chosen, the first ones; all by default.
         """
         self._chains, self._size = chains, chains.signature.vocabulary
-        self.vocabulary = min(vocabulary or self._size, self._size)
-        self.effort = Effort()
-        self.reset(1)
+        self.asked, self.vocabulary = vocabulary, min(vocabulary or self._size, self._size)
+        self.effort: Effort = NO_EFFORT
+        self._frames: dict[tuple[int, Kind, int], _Frame] = {}  # by capacity, too
+        self._cache = self._new_cache(1)
 
     @property
     def lengths(self) -> Sequence[int]:
         """Tokens of each row so far."""
         return self._cache.starts
 
+    @property
+    def small(self) -> bool:
+        """Whether its buffers are worth keeping while nobody needs them."""
+        return self._cache.small
+
     def reset(self, batch: int) -> None:
         """Forget everything and make room for ``batch`` rows."""
-        found = self._chains.signature
-        self._frames: dict[tuple[Kind, int], _Frame] = {}
-        self._cache = Cache(found.caches, found.dtype, batch, Room(most=found.positions), self._chains.memory)
+        if not self._cache.reset(batch):
+            self._frames.clear()
+            self._cache = self._new_cache(batch)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows in this order; the others are done."""
@@ -236,29 +257,35 @@ class Chain:
         width, start, most = max(USUAL, *counts), cache.starts, cache.room.most
         if cache.reserve(width + ahead):
             self._frames.clear()
-        frame = self._frames.get((kind, width)) or self._new_frame(kind, width)
+        frame = self._frames.get((cache.capacity, kind, width)) or self._new_frame(kind, width)
         frame.numbers[:] = _numbers(parts, start, width)
         if draw is not None:
             frame.uniform[...], frame.sharpness[...] = draw.uniform, draw.sharpness
         began = perf_counter()
         frame.binding.run()
-        self.effort += _effort(perf_counter() - began, start, counts, ahead)
+        self.effort = _with(self.effort, perf_counter() - began, start, counts, ahead)
         after = [count and count + ahead for count in counts]
         if most is not None:
             after = [min(more, most - length) for more, length in zip(after, start, strict=True)]
         cache.advance(after)
         return frame
 
+    def _new_cache(self, batch: int) -> Cache:
+        found = self._chains.signature
+        return Cache(found.caches, found.dtype, batch, Room(COLUMNS, found.positions), self._chains.memory)
+
     def _new_frame(self, kind: Kind, width: int) -> _Frame:
         """Arrays for calls of this shape, bound together with the buffers."""
         cache, batch, steps = self._cache, self._cache.batch, kind.steps
-        numbers = np.zeros(2 * batch * (width + 1), np.int64)
-        ids, positions, start, last = np.split(numbers, np.cumsum([batch * width, batch * width, batch]))
+        size, pairs = batch * width, 2 * batch * width
+        numbers = np.zeros(pairs + 2 * batch, np.int64)
+        ids, positions = numbers[:size].reshape(batch, width), numbers[size:pairs].reshape(batch, width)
+        start, last = numbers[pairs : pairs + batch], numbers[pairs + batch :]
         tokens, uniform = np.zeros((batch, steps), np.int64), np.zeros((batch, steps))
         sharpness = np.ones(1, np.float32)
         chances: Chances = np.zeros((batch, steps, kind.vocabulary if kind.drawn else 0))
         inputs: dict[str, Array | Buffer] = {WRITE: start, LAST: last, **cache.buffers}
-        inputs |= {IDS: ids.reshape(batch, width), POSITIONS: positions.reshape(batch, width)}
+        inputs |= {IDS: ids, POSITIONS: positions}
         outputs: dict[str, Array | Buffer] = {TOKENS: tokens}
         for past, buffer in cache.buffers.items():
             present = present_name(past)
@@ -268,8 +295,9 @@ class Chain:
             outputs[CHANCES] = chances
         binding = self._chains.session(kind).bind(inputs, outputs)
         frame = _Frame(numbers, uniform, sharpness, tokens, chances, binding)
-        if width <= _NARROW and len(self._frames) < _FRAMES:
-            self._frames[kind, width] = frame
+        held = sum(known.chances.nbytes for known in self._frames.values())
+        if width <= _NARROW and len(self._frames) < _FRAMES and held + chances.nbytes <= _CHANCES:
+            self._frames[cache.capacity, kind, width] = frame
         return frame
 
 
@@ -291,8 +319,8 @@ def _numbers(parts: Sequence[Sequence[int]], start: Sequence[int], width: int) -
     return [*ids, *positions, *start, *(max(len(part) - 1, 0) for part in parts)]
 
 
-def _effort(seconds: float, start: Sequence[int], counts: Sequence[int], ahead: int) -> Effort:
-    """What a call did: a step that reads what is new, and ``ahead`` more, each of which reads all weights again."""
+def _with(done: Effort, seconds: float, start: Sequence[int], counts: Sequence[int], ahead: int) -> Effort:
+    """And a call: a step that reads what is new, and ``ahead`` more, each of which reads all weights again."""
     valid = sum(start) * (1 + ahead)
     valid += sum(count * ahead + ahead * (ahead - 1) // 2 for count in counts if count)
-    return Effort(seconds, 1 + ahead, max(counts) + ahead, valid)
+    return done.plus(seconds, 1 + ahead, max(counts) + ahead, valid)

@@ -12,7 +12,7 @@ from qexport.runtime.sampling.noise import Purpose
 from qexport.runtime.sampling.sampler import NotFiniteError, Sampler
 from qexport.runtime.speculation.following import Followed
 from qexport.runtime.speculation.prefill import prefill
-from qexport.runtime.speculation.proposal import NOTHING, Chances, Effort, Logits, Proposal, Row
+from qexport.runtime.speculation.proposal import NO_EFFORT, NOTHING, Chances, Effort, Logits, Proposal, Row
 
 
 class Draft:
@@ -30,7 +30,7 @@ class Draft:
         """Propose for targets with ``vocabulary`` logits; they may have more or less padding than the draft."""
         self.decoder, self._sampler, self._vocabulary = decoder, sampler, vocabulary
         self._followed = Followed(decoder.signature, spare=sampler.weighed)
-        self._done = Effort()
+        self._done = NO_EFFORT
 
     @property
     def effort(self) -> Effort:
@@ -97,7 +97,7 @@ class Draft:
             return []
         began, valid = self.decoder.seconds, int(self.decoder.lengths.sum())
         last, calls = prefill(self.decoder, missing)
-        self._done += Effort(self.decoder.seconds - began, calls, max(map(len, missing)), valid)
+        self._done = self._done.plus(self.decoder.seconds - began, calls, max(map(len, missing)), valid)
         return last
 
     def _feed(self, tokens: dict[int, int], batch: int) -> list[Logits]:
@@ -108,7 +108,7 @@ class Draft:
             self._followed.add(index, (token,))
         began, valid = self.decoder.seconds, int(self.decoder.lengths.sum())
         logits = self.decoder.extend(ids, counts)
-        self._done += Effort(self.decoder.seconds - began, 1, 1, valid)
+        self._done = self._done.plus(self.decoder.seconds - began, 1, 1, valid)
         return list(logits)
 
     def _clean(self, spoilt: Sequence[int]) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qexport.runtime.speculation.proposal import NOTHING, Effort, Proposal, Row, Span
+from qexport.runtime.speculation.proposal import NO_EFFORT, NOTHING, Proposal, Row, Span
 from qexport.runtime.speculation.sources import Chances, History, IndexCache, Reading, Source, foresee
 from qexport.runtime.speculation.terms import Terms
 
@@ -26,7 +26,7 @@ class Lookup:
     """
 
     name = "copy"
-    effort = Effort()
+    effort = NO_EFFORT
 
     def __init__(self, terms: Terms | None = None, *, least: int = 1) -> None:
         """Know nothing yet.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol, TypeAlias
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,8 +56,7 @@ class Row:
     references: tuple[Reference, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Proposal:
+class Proposal(NamedTuple):
     """Tokens that may come next in one row.
 
     Attributes:
@@ -80,14 +79,13 @@ class Proposal:
         """Of several tokens the first one, as a spare one; nothing where it is certain."""
         if self.chances is None:
             return NOTHING
-        return replace(self, ids=(), chances=self.chances[:1], spare=self.ids[0])
+        return self._replace(ids=(), chances=self.chances[:1], spare=self.ids[0])
 
 
 NOTHING = Proposal()
 
 
-@dataclass(frozen=True, slots=True)
-class Effort:
+class Effort(NamedTuple):
     """What a proposer's own models did since it was made.
 
     Attributes:
@@ -102,17 +100,16 @@ class Effort:
     width: int = 0
     valid: int = 0
 
-    def __add__(self, other: Effort) -> Effort:
-        """Both together."""
-        return Effort(
-            self.native + other.native, self.calls + other.calls, self.width + other.width, self.valid + other.valid
-        )
+    def plus(self, native: float, calls: int, width: int, valid: int) -> Effort:
+        """With more."""
+        return Effort(self.native + native, self.calls + calls, self.width + width, self.valid + valid)
 
-    def __sub__(self, other: Effort) -> Effort:
-        """What was done since ``other``."""
-        return Effort(
-            self.native - other.native, self.calls - other.calls, self.width - other.width, self.valid - other.valid
-        )
+    def since(self, before: Effort) -> Effort:
+        """What was done after ``before``."""
+        return self.plus(-before.native, -before.calls, -before.width, -before.valid)
+
+
+NO_EFFORT = Effort()
 
 
 class Proposer(Protocol):

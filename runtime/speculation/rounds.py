@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -20,11 +20,10 @@ from qexport.runtime.cache import Counts
 from qexport.runtime.decoder import Decoder
 from qexport.runtime.sampling.sampler import NotFiniteError, Sampler
 from qexport.runtime.speculation.prefill import prefill
-from qexport.runtime.speculation.proposal import NOTHING, Effort, Logits, Proposal, Proposer, Row
+from qexport.runtime.speculation.proposal import NO_EFFORT, NOTHING, Effort, Logits, Proposal, Proposer, Row
 from qexport.runtime.speculation.rules import Verdict, verify
 
 Rule = Callable[[Proposal, Logits, Row, Sampler], Verdict]
-NO_EFFORT = Effort()
 
 
 class Policy(Protocol):
@@ -58,8 +57,7 @@ class Fixed:
         """Learn nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What a row has got in a round.
 
     Attributes:
@@ -75,8 +73,7 @@ class Outcome:
     failure: DataInvalid | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Round:
+class Round(NamedTuple):
     """What all rows have got, and what it cost."""
 
     outcomes: tuple[Outcome, ...]
@@ -92,6 +89,7 @@ class Rounds:
         self.rule: Rule = verify
         self.rows: list[Row] = []
         self._numbers: list[int] = []
+        self._effort = NO_EFFORT  # of the proposer, up to the last round
 
     def begin(self, rows: Sequence[Row]) -> Round:
         """Read the prompts and choose the first token of every row.
@@ -104,7 +102,7 @@ class Rounds:
         """
         began = time.perf_counter()
         self.rows, self._numbers = list(rows), list(range(len(rows)))
-        effort = self._effort()
+        self._spend()
         self._target.reset(len(rows))
         last, calls = prefill(self._target, [row.ids for row in rows])
         if self._proposer is not None:
@@ -112,7 +110,7 @@ class Rounds:
         outcomes = tuple(self._decide(NOTHING, logits, row) for logits, row in zip(last, rows, strict=True))
         self._commit(outcomes)
         prompts, emitted = tuple(row.prompt for row in rows), tuple(len(found.tokens) for found in outcomes)
-        drafted = (self._effort() - effort).native
+        drafted = self._spend().native
         native = self._target.seconds  # since the reset
         return Round(outcomes, PrefillRecord(began, time.perf_counter(), prompts, calls, emitted, native, drafted))
 
@@ -123,9 +121,9 @@ class Rounds:
             room: Tokens that each row may still get, at least one; no row gets more.
         """
         target, rows = self._target, self.rows
-        began, native, effort, start = time.perf_counter(), target.seconds, self._effort(), target.lengths
+        began, native, start = time.perf_counter(), target.seconds, target.starts
         proposals = self._propose(room)
-        proposed, drafted = time.perf_counter(), self._effort() - effort
+        proposed, drafted = time.perf_counter(), self._spend()
         ids, counts = _beside(rows, proposals)
         logits = target.extend(ids, counts)
         verified, read = time.perf_counter(), target.seconds
@@ -142,7 +140,7 @@ class Rounds:
             clock=clock,
             rows=tuple(self._numbers),
             width=ids.shape[1],
-            valid=int(start.sum()),
+            valid=sum(start),
             proposed=tuple(len(found.proposal.ids) for found in outcomes),
             accepted=tuple(found.accepted for found in outcomes),
             emitted=tuple(len(found.tokens) for found in outcomes),
@@ -167,8 +165,12 @@ class Rounds:
         if self._proposer is not None:
             self._proposer.keep(rows)
 
-    def _effort(self) -> Effort:
-        return NO_EFFORT if self._proposer is None else self._proposer.effort
+    def _spend(self) -> Effort:
+        """What the proposer's models did since this was asked before."""
+        if self._proposer is None:
+            return NO_EFFORT
+        before, self._effort = self._effort, self._proposer.effort
+        return self._effort.since(before)
 
     def _propose(self, room: Sequence[int]) -> list[Proposal]:
         """At most what the policy says, and so much that the target's own token has room behind it."""
@@ -189,7 +191,7 @@ class Rounds:
             return Outcome((), proposal, 0, error)
         return Outcome(verdict.tokens, proposal, verdict.accepted)
 
-    def _decide_alone(self, outcomes: list[Outcome], start: Counts) -> None:
+    def _decide_alone(self, outcomes: list[Outcome], start: Sequence[int]) -> None:
         """Decide on one token, with none behind it, in rows that failed where something was proposed.
 
         What is no number may come from a proposed token, whether it is taken or not: masked columns are no part of a
@@ -199,9 +201,10 @@ class Rounds:
         failed = [index for index, found in enumerate(outcomes) if found.failure is not None and found.proposal.ids]
         if not failed:
             return
-        lengths, rows = self._target.lengths, self.rows
-        lengths[failed] = start[failed]
-        self._target.rollback(lengths)
+        rows = self.rows
+        self._target.rollback(
+            [start[index] if index in failed else now for index, now in enumerate(self._target.starts)]
+        )
         self._target.keep(range(len(rows)))
         counts = np.isin(np.arange(len(rows)), failed).astype(np.int64)
         logits = self._target.extend(np.array([[row.ids[-1]] for row in rows], np.int64), counts)

@@ -8,7 +8,7 @@ from (q - p)+ normalized; of all rules that look at one token it takes the most,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,8 +18,7 @@ from qexport.runtime.sampling.sampler import Sampler
 from qexport.runtime.speculation.proposal import Logits, Proposal, Row
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What comes of one row's proposal.
 
     Attributes:

@@ -10,7 +10,7 @@ from qexport.errors import UsageError
 from qexport.runtime.sampling.noise import Purpose
 from qexport.runtime.sampling.sampler import Sampler
 from qexport.runtime.sampling.settings import Sampling
-from qexport.runtime.speculation.chains import Chain, Chains, Draw
+from qexport.runtime.speculation.chains import Chains, Draw
 from qexport.runtime.speculation.following import Followed
 from qexport.runtime.speculation.proposal import NOTHING, Chances, Effort, Proposal, Row
 
@@ -37,13 +37,18 @@ class Unrolled:
         if not unrolls(sampler.settings):
             what = "an unrolled draft takes the most likely tokens, or draws at a temperature, and nothing else"
             raise UsageError(what, hint="let it decode step by step")
-        self._chain, self._sampler, self._vocabulary = Chain(chains, vocabulary), sampler, vocabulary
+        self._chains, self._chain = chains, chains.take(vocabulary)
+        self._sampler, self._vocabulary = sampler, vocabulary
         self._followed = Followed(chains.signature, spare=sampler.weighed)
 
     @property
     def effort(self) -> Effort:
         """Calls of the chain."""
         return self._chain.effort
+
+    def give_back(self) -> None:
+        """Leave what was bound to the next who asks; nothing may be proposed any more."""
+        self._chains.give_back(self._chain)
 
     def begin(self, rows: Sequence[Row]) -> None:
         """Forget everything."""
