@@ -87,6 +87,13 @@ class OutputQuality(_Record):
     max_error: float
 
 
+class SampleQuality(_Record):
+    """The cosine of one sample between both models' main outputs."""
+
+    index: int
+    cosine: float
+
+
 class Quality(_Record):
     """Float against result on the same samples.
 
@@ -103,6 +110,8 @@ class Quality(_Record):
         task: Metric of the task, if the data carries labels.
         layers: Per quantized layer, in graph order.
         outputs: Every output that was compared, the main one among them.
+        worst: The samples with the smallest cosines, worst first.
+        deciles: Of the cosines of all samples: 0, 10 ... 100 percent.
     """
 
     data: str
@@ -117,6 +126,8 @@ class Quality(_Record):
     task: TaskScore | None = None
     layers: tuple[LayerQuality, ...] = ()
     outputs: dict[str, OutputQuality] = Field(default_factory=dict)
+    worst: tuple[SampleQuality, ...] = ()
+    deciles: tuple[float, ...] = ()
 
     @property
     def worst_output(self) -> str:
@@ -167,6 +178,22 @@ class BackedOff(_Record):
     quantized_ms: float | None = None
 
 
+class Tried(_Record):
+    """A choice of layers that was built and judged on the way to the one that was published.
+
+    ``kept`` counts nodes that were back in float; ``loss`` is the task's drop in points where there is a task, else
+    1 - the mean cosine, as ``unit`` says; the time of one call is there where it was measured.
+    """
+
+    kept: int
+    loss: float | None
+    unit: str
+    bytes: int
+    ms: float | None = None
+    speedup: float | None = None
+    fits: bool = True
+
+
 class EngineInfo(_Record):
     """An engine that was built.
 
@@ -207,6 +234,7 @@ class Result(_Record):
     latency: Latency | None
     engine: EngineInfo | None
     backed_off: tuple[BackedOff, ...] = ()
+    tried: tuple[Tried, ...] = ()
     gates: dict[str, float]
     warnings: tuple[str, ...]
     seconds: float
