@@ -45,6 +45,7 @@ class BuildOptions:
         max_drop: Gate: how many points of the task metric may be lost; replaces the recipe's.
         output: Folder of the artefact; derived from the model's name when not given.
         cache: Folder where measured statistics are kept for the next build; nothing is kept when not given.
+        strict_cache: Whether what is damaged in the cache ends the build; else it is computed again, with a warning.
         allow_nonfinite: Whether weights may hold NaN or infinity.
         progress: Who hears about stages.
     """
@@ -54,6 +55,7 @@ class BuildOptions:
     max_drop: float | None = None
     output: Path | None = None
     cache: Path | None = None
+    strict_cache: bool = False
     allow_nonfinite: bool = False
     progress: Progress = field(default_factory=Silent)
 

@@ -5,11 +5,17 @@ staged beside its final name and exchanged in one step. Modes follow the umask. 
 component by component below a folder, so that no link can lead out of it.
 """
 
+from qexport.safe_io.caches import Cache, Entry, Kept
+from qexport.safe_io.points import EVENT
 from qexport.safe_io.publishing import Stage, publish
 from qexport.safe_io.reading import digest_bytes, digest_file, open_beneath, open_file, read_bytes, read_text
 from qexport.safe_io.writing import finite, replace_file, write_bytes, write_json, write_text
 
 __all__ = [
+    "EVENT",
+    "Cache",
+    "Entry",
+    "Kept",
     "Stage",
     "digest_bytes",
     "digest_file",

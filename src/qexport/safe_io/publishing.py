@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from qexport.errors import QexportError, UsageError
+from qexport.safe_io.locking import locked_folder, try_lock
+from qexport.safe_io.points import reach
 from qexport.safe_io.reading import open_beneath, open_file, read_bytes
 from qexport.safe_io.translate import translated
 from qexport.safe_io.writing import Sink, beside, create, stem, sync_folder, to_json
@@ -52,7 +53,7 @@ class Stage:
         with translated(name):
             fd = create(self.path / name)
             try:
-                sink = Sink(fd)
+                sink = Sink(fd, self.path / name)
                 yield sink  # type: ignore[misc]  # a RawIOBase has all that BinaryIO asks of a writer
                 self.files[name] = sink.finish()
             finally:
@@ -87,6 +88,7 @@ class Stage:
     def adopt(self, name: str) -> None:
         """Count and digest a file that another process has put into the folder and flushed to the disk."""
         self._demand_new(name)
+        reach("adopt", self.path / name)
         with open_beneath(self.path, name) as file, translated(name):
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             self.files[name] = (file.tell(), f"sha256:{digest}")
@@ -104,7 +106,7 @@ def publish(directory: str | os.PathLike[str], *, inputs: Iterable[str | os.Path
     that died are removed the next time. Write ``manifest.json`` last; its ``files`` names what is ours to replace.
 
     Args:
-        directory: The folder to make or to replace; its parents are made.
+        directory: The folder to make or to replace; its parents are made, and removed again when the block raises.
         inputs: Files the work reads; none may lie in ``directory``.
 
     Raises:
@@ -113,22 +115,34 @@ def publish(directory: str | os.PathLike[str], *, inputs: Iterable[str | os.Path
     """
     with translated(directory):
         target = _named(directory)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        made = [folder for folder in target.parents if not folder.exists()]
     stage, lock = beside(target, "stage"), None
     try:
         with translated(directory):
+            _make(made)
             lock = _open_stage(target, stage)
         _demand_ours(target, inputs)
         yield Stage(stage)
         with translated(directory):
             sync_folder(stage)
-            with _locked(target.parent):
+            with locked_folder(target.parent):
                 _replace(stage, target)
+            made = []
             sync_folder(target.parent)
     finally:
-        shutil.rmtree(stage, ignore_errors=True)  # what failed, or the old content after the exchange
+        _remove(stage)  # what failed, or the old content after the exchange
         if lock is not None:
             os.close(lock)
+        for folder in made:
+            with suppress(OSError):  # somebody else has put something there
+                os.rmdir(folder)
+
+
+def _make(missing: list[Path]) -> None:
+    """Make folders, the innermost of which stands first."""
+    for folder in reversed(missing):
+        reach("mkdir", folder)
+        folder.mkdir(exist_ok=True)
 
 
 def _named(directory: str | os.PathLike[str]) -> Path:
@@ -180,27 +194,15 @@ def _claimed(target: Path) -> set[str]:
         return set()
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of ``folder``; on a file system without locks, go on without it."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-
-
 def _open_stage(target: Path, stage: Path) -> int:
     """Make and lock a staging folder; the lock tells the living from the dead and ends with the process."""
-    with _locked(target.parent):
+    with locked_folder(target.parent):
         with suppress(OSError):  # leftovers that cannot be removed do not stop the work
             _collect(target)
+        reach("mkdir", stage)
         os.mkdir(stage)
         lock = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try_lock(lock)
     return lock
 
 
@@ -211,39 +213,49 @@ def _collect(target: Path) -> None:
         if match is None or match["stem"] != stem(target) or not entry.is_dir() or _alive(entry):
             continue
         if match["kind"] == "old" and not target.exists():
+            reach("rename", target)
             os.rename(entry, target)
         else:
-            shutil.rmtree(entry, ignore_errors=True)
+            _remove(entry)
 
 
 def _alive(stage: Path) -> bool:
+    """Whether somebody writes a stage; so it seems where nobody can tell."""
     fd = os.open(stage, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        return try_lock(fd) is not True
     finally:
         os.close(fd)
-    return False
 
 
 def _replace(stage: Path, target: Path) -> None:
     """Rename, or exchange with what is there; without the system call, two renames that the next run can repair."""
     if not target.exists():
+        reach("rename", target)
         os.rename(stage, target)
     elif not exchange(stage, target):
         old = beside(target, "old")
+        reach("rename", old)
         os.rename(target, old)
         try:
+            reach("rename", target)
             os.rename(stage, target)
         except BaseException:
             os.rename(old, target)
             raise
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of ours with what is in it, as far as that goes."""
+    if os.path.lexists(folder):
+        reach("remove", folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def exchange(one: Path, other: Path) -> bool:
     """Swap two names atomically (Linux ``renameat2``); ``False`` where kernel, library or file system lack it."""
+    reach("exchange", other)
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if call is None:
         return False

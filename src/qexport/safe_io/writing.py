@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,19 +15,24 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qexport.errors import UsageError
+from qexport.safe_io.locking import locked_folder, try_lock
+from qexport.safe_io.points import reach
 from qexport.safe_io.translate import translated
 
 _PIECE = 1 << 24
+TEMPORARY = re.compile(r"\.(?P<stem>.+)\.tmp-[0-9a-f]{16}")
 
 
 class Sink(io.RawIOBase):
     """Writes everything it is given to a descriptor, counting and digesting on the way."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, path: Path) -> None:
         super().__init__()
         self._fd = fd
+        self._path = path
         self._hash = hashlib.sha256()
         self._size = 0
+        self._told = -_PIECE  # the place where a write was last announced
 
     def writable(self) -> bool:
         """Always."""
@@ -41,6 +47,9 @@ class Sink(io.RawIOBase):
         view = memoryview(data).cast("B")
         done = 0
         while done < len(view):
+            if self._size + done >= self._told + _PIECE:
+                self._told = self._size + done
+                reach("write", self._path)
             done += os.write(self._fd, view[done : done + _PIECE])
         self._hash.update(view)
         self._size += done
@@ -48,17 +57,20 @@ class Sink(io.RawIOBase):
 
     def finish(self) -> tuple[int, str]:
         """Flush to the disk; return bytes and digest."""
+        reach("fsync", self._path)
         os.fsync(self._fd)
         return self._size, f"sha256:{self._hash.hexdigest()}"
 
 
-def create(path: Path) -> int:
-    """Descriptor of a new file whose mode is what the umask leaves of 0666."""
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+def create(path: Path, mode: int = 0o666) -> int:
+    """Descriptor of a new file whose mode is what the umask leaves of ``mode``."""
+    reach("create", path)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
 
 
 def sync_folder(folder: Path) -> None:
     """Flush the names in a folder to the disk."""
+    reach("sync-folder", folder)
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -109,27 +121,57 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     with translated(path):
         target = Path(os.path.realpath(path))
         there = target.exists() and not target.is_file()
-        with _device(target) if there else _replacing(target) as sink:
+        with _device(target) if there else replacing(target) as sink:
             yield sink  # type: ignore[misc]  # a RawIOBase has all that BinaryIO asks of a writer
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[Sink]:
+def replacing(target: Path, mode: int = 0o666) -> Iterator[Sink]:
+    """``replace_file`` of a name that is no link, with what the umask leaves of ``mode``; raises ``OSError``."""
     temporary = beside(target, "tmp")
-    fd = create(temporary)
+    fd = _open_temporary(temporary, target, mode)
     try:
         try:
-            sink = Sink(fd)
+            sink = Sink(fd, target)
             yield sink
             sink.finish()
+            reach("rename", target)
+            os.replace(temporary, target)  # while it is locked: nobody takes it for a dead one
         finally:
             os.close(fd)
-        os.replace(temporary, target)
     except BaseException:
         with suppress(OSError):
             os.unlink(temporary)
         raise
     sync_folder(target.parent)
+
+
+def _open_temporary(temporary: Path, target: Path, mode: int) -> int:
+    """Make and lock a file; the lock tells the living from the dead, whose files are removed first."""
+    with locked_folder(target.parent):
+        with suppress(OSError):  # what cannot be removed does not stop the work
+            _collect(target)
+        fd = create(temporary, mode)
+        try_lock(fd)
+    return fd
+
+
+def _collect(target: Path) -> None:
+    """Remove what processes that died while they wrote ``target`` have left beside it."""
+    for entry in os.scandir(target.parent):
+        match = TEMPORARY.fullmatch(entry.name)
+        if match and match["stem"] == stem(target) and entry.is_file(follow_symlinks=False) and not is_written(entry.path):
+            reach("remove", entry.path)
+            os.unlink(entry.path)
+
+
+def is_written(temporary: str) -> bool:
+    """Whether somebody writes a file; so it seems where nobody can tell."""
+    fd = os.open(temporary, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        return try_lock(fd) is not True
+    finally:
+        os.close(fd)
 
 
 @contextmanager
@@ -138,7 +180,7 @@ def _device(target: Path) -> Iterator[Sink]:
         raise UsageError("not a file", where=str(target), hint="choose the name of a file")
     fd = os.open(target, os.O_WRONLY | os.O_CLOEXEC | os.O_NOCTTY)
     try:
-        yield Sink(fd)
+        yield Sink(fd, target)
     finally:
         os.close(fd)
 
