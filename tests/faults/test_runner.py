@@ -1,0 +1,87 @@
+"""The runner itself: a command that breaks an invariant is found out, one that does not passes."""
+
+from __future__ import annotations
+
+import pytest
+from faults import hooks
+from faults.case import Case
+from faults.runner import Broken, run, run_once
+
+
+def check_good(room):
+    return ["check", str(room.good / "model.onnx")]
+
+
+def check_missing(room):
+    return ["check", str(room.inputs / "absent.onnx")]
+
+
+FAULTS = [
+    ("I1", hooks.leave_half_an_artefact, {}),
+    ("I2", hooks.touch_an_input, {}),
+    ("I3", hooks.write_home_and_clean_up, {}),
+    ("I4", hooks.ask_the_network, {}),
+    ("I5", hooks.die, {}),
+    ("I6", hooks.take_memory, {"rss": 300}),
+    ("I6", hooks.take_time, {"wall": 1}),
+    ("I7", hooks.print_colours, {}),
+    ("I8", hooks.leave_a_process, {}),
+    ("I8", hooks.leave_a_stage, {}),
+]
+
+
+@pytest.mark.parametrize(("invariant", "hook", "limits"), FAULTS, ids=lambda value: getattr(value, "__name__", None))
+def test_a_command_that_breaks_an_invariant_is_found_out(faults, invariant, hook, limits):
+    case = Case("M00_planted", check_good, hook=hook.__name__, limits=limits)
+    with pytest.raises(Broken, match=f"^{invariant}: "):
+        run_once(faults, case, as_json=False)
+
+
+def test_the_eight_invariants_are_all_among_them():
+    assert {row[0] for row in FAULTS} == {f"I{number}" for number in range(1, 9)}
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_command_that_does_nothing_wrong_passes(faults, as_json):
+    run_once(faults, Case("M00_good", check_good), as_json=as_json)
+    run_once(faults, Case("M00_missing", check_missing, 2, "absent.onnx"), as_json=as_json)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize(("code", "says"), [(3, ""), (0, ""), (2, "something else")])
+def test_a_wrong_code_or_another_message_is_found_out(faults, as_json, code, says):
+    with pytest.raises(Broken):
+        run_once(faults, Case("M00_other", check_missing, code, says), as_json=as_json)
+
+
+@pytest.mark.parametrize("way", ["warm", "cold"])
+def test_both_ways_record_what_a_command_opens_and_end_the_same(faults, way):
+    seen = []
+    case = Case("M00_way", check_good, way=way, after=lambda room, ended: seen.append((room, ended)))
+    run_once(faults, case, as_json=True)
+    room, ended = seen[0]
+    assert ended.told["ok"] is True
+    assert (str(room.good / "model.onnx"), "read") in ended.events("open")
+
+
+@pytest.mark.parametrize("way", ["warm", "cold"])
+def test_a_hook_and_limits_reach_the_command_either_way(faults, way):
+    case = Case("M00_way", check_good, way=way, hook="touch_an_input")
+    with pytest.raises(Broken, match="^I2: "):
+        run_once(faults, case, as_json=False)
+    with pytest.raises(Broken, match="^exit code|^I5|^I7"):
+        run_once(faults, Case("M00_way", check_good, way=way, limits={"AS": 64 << 20}), as_json=False)
+
+
+def test_a_quick_case_runs_both_plain_and_with_json(faults):
+    seen = []
+    run(faults, Case("M00_good", check_good, after=lambda room, ended: seen.append(ended.stdout[:1])))
+    assert sorted(seen) == [b"o", b"{"]
+
+
+def test_the_run_that_follows_builds_where_something_was_touched(faults):
+    """The good build of a room passes by itself, and is the follow-up of what left half an artefact."""
+    seen = []
+    case = Case("M00_build", lambda room: room.build(), after=lambda room, ended: seen.append(room.artefact.is_dir()))
+    run_once(faults, case, as_json=True)
+    assert seen == [True]
