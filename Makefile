@@ -9,7 +9,7 @@ MINILM_READY := build/minilm/.ready
 OPTIMUM := .venv-optimum
 OPTIMUM_READY := $(OPTIMUM)/.ready
 
-.PHONY: demo test test-optimum lint format types budgets bench clean
+.PHONY: demo test test-optimum browser lint format types budgets bench clean
 
 demo: $(READY) $(MINILM_READY)
 	$(BIN)/qexport build $(MINILM) --int8 --target tensorrt-rtx \
@@ -20,9 +20,19 @@ demo: $(READY) $(MINILM_READY)
 test: $(READY) $(MINILM_READY)
 	$(BIN)/pytest -q --cov --cov-report=term:skip-covered
 
+# Headless Chromium for the tests of the report page, which are skipped where there is none. Debian's package; as root.
+browser:
+	@command -v chromium chromium-headless-shell >/dev/null || { echo "installing Debian's chromium (77 MB)" && \
+	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 install -y \
+	    --no-install-recommends chromium fonts-dejavu-core >/dev/null; }
+
 # optimum-onnx wants an older transformers than everything else, so its door is tested in an environment of its own.
 test-optimum: $(OPTIMUM_READY)
 	$(OPTIMUM)/bin/pytest -q -m optimum tests/test_optimum_door.py
+
+# The catalogue of faults, row by row; includes what is slow.
+faults: $(READY)
+	$(BIN)/pytest -q tests/faults --table
 
 lint: $(READY)
 	$(BIN)/ruff check .
