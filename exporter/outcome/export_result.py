@@ -99,3 +99,9 @@ class ExportResult(_Record):
     warnings: tuple[str, ...]
     seconds: float
     peak_rss_bytes: int
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it."""
+        from qexport.exporter.report.notebook import export_html
+
+        return export_html(self)

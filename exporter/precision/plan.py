@@ -100,6 +100,12 @@ class Plan(_Record):
     keep: tuple[str, ...]
     warnings: tuple[str, ...]
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it."""
+        from qexport.exporter.report.notebook import plan_html
+
+        return plan_html(self)
+
 
 @dataclass(slots=True)
 class _Road:

@@ -106,6 +106,12 @@ class Sensitivity(_Record):
     correlation: float | None
     warnings: tuple[str, ...]
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it."""
+        from qexport.exporter.report.notebook import sensitivity_html
+
+        return sensitivity_html(self)
+
 
 def analyse(question: Question) -> Sensitivity:
     """Measure activation groups and layers.

@@ -1,0 +1,122 @@
+"""The four numbers that the page begins with: quality, size, speed, and what was built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from markupsafe import Markup
+
+from qexport.exporter.outcome.result import Latency, Quality, Result, TaskScore
+from qexport.exporter.outcome.summary import LOSS, cut_line, human_bytes
+from qexport.exporter.report.html.plots import spark_deciles, spark_size, spark_speed
+from qexport.exporter.report.html.words import count, fixed, number, shape
+from qexport.exporter.report.tree import Report
+from qexport.exporter.report.verdict import broken, growth, pace
+
+Tone = Literal["good", "bad", "open"]
+TONES: dict[int, Tone] = {1: "good", 0: "open", -1: "bad"}
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A number before and after, what that means, and the facts behind it."""
+
+    title: str
+    before: str
+    after: str
+    change: str
+    tone: Tone
+    spark: Markup
+    lines: tuple[str, ...]
+
+
+def tiles(result: Result, report: Report) -> tuple[Tile, ...]:
+    """Quality, size, speed, build."""
+    return _quality(result, report), _size(result), _speed(result), _build(result)
+
+
+def _quality(result: Result, report: Report) -> Tile:
+    quality = result.quality
+    if quality is None:
+        return Tile("Quality", "", "not measured", "there was no data", "open", Markup(""), ())
+    tone: Tone = "bad" if broken(quality, result.gates) else "good"
+    spark, lines = spark_deciles(report.deciles), tuple(_quality_lines(quality, result.gates))
+    if (task := quality.task) is None:
+        change = f"worst sample {fixed(quality.least, 4)}{_gate(result.gates, 'min_worst_cosine', '≥')}"
+        return Tile("Cosine to float, mean", "", fixed(quality.least_mean, 4), change, tone, spark, lines)
+    before, after = fixed(task.reference, 2), fixed(task.result, 2)
+    return Tile(f"Quality: {task.name}", before, after, _change(task, result.gates), tone, spark, lines)
+
+
+def _change(task: TaskScore, gates: dict[str, float]) -> str:
+    if task.drop <= 0:
+        words = f"no {LOSS[task.better]}" if task.drop == 0 else f"better by {fixed(-task.drop, 2)}"
+    else:
+        words = f"{LOSS[task.better]} {fixed(task.drop, 2)}"
+    return words + _gate(gates, "max_drop", "≤")
+
+
+def _gate(gates: dict[str, float], name: str, sign: str) -> str:
+    return f", gate {sign} {gates[name]:g}" if name in gates else ""
+
+
+def _quality_lines(quality: Quality, gates: dict[str, float]) -> Iterator[str]:
+    if quality.task is not None:
+        yield f"cosine: mean {fixed(quality.least_mean, 4)}, worst {fixed(quality.least, 4)}"
+        if quality.task.unchanged is not None:
+            yield f"{quality.task.unchanged:.1%} of predictions unchanged"
+    kind = "held-out" if quality.held_out else "not held-out"
+    yield f"SQNR {fixed(quality.sqnr, 1)} dB, {count(quality.samples)} {kind} samples"
+    asked = [f"{name} {value:g}" for name, value in gates.items() if name != "max_drop"]
+    if asked:
+        yield f"gates: {', '.join(asked)}"
+
+
+def _size(result: Result) -> Tile:
+    before, after, way = result.bytes_before, result.bytes_after, growth(result)
+    change = {-1: f"{number(before / max(after, 1), 2)}× smaller", 0: "as large", 1: "LARGER"}[way]
+    lines = [f"{count(result.quantized)} nodes quantized, {count(sum(result.skipped.values()))} skipped"]
+    if result.backed_off:
+        lines.append(f"{len(result.backed_off)} regions went back to float")
+    if cut := cut_line(result):
+        lines.append(cut)
+    lines.append(f"{count(result.source.parameters)} parameters in {count(result.source.nodes)} nodes")
+    return Tile(
+        "Size", human_bytes(before), human_bytes(after), change, TONES[-way], spark_size(before, after), tuple(lines)
+    )
+
+
+def _speed(result: Result) -> Tile:
+    latency = result.latency
+    if latency is None:
+        return Tile("Speed", "", "not measured", "", "open", Markup(""), ())
+    if latency.foreign:
+        line = f"{latency.runtime}: {latency.reference_ms:.3g} → {latency.result_ms:.3g} ms, laid out for another"
+        words = f"{result.target} was not here to run it"
+        return Tile("Speed", "", "not measured", words, "open", Markup(""), (line,))
+    way = pace(latency)
+    words = {1: "faster", 0: "alike within the noise", -1: "SLOWER than float"}[way or 0]
+    change = f"{latency.speedup:.2f}× the speed: {words}"
+    before, after = f"{number(latency.reference_ms)} ms", f"{number(latency.result_ms)} ms"
+    return Tile("Speed", before, after, change, TONES[way or 0], spark_speed(latency), tuple(_speed_lines(latency)))
+
+
+def _speed_lines(latency: Latency) -> Iterator[str]:
+    yield f"{latency.speedup_low:.2f} to {latency.speedup_high:.2f}× in {latency.pairs} pairs"
+    threads = "1 thread" if latency.threads == 1 else f"{latency.threads} threads"
+    first = next((f", {shape(sizes)}" for sizes in latency.shapes.values()), "")
+    yield f"{latency.runtime}, {threads}{first}"
+
+
+def _build(result: Result) -> Tile:
+    lines = [f"in {number(result.seconds)} s, {human_bytes(result.peak_rss_bytes)} of memory at most"]
+    recipe, engine = str(result.recipe.get("name", "?")), result.engine
+    if engine is None:
+        return Tile(
+            "Build", "", recipe, f"for {result.target}", "open", Markup(""), (*lines, "no engine was asked for")
+        )
+    lines.append(f"{engine.module} {engine.version}, {human_bytes(engine.bytes)}, {engine.layers} layers")
+    lines.append("the engine ran here" if engine.ran else f"the engine did not run here: {engine.note or 'not tried'}")
+    return Tile("Build", "", recipe, f"engine for {result.target}", "open", Markup(""), tuple(lines))

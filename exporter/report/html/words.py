@@ -1,0 +1,84 @@
+"""Names and numbers as the page writes them; what is missing or not finite becomes a blank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from qexport.errors import printable
+
+NAME, FULL_NAME = 200, 800  # characters of a name in the text and of one that is shown on demand
+MINUS, BLANK = "\u2212", ""
+_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def name(value: object, limit: int = NAME) -> str:
+    """A name or a sentence that may hold anything, in one line of printable characters, cut after ``limit``."""
+    return " ".join(printable(str(value)[: limit + 1], limit).split())
+
+
+def full_name(value: object) -> str:
+    """The same with more room, for what is shown on demand."""
+    return name(value, FULL_NAME)
+
+
+def middle(value: object, limit: int) -> str:
+    """The name with its middle left out where it is longer than ``limit``: both ends tell names apart."""
+    text = name(value, FULL_NAME)
+    if len(text) <= limit:
+        return text
+    head = (limit - 1) // 3
+    return f"{text[:head]}…{text[len(text) - (limit - 1 - head) :]}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """``digits`` significant digits, with a real minus and no padding; very small and large ones as powers of ten."""
+    if value is None or not math.isfinite(value):
+        return BLANK
+    if abs(value) < 10**digits:
+        value = float(f"{value:.{digits - 1}e}")
+    if value == 0:
+        return "0"
+    if 1e-4 <= abs(value) < 10**digits:
+        places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+        return _signed(f"{value:.{places}f}")
+    if abs(value) < 1e6 and abs(value) >= 1:
+        return _signed(f"{value:,.0f}")
+    mantissa, exponent = f"{value:.{max(digits - 2, 0)}e}".split("e")
+    return _signed(f"{mantissa}e{int(exponent)}").replace("e-", f"e{MINUS}")
+
+
+def fixed(value: float | None, places: int) -> str:
+    """``places`` digits behind the point, so that a column lines up."""
+    return BLANK if value is None or not math.isfinite(value) else _signed(f"{value:.{places}f}")
+
+
+def percent(share: float | None) -> str:
+    """A share as percent, with two digits where it is small."""
+    if share is None or not math.isfinite(share):
+        return BLANK
+    value = 100 * share
+    return f"{value:.0f} %" if abs(value) >= 10 or value == 0 else f"{number(value, 2)} %"
+
+
+def si(value: float) -> str:
+    """A rate with its prefix: ``12 G``."""
+    for size, prefix in _PREFIXES:
+        if abs(value) >= size * 0.9995:
+            return f"{number(value / size)} {prefix}"
+    return f"{number(value)} "
+
+
+def count(value: int) -> str:
+    """A whole number with a thin space every three digits."""
+    return f"{value:,}".replace(",", "\u202f")
+
+
+def shape(sizes: Sequence[int]) -> str:
+    """Sizes of a tensor: ``8 × 16``."""
+    return " × ".join(map(str, sizes))
+
+
+def _signed(text: str) -> str:
+    plain = text.lstrip("-")
+    return plain if not text.startswith("-") or not plain.strip("0.,") else MINUS + plain
