@@ -9,7 +9,12 @@ MINILM_READY := build/minilm/.ready
 OPTIMUM := .venv-optimum
 OPTIMUM_READY := $(OPTIMUM)/.ready
 
-.PHONY: demo test test-optimum browser lint format types budgets bench clean
+FUZZ := .venv-fuzz
+FUZZ_READY := $(FUZZ)/.ready
+SECONDS ?= 600
+EXAMPLES ?= 2000
+
+.PHONY: demo test test-optimum browser fuzz drawn lint format types budgets bench clean
 
 demo: $(READY) $(MINILM_READY)
 	$(BIN)/qexport build $(MINILM) --int8 --target tensorrt-rtx \
@@ -33,6 +38,14 @@ test-optimum: $(OPTIMUM_READY)
 # The catalogue of faults, row by row; includes what is slow.
 faults: $(READY)
 	$(BIN)/pytest -q tests/faults --table
+
+# Fuzzes what reads hostile files, each target for SECONDS; what breaks one is left in build/fuzz/found.
+fuzz: $(FUZZ_READY)
+	PYTHONPATH=tests $(FUZZ)/bin/python -m fuzz.run --seconds $(SECONDS)
+
+# Properties of drawn graphs, on EXAMPLES of them that are new each time.
+drawn: $(READY)
+	HYPOTHESIS_EXAMPLES=$(EXAMPLES) $(BIN)/pytest -q tests/test_properties.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -61,6 +74,7 @@ bench: $(READY) $(MINILM_READY)
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/huge_graph.py
 	$(BIN)/python benchmarks/families.py
 	$(BIN)/python benchmarks/export_logits.py
 	$(BIN)/python benchmarks/export_time.py
@@ -72,7 +86,7 @@ bench: $(READY) $(MINILM_READY)
 	$(BIN)/python benchmarks/readme.py
 
 clean:
-	rm -rf .venv $(OPTIMUM) build dist .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis src/qexport.egg-info
+	rm -rf .venv $(OPTIMUM) $(FUZZ) build dist .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis src/qexport.egg-info
 
 # The environment. Installed without build isolation, so that the build tools are pinned as well.
 $(READY): pyproject.toml constraints.txt
@@ -96,4 +110,13 @@ $(OPTIMUM_READY): pyproject.toml constraints-optimum.txt
 	@$(PYTHON) -m venv $(OPTIMUM)
 	@$(OPTIMUM)/bin/python -m pip install -qq -c constraints-optimum.txt setuptools wheel
 	@$(OPTIMUM)/bin/python -m pip install -qq -c constraints-optimum.txt --no-build-isolation -e '.[cpu,optimum,test]'
+	@touch $@
+
+# atheris instruments what it imports, so it has an environment of its own.
+$(FUZZ_READY): pyproject.toml constraints.txt constraints-fuzz.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed; name one: make PYTHON=python3.11")'
+	@echo "setting up $(FUZZ) (about a minute)"
+	@$(PYTHON) -m venv $(FUZZ)
+	@$(FUZZ)/bin/python -m pip install -qq -c constraints.txt setuptools wheel
+	@$(FUZZ)/bin/python -m pip install -qq -c constraints.txt -c constraints-fuzz.txt --no-build-isolation -e '.[fuzz]'
 	@touch $@

