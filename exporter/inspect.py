@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 from pydantic import BaseModel, ConfigDict
+
+from qexport.exporter.element_types import ElementTypes, element_types
+from qexport.passes.pipeline import parameters
 
 LAYERS = {
     "MatMul": (0, 1),
@@ -24,9 +27,6 @@ LAYERS = {
 
 _CONTRIBUTED = {"MatMulIntegerToFloat": "com.microsoft"}
 """Those that are not ONNX's own, and whose they are."""
-
-_TRANSPARENT = {"Transpose", "Reshape", "Cast", "Identity", "Squeeze", "Unsqueeze", "Flatten"}
-"""Operators that stand between a DequantizeLinear and its layer without computing anything."""
 
 _QUANTIZED = {"DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear"}
 
@@ -50,6 +50,11 @@ class Layer(_Record):
     op: str
     activation: str
     weight: str
+
+    @property
+    def precision(self) -> str:
+        """Both, as one word of a table."""
+        return f"{self.activation} x {self.weight}"
 
 
 class Summary(_Record):
@@ -79,63 +84,68 @@ class Summary(_Record):
     layers: tuple[Layer, ...]
     quantized: bool
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it."""
+        from qexport.exporter.report.notebook import table_html
+
+        rows = [("nodes", self.nodes), ("parameters", self.parameters)]
+        rows += [(f"stored as {dtype}, bytes", count) for dtype, count in self.weight_bytes.items()]
+        rows += [(f"layers of {name}", count) for name, count in self.precision.items()]
+        return table_html(("", "count:"), [*rows, *self.ops.items()])
+
 
 def inspect_model(model: ir.Model) -> Summary:
-    """Return the summary of ``model``, which is not changed."""
-    seen = _with_types(model)
-    nodes = list(_all_nodes(seen))
-    ops = Counter(_op_name(node) for node in nodes)
-    tensors = [value.const_value for graph in seen.graphs() for value in graph.initializers.values()]
+    """Return the summary of ``model``, which is not changed; time and memory are linear in its nodes."""
+    facts, types = facts_of(model), element_types(model)
+    tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
     stored: Counter[str] = Counter()
     for tensor in filter(None, tensors):
         stored[dtype_name(tensor.dtype)] += tensor.nbytes
-    layers = tuple(map(_layer, find_layers(seen)))
-    graph = seen.graph
+    layers = tuple(_layer(node, types) for node in find_layers(model))
+    graph = model.graph
     return Summary(
-        inputs=tuple(_port(value) for value in graph.inputs if value.name not in graph.initializers),
-        outputs=tuple(map(_port, graph.outputs)),
-        opsets=dict(seen.opset_imports),
-        ops=dict(ops.most_common()),
-        nodes=len(nodes),
-        parameters=sum(tensor.size for tensor in tensors if tensor is not None),
+        inputs=tuple(_port(value, types) for value in graph.inputs if value.name not in graph.initializers),
+        outputs=tuple(_port(value, types) for value in graph.outputs),
+        opsets=facts.opsets,
+        ops=dict(facts.ops.most_common()),
+        nodes=facts.nodes,
+        parameters=facts.parameters,
         weight_bytes=dict(stored.most_common()),
-        precision=dict(Counter(f"{layer.activation} x {layer.weight}" for layer in layers).most_common()),
+        precision=dict(Counter(layer.precision for layer in layers).most_common()),
         layers=layers,
-        quantized=bool(_QUANTIZED & ops.keys()) or any(layer.op.startswith("QLinear") for layer in layers),
+        quantized=facts.quantized,
     )
 
 
-def _with_types(model: ir.Model) -> ir.Model:
-    """Return a model whose values have types: the same one, or a clone on which they were inferred."""
-    factors = (node.inputs[i] for node in find_layers(model) for i in factors_of(node))
-    if all(value is None or stored_type(value) is not None for value in factors):
-        return model
-    clone = model.clone()
-    ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(clone)
-    return clone
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What one walk over the nodes tells.
+
+    Attributes:
+        opsets: Domain ("" is ONNX) to version.
+        ops: Operator to count, subgraphs and functions included.
+        parameters: Elements of all initializers.
+    """
+
+    opsets: dict[str, int]
+    ops: Counter[str]
+    parameters: int
+
+    @property
+    def nodes(self) -> int:
+        """How many in all."""
+        return self.ops.total()
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any quantizer is in the graph."""
+        return bool(_QUANTIZED & self.ops.keys()) or any(op.startswith("QLinear") for op in self.ops)
 
 
-def stored_type(value: ir.Value) -> ir.DataType | None:
-    """Return the element type that carries ``value``: the integers of a DequantizeLinear, else its own type."""
-    source = value
-    while (node := source.producer()) is not None and node.inputs and node.inputs[0] is not None:
-        if node.op_type == "DequantizeLinear":
-            return node.inputs[0].dtype or stored_type(node.inputs[0]) or _quantized_type(node.inputs[0])
-        if node.op_type not in _TRANSPARENT:
-            break
-        source = node.inputs[0]
-    return value.dtype
-
-
-def _quantized_type(value: ir.Value) -> ir.DataType | None:
-    """Return the type a QuantizeLinear writes: its zero point's, its ``output_dtype``, or the default."""
-    node = value.producer()
-    if node is None or node.op_type != "QuantizeLinear":
-        return None
-    if len(node.inputs) > 2 and node.inputs[2] is not None:
-        return node.inputs[2].dtype
-    code = node.attributes.get_int("output_dtype", 0)
-    return ir.DataType(code) if code else ir.DataType.UINT8
+def facts_of(model: ir.Model) -> Facts:
+    """Count what ``model`` is made of, without looking at types."""
+    ops = Counter(_op_name(node) for node in _all_nodes(model))
+    return Facts(dict(model.opset_imports), ops, parameters(model))
 
 
 def find_layers(model: ir.Model) -> list[ir.Node]:
@@ -147,18 +157,16 @@ def _is_layer(node: ir.Node) -> bool:
     return node.op_type in LAYERS and node.domain == _CONTRIBUTED.get(node.op_type, "")
 
 
-def _layer(node: ir.Node) -> Layer:
-    first, second = (_type_name(node.inputs[i]) for i in factors_of(node))
+def _layer(node: ir.Node, types: ElementTypes) -> Layer:
+    first, second = (
+        dtype_name(types.stored(node.inputs[place]) if place < len(node.inputs) else None) for place in factors_of(node)
+    )
     return Layer(node=node.name or "", op=node.op_type, activation=first, weight=second)
 
 
 def factors_of(node: ir.Node) -> tuple[int, int]:
     """Which inputs of a layer are multiplied; the weight is the second."""
     return LAYERS[node.op_type]
-
-
-def _type_name(value: ir.Value | None) -> str:
-    return dtype_name(None if value is None else stored_type(value))
 
 
 def dtype_name(dtype: ir.DataType | None) -> str:
@@ -168,11 +176,11 @@ def dtype_name(dtype: ir.DataType | None) -> str:
     return {"float": "float32", "double": "float64"}.get(dtype.name.lower(), dtype.name.lower())
 
 
-def _port(value: ir.Value) -> Port:
+def _port(value: ir.Value, types: ElementTypes) -> Port:
     shape = None
     if value.shape is not None:
         shape = tuple(axis if isinstance(axis, int) else str(axis.value or "?") for axis in value.shape)
-    return Port(name=value.name or "", dtype=dtype_name(value.dtype), shape=shape)
+    return Port(name=value.name or "", dtype=dtype_name(types.of(value)), shape=shape)
 
 
 def _op_name(node: ir.Node) -> str:

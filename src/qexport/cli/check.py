@@ -19,12 +19,12 @@ def check(model: Path, *, as_json: bool) -> None:
     nothing is run.
     """
     from qexport.errors import printable
-    from qexport.exporter.inspect import inspect_model
+    from qexport.exporter.inspect import facts_of
     from qexport.exporter.load import load_model
 
-    facts = inspect_model(load_model(model))
+    facts = facts_of(load_model(model))
     if as_json:
-        told = facts.model_dump(mode="json", include={"opsets", "nodes", "parameters", "quantized"})
+        told = {name: getattr(facts, name) for name in ("opsets", "nodes", "parameters", "quantized")}
         print_json({"schema": "qexport.check/1", "ok": True, "path": str(model), **told})
         return
     opset = facts.opsets.get("", 0)

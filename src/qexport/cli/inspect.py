@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
 from qexport.cli.common import make_console, make_table, print_json, shared_flags
-from qexport.errors import printable
+from qexport.errors import UsageError, printable
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qexport.exporter.inspect import Summary
     from qexport.exporter.sparsity import Zeros
+
+
+class Asked(TypedDict):
+    """The options of ``inspect`` as click hands them over."""
+
+    layers: bool
+    sparsity: bool
+    tree: bool
+    depth: int | None
+    as_json: bool
 
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--layers", is_flag=True, help="List every layer that multiplies, with its types.")
 @click.option("--sparsity", is_flag=True, help="List the zeros of every weight as stored, and whether they are 2:4.")
+@click.option(
+    "--tree", is_flag=True, help="Show the blocks that the names of nodes tell of, in place of the operators."
+)
+@click.option("--depth", type=click.IntRange(min=1), metavar="N", help="Levels of the tree; 3 when not given.")
 @shared_flags
-def inspect(model: Path, *, layers: bool, sparsity: bool, as_json: bool) -> None:
+def inspect(model: Path, **asked: Unpack[Asked]) -> None:
     """Summarize what MODEL is made of.
 
     MODEL is an .onnx file or a Hugging Face folder. Shows inputs and outputs, operators, parameters, and in which
@@ -27,31 +44,45 @@ def inspect(model: Path, *, layers: bool, sparsity: bool, as_json: bool) -> None
     """
     from qexport.exporter.inspect import inspect_model
     from qexport.exporter.load import load_model
-    from qexport.exporter.outcome.summary import human_bytes
     from qexport.exporter.sparsity import zeros_of
+    from qexport.exporter.tree import DEPTH, lines, name_tree
 
+    if asked["depth"] is not None and not asked["tree"]:
+        raise UsageError("--depth goes with --tree")
     loaded = load_model(model)
-    found, zeros = inspect_model(loaded), zeros_of(loaded) if sparsity else []
-    if as_json:
+    found, zeros = inspect_model(loaded), zeros_of(loaded) if asked["sparsity"] else []
+    tree = name_tree(loaded, found.layers, asked["depth"] or DEPTH) if asked["tree"] else ()
+    if asked["as_json"]:
         more = {"sparsity": [{**row.model_dump(mode="json"), "two_of_four": row.two_of_four} for row in zeros]}
-        print_json({"schema": "qexport.inspect/1", **found.model_dump(mode="json"), **(more if sparsity else {})})
+        blocks = {"tree": [branch.model_dump(mode="json") for branch in tree]}
+        extra = (more if asked["sparsity"] else {}) | (blocks if asked["tree"] else {})
+        print_json({"schema": "qexport.inspect/1", **found.model_dump(mode="json"), **extra})
         return
     opsets = ", ".join(f"{domain or 'onnx'} {version}" for domain, version in found.opsets.items())
     console = make_console()
     console.print(printable(f"{model}: opset {opsets}; {found.nodes} nodes, {found.parameters} parameters"))
+    if asked["tree"]:
+        click.echo("\n".join(lines(tree)))
+    else:
+        _print(console, found)
+    if asked["layers"]:
+        rows = [(layer.node, layer.op, layer.activation, layer.weight) for layer in found.layers]
+        console.print(make_table(("layer", "operator", "activation", "weight"), rows))
+    if asked["sparsity"]:
+        header = ("tensor", "layer", "operator", "stored as", "shape", "zeros", "groups of 4 with 2", "2:4")
+        console.print(make_table(header, map(_row, zeros)))
+        console.print(f"{sum(row.two_of_four for row in zeros)} of {len(zeros)} weights are 2:4")
+
+
+def _print(console: Console, found: Summary) -> None:
+    from qexport.exporter.outcome.summary import human_bytes
+
     ports = [("input", port) for port in found.inputs] + [("output", port) for port in found.outputs]
     rows = [(kind, port.name, port.dtype, _shape(port.shape)) for kind, port in ports]
     console.print(make_table(("", "name", "type", "shape"), rows))
     console.print(make_table(("operator", "count"), found.ops.items()))
     console.print(make_table(("stored as", "bytes"), ((k, human_bytes(v)) for k, v in found.weight_bytes.items())))
     console.print(make_table(("activation x weight", "layers"), found.precision.items()))
-    if layers:
-        rows = [(layer.node, layer.op, layer.activation, layer.weight) for layer in found.layers]
-        console.print(make_table(("layer", "operator", "activation", "weight"), rows))
-    if sparsity:
-        header = ("tensor", "layer", "operator", "stored as", "shape", "zeros", "groups of 4 with 2", "2:4")
-        console.print(make_table(header, map(_row, zeros)))
-        console.print(f"{sum(row.two_of_four for row in zeros)} of {len(zeros)} weights are 2:4")
 
 
 def _row(row: Zeros) -> tuple[str, ...]:
