@@ -31,6 +31,7 @@ from qexport.passes.pipeline import Step, run
 from qexport.passes.target import find_target
 from qexport.runtime.backends.ort import OrtSession
 from qexport.runtime.session import SessionOptions
+from qexport.safe_io import Cache
 
 TARGETS = ("tensorrt-rtx", "ort-cpu")
 METHODS = ("minmax", "percentile", "entropy", "mse", "output-mse")
@@ -140,7 +141,8 @@ def variants(recipe: Recipe) -> Iterator[tuple[str, Callable[[Mapping[str, Any]]
 def bound(subject: Subject, recipe: Recipe) -> dict[str, Any]:
     """What the build gives to passes; statistics are kept, since many rows share them."""
     samples = open_samples(subject.source, recipe, subject.calibration, None)
-    return {"data": samples.calibration, "store": Store(measure.WORK / "ablation"), "target": recipe.export.target}
+    store = Store(Cache(measure.WORK / "ablation"))
+    return {"data": samples.calibration, "store": store, "target": recipe.export.target}
 
 
 def passes(recipe: Recipe, context: Mapping[str, Any]) -> Steps:

@@ -19,6 +19,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from qexport.calibration.least import check_least
 from qexport.calibration.reading.data import Dataset, Sample
 from qexport.calibration.statistics.collect import Values, numbered, stream
+from qexport.calibration.statistics.store import Arrays, Entry, Store, journal, pack_names, unpack_names
 from qexport.errors import DataInvalid
 from qexport.passes.base import Decision, Outcome, Pass
 from qexport.passes.match import Names, constant
@@ -28,6 +29,8 @@ from qexport.passes.target import find_target
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 REDUCTIONS = ("ReduceMax", "ReduceMin", "ReduceL1")
 HINT = "look for overflow in the model or in the sample, or go without: --set extremes.enabled=false"
+
+MAGNITUDES = "magnitudes/1"  # part of every key: a change of what is measured must change it
 
 Taps = dict[str, tuple[str, ...]]  # value name to the names of its maximum, its minimum and the sum of its magnitudes
 
@@ -41,6 +44,7 @@ class Extremes(Pass):
     # a factory makes the option one that a recipe can do without, unlike a plain default of None
     data: Dataset | None = field(default_factory=lambda: None, metadata={"bound": True})
     advance: Callable[[], None] = field(default=lambda: None, metadata={"bound": True})
+    store: Store = field(default=Store(), metadata={"bound": True})
     target: str = "tensorrt-rtx"
     samples: int = 512
 
@@ -56,8 +60,8 @@ class Extremes(Pass):
         refusal = self._refusal()
         if self.data is None or refusal is not None:
             return Outcome(model, False, (Decision("", "graph", "skipped", refusal or ""),))
-        modified = False
-        for value, found in observe(model, islice(self.data, self.samples), self.advance).items():
+        modified, entry = False, self.store.entry(model, {}, self.data.digests[: self.samples], MAGNITUDES)
+        for value, found in observe(model, islice(self.data, self.samples), self.advance, entry).items():
             modified |= extreme_of(value) != found
             value.meta[EXTREME_KEY] = found
         return Outcome(model, modified)
@@ -69,9 +73,14 @@ class Extremes(Pass):
 
 
 def observe(
-    model: ir.Model, samples: Iterable[Sample], advance: Callable[[], None] = lambda: None
+    model: ir.Model,
+    samples: Iterable[Sample],
+    advance: Callable[[], None] = lambda: None,
+    entry: Entry | None = None,
 ) -> dict[ir.Value, float]:
     """Return the largest magnitude of each float value over ``samples``; ``model`` is not changed.
+
+    Samples that ``entry`` has seen are not run again.
 
     What is empty in every sample is left out. Where the model itself holds infinite constants, as masks do, the values
     that they reach may be infinite, and the largest finite end counts.
@@ -81,13 +90,25 @@ def observe(
         ShapeInferencePass(check_type=False, strict_mode=False)(work)
     taps = _add_reductions(work.graph)
     tolerated = {value.name for value in _behind_infinities(work.graph)}
-    found: dict[str, float] = {}
     names = [name for triple in taps.values() for name in triple]
-    for index, _, values in stream(work, names, numbered(samples, advance)):
-        for name, magnitude in _magnitudes(values, taps, tolerated, index):
-            found[name] = max(found.get(name, 0.0), magnitude)
+    kept = entry.recall(_unpack) if entry else None
+    found, seen = (kept[0], set(kept[1])) if kept else ({}, set())
+    with journal(entry, seen, lambda: _pack(found)) as took:
+        for index, digest, values in stream(work, names, numbered(samples, advance, seen)):
+            for name, magnitude in _magnitudes(values, taps, tolerated, index):
+                found[name] = max(found.get(name, 0.0), magnitude)
+            took(digest)
     mine = (*model.graph.inputs, *(value for node in model.graph for value in node.outputs))
     return {value: found[value.name] for value in mine if value.name in found}
+
+
+def _pack(found: dict[str, float]) -> Arrays:
+    return {"names": pack_names(found), "magnitudes": np.array(list(found.values()), np.float64)}
+
+
+def _unpack(arrays: Arrays) -> dict[str, float]:
+    names = unpack_names(arrays["names"])
+    return dict(zip(names, map(float, arrays["magnitudes"]), strict=True))
 
 
 def _magnitudes(values: Values, taps: Taps, tolerated: set[str | None], index: int) -> Iterator[tuple[str, float]]:

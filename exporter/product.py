@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from qexport.calibration.statistics.store import Store
+from qexport.exporter.caches import cache_of
 from qexport.exporter.load import Source
 from qexport.exporter.options import BuildOptions
 from qexport.exporter.proof.equality import EqualityProof
@@ -44,7 +45,7 @@ class Product:
         steps: One record per pass.
         proofs: Per pass, the worst relative error against the step before, where it had to be equal.
         plain: The model before the first pass that changes numbers.
-        warnings: What could not be proven.
+        warnings: What could not be proven, and what went wrong in the cache.
         snapshot: Where to start again with another choice of nodes; ``None`` where nothing quantizes.
     """
 
@@ -86,13 +87,14 @@ def run_recipe(source: Source, recipe: Recipe, samples: Samples, asked: BuildOpt
     proof, watch = EqualityProof(samples.proof, samples.made_up), _Watch()
     size = 0 if samples.calibration is None else len(samples.calibration)
     total = sum(min(size, asked_for) for asked_for in calibration_passes(recipe)) or None
-    threads = OneThread()
+    threads, store = OneThread(), Store(cache_of(asked))
     with asked.progress.stage("recipe", total) as advance, threads:
-        steps = instantiate(recipe, {"data": samples.calibration, "advance": advance, "store": Store(asked.cache)})
+        steps = instantiate(recipe, {"data": samples.calibration, "advance": advance, "store": store})
         model, records = run(source.model, steps, [proof, watch, threads])
     plain = proof.before_inexact or model
     snapshot = None if watch.model is None else Snapshot(watch.model, tuple(steps[watch.seen :]), watch.seen)
-    return Product(model, tuple(records), tuple(proof.errors), plain, tuple(proof.warnings), snapshot)
+    warnings = (*store.cache.doubts, *proof.warnings)
+    return Product(model, tuple(records), tuple(proof.errors), plain, warnings, snapshot)
 
 
 def requantize(product: Product, samples: Samples, keep: Collection[str]) -> Product:

@@ -76,7 +76,8 @@ def collect(
 
     ``taps`` names the values, with the window that excerpts of images are cut to (empty for rows of matrices).
     Memory is the model, the activations of a few samples and the statistics: flat in the number of samples. With a
-    ``journal``, samples that it has seen are not run again, and it is told every 128 samples and at the end.
+    ``journal``, samples that it has seen are not run again, and it is told every 128 samples and at the end, however
+    that comes.
     """
     statistics = {name: Statistics(excerpts=Excerpts(window)) for name, window in taps.items()}
     done: set[bytes] = set()
@@ -85,15 +86,19 @@ def collect(
         for name, known in kept[0].items():
             statistics[name].merge(known)
         done |= kept[1]
-    before = len(done)
-    for group in _grouped(stream(model, list(taps), _missing(samples, done, advance)), JOURNAL_EVERY // 8):
-        observe(statistics, group)
-        written = len(done) // JOURNAL_EVERY
-        done |= {digest for _, digest, _ in group}
-        if journal and len(done) // JOURNAL_EVERY > written:
+    written, whole = len(done), True
+    try:
+        for group in _grouped(stream(model, list(taps), _missing(samples, done, advance)), JOURNAL_EVERY // 8):
+            whole = False  # an interrupt may come in the middle of this
+            observe(statistics, group)
+            done |= {digest for _, digest, _ in group}
+            whole = True
+            if journal and len(done) // JOURNAL_EVERY > written // JOURNAL_EVERY:
+                journal.write(statistics, frozenset(done))
+                written = len(done)
+    finally:
+        if journal and whole and len(done) != written:
             journal.write(statistics, frozenset(done))
-    if journal and len(done) != before:
-        journal.write(statistics, frozenset(done))
     return statistics
 
 
@@ -144,9 +149,11 @@ def stream(model: ir.Model, taps: Sequence[str], work: Iterator[Work], *, litera
             running.extend(pool.submit(run, item) for item in islice(work, 1))
 
 
-def numbered(samples: Iterable[Sample], advance: Callable[[], None] = lambda: None) -> Iterator[Work]:
-    """Yield each distinct sample with its position and digest, as :func:`stream` wants them."""
-    return _missing(samples, set(), advance)
+def numbered(
+    samples: Iterable[Sample], advance: Callable[[], None] = lambda: None, done: Iterable[bytes] = ()
+) -> Iterator[Work]:
+    """Yield each distinct sample that is not in ``done`` with its position and digest, as :func:`stream` wants them."""
+    return _missing(samples, set(done), advance)
 
 
 def workers() -> int:

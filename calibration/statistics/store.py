@@ -1,18 +1,19 @@
-"""Statistics on disk, under the digest of what they were measured on: a second build reads them, a killed one goes on.
+"""Measurements on disk, under the digest of what they were made on: a second build reads them, a killed one goes on.
 
-One file per model, data and set of tapped values: a SHA-256 of its key and of what follows, then arrays as safetensors.
-It lists the digests of the samples it has seen; since statistics do not depend on order, going on means observing the
-samples that are missing. A file that cannot be read, or does not have its digest, is passed over and written anew.
+One entry of the cache per measurement, model, data and set of tapped values: arrays as safetensors. It lists the
+digests of the samples it has seen; since nothing that is measured depends on order, going on means running the samples
+that are missing. An entry that cannot be read, or is damaged, is passed over, which the cache tells, and written anew.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -22,77 +23,114 @@ from safetensors.numpy import load, save
 
 from qexport import safe_io
 from qexport.calibration.running.execute import skeleton
-from qexport.calibration.statistics.collect import Statistics
+from qexport.calibration.statistics.collect import JOURNAL_EVERY, Statistics
 from qexport.calibration.statistics.excerpts import Excerpts, Window
 from qexport.calibration.statistics.histogram import Histogram
-from qexport.errors import QexportError
 
-VERSION = "statistics/3"  # part of every key: a change of what is counted must change it
-LIMIT = 4 << 30
-DIGEST = hashlib.sha256().digest_size
+STATISTICS = "statistics/3"  # part of every key: a change of what is counted must change it
 
+Arrays = dict[str, NDArray[Any]]
 State = tuple[dict[str, Statistics], frozenset[bytes]]  # statistics by value name, digests of the samples in them
+SEEN = "seen"
+T = TypeVar("T")
+_UNREADABLE = (SafetensorError, KeyError, ValueError, IndexError, TypeError)
 
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """A folder of statistics.
+    """What calibration measures, in a cache.
 
     Attributes:
-        folder: Where the files lie; made, for its owner alone, when the first one is written. ``None`` keeps nothing.
+        cache: Where it is kept, if anywhere.
     """
 
-    folder: Path | None = None
+    cache: safe_io.Cache = field(default_factory=safe_io.Cache)
 
-    def entry(self, model: ir.Model, taps: Mapping[str, Window], samples: Iterable[bytes]) -> Entry | None:
+    def entry(
+        self, model: ir.Model, taps: Mapping[str, Window], samples: Iterable[bytes], what: str = STATISTICS
+    ) -> Entry | None:
         """The journal of one measurement over the samples with these digests, if anything is to be kept."""
-        if self.folder is None:
+        if self.cache.folder is None:
             return None
-        return Entry(self.folder / f"{key_of(model, taps, samples)}.statistics")
+        return Entry(self.cache.entry("statistics", key_of(model, taps, samples, what)))
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One file of a store, as the journal that ``collect`` writes."""
+    """One measurement; of statistics, it is the journal that ``collect`` writes."""
 
-    path: Path
+    place: safe_io.Entry
+
+    @property
+    def path(self) -> Path | None:
+        """Where it lies, if anything is kept."""
+        return self.place.path
 
     @property
     def state(self) -> State | None:
-        """What is stored, if it is there and sound."""
-        try:
-            return _unpack(load(self._open(safe_io.read_bytes(self.path, limit=LIMIT))))
-        except (QexportError, SafetensorError, KeyError, ValueError, IndexError, TypeError):
-            return None
+        """What is stored, if it is there and sound.
+
+        Raises:
+            QexportError: The cache is not to be trusted, or it is strict and the entry damaged.
+        """
+        return self.recall(_unpack)
 
     def write(self, statistics: Mapping[str, Statistics], seen: frozenset[bytes]) -> None:
         """Store a state, in place of an earlier one; a full disk or a read-only folder is no reason to stop."""
+        self.save(_pack(statistics), seen)
+
+    def recall(self, unpack: Callable[[Arrays], T]) -> tuple[T, frozenset[bytes]] | None:
+        """What ``unpack`` makes of the arrays that are stored, and the samples in them; see ``state``."""
+        content = self.place.read()
+        if content is None:
+            return None
         try:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            safe_io.write_bytes(self.path, self._seal(save(_pack(statistics, seen))))
-        except (QexportError, OSError):
-            return
+            arrays = load(content)
+            return unpack(arrays), frozenset(row.tobytes() for row in arrays[SEEN])
+        except _UNREADABLE as error:
+            self.place.reject(f"it says something else: {error}")
+            return None
 
-    def _seal(self, content: bytes) -> bytes:
-        return self._digest(content) + content
-
-    def _open(self, sealed: bytes) -> bytes:
-        """What was sealed under this key; a ``ValueError`` where a bit of it is another."""
-        digest, content = sealed[:DIGEST], sealed[DIGEST:]
-        if digest != self._digest(content):
-            raise ValueError("damaged")
-        return content
-
-    def _digest(self, content: bytes) -> bytes:
-        state = hashlib.sha256(self.path.stem.encode())
-        state.update(content)
-        return state.digest()
+    def save(self, arrays: Arrays, seen: Iterable[bytes]) -> None:
+        """Store arrays, and which samples are in them."""
+        self.place.write(save({**arrays, SEEN: digest_rows(sorted(seen))}))
 
 
-def key_of(model: ir.Model, taps: Mapping[str, Window], samples: Iterable[bytes]) -> str:
-    """Digest of everything the statistics depend on; the order of the samples does not count."""
+@contextmanager
+def journal(entry: Entry | None, seen: set[bytes], pack: Callable[[], Arrays]) -> Iterator[Callable[[bytes], None]]:
+    """Store what ``pack`` returns every 128 samples and at the end, however the block ends.
+
+    Args:
+        entry: Where; ``None`` stores nothing.
+        seen: Digests of the samples that are in it already; those of the block are added.
+        pack: What is known so far. Samples that were taken in but not told yet may be in it: they are measured again.
+
+    Yields:
+        A function to be told the digest of every sample that has been taken in.
+    """
+    written = len(seen)
+
+    def store() -> None:
+        nonlocal written
+        if entry is not None and len(seen) != written:
+            written = len(seen)
+            entry.save(pack(), seen)
+
+    def took(digest: bytes) -> None:
+        seen.add(digest)
+        if len(seen) - written >= JOURNAL_EVERY:
+            store()
+
+    try:
+        yield took
+    finally:
+        store()
+
+
+def key_of(model: ir.Model, taps: Mapping[str, Window], samples: Iterable[bytes], what: str = STATISTICS) -> str:
+    """Digest of everything a measurement depends on; the order of the samples does not count."""
     proto, weights = skeleton(model)
-    state = hashlib.sha256(json.dumps([VERSION, sorted(taps.items())]).encode())
+    state = hashlib.sha256(json.dumps([what, sorted(taps.items())]).encode())
     for digest in sorted(set(samples)):
         state.update(digest)
     state.update(proto.SerializeToString(deterministic=True))
@@ -102,35 +140,51 @@ def key_of(model: ir.Model, taps: Mapping[str, Window], samples: Iterable[bytes]
     return state.hexdigest()
 
 
-def _pack(statistics: Mapping[str, Statistics], seen: frozenset[bytes]) -> dict[str, NDArray[Any]]:
-    arrays: dict[str, NDArray[Any]] = {
-        "names": np.frombuffer(json.dumps(list(statistics)).encode(), np.uint8),
-        "seen": _digests(sorted(seen)),
-    }
+def _pack(statistics: Mapping[str, Statistics]) -> Arrays:
+    arrays: Arrays = {"names": pack_names(statistics)}
     for index, known in enumerate(statistics.values()):
-        histogram, kept = known.histogram, known.excerpts.kept
+        histogram = known.histogram
         arrays[f"{index}.extremes"] = np.array([histogram.low, histogram.high], np.float64)
         arrays[f"{index}.window"] = np.array([histogram.zeros, histogram.top], np.int64)
         arrays[f"{index}.counts"] = histogram.counts
-        arrays[f"{index}.excerpts"] = _digests(sorted(kept))
-        for place, digest in enumerate(sorted(kept)):
-            arrays[f"{index}.excerpt.{place}"] = kept[digest]
+        arrays |= pack_excerpts(str(index), known.excerpts)
     return arrays
 
 
-def _unpack(arrays: Mapping[str, NDArray[Any]]) -> State:
-    names = json.loads(arrays["names"].tobytes())
+def _unpack(arrays: Arrays) -> dict[str, Statistics]:
     statistics = {}
-    for index, name in enumerate(names):
+    for index, name in enumerate(unpack_names(arrays["names"])):
         low, high = (float(x) for x in arrays[f"{index}.extremes"])
         zeros, top = (int(x) for x in arrays[f"{index}.window"])
         histogram = Histogram(low, high, zeros, top)
         histogram.counts[:] = arrays[f"{index}.counts"]
-        digests = [row.tobytes() for row in arrays[f"{index}.excerpts"]]
-        kept = {digest: arrays[f"{index}.excerpt.{place}"].copy() for place, digest in enumerate(digests)}
-        statistics[name] = Statistics(histogram, Excerpts(kept=kept))
-    return statistics, frozenset(row.tobytes() for row in arrays["seen"])
+        statistics[name] = Statistics(histogram, Excerpts(kept=unpack_excerpts(str(index), arrays)))
+    return statistics
 
 
-def _digests(digests: Sequence[bytes]) -> NDArray[np.uint8]:
+def pack_names(names: Iterable[str]) -> NDArray[np.uint8]:
+    """Names in order, as an array."""
+    return np.frombuffer(json.dumps(list(names)).encode(), np.uint8)
+
+
+def unpack_names(array: NDArray[Any]) -> list[str]:
+    """The names of an array that ``pack_names`` made."""
+    return list(map(str, json.loads(array.tobytes())))
+
+
+def pack_excerpts(prefix: str, excerpts: Excerpts) -> Arrays:
+    """The pieces that were kept, as arrays under names with a prefix."""
+    kept = excerpts.kept
+    pieces = {f"{prefix}.excerpt.{place}": kept[digest] for place, digest in enumerate(sorted(kept))}
+    return {f"{prefix}.excerpts": digest_rows(sorted(kept)), **pieces}
+
+
+def unpack_excerpts(prefix: str, arrays: Arrays) -> dict[bytes, NDArray[Any]]:
+    """The pieces that ``pack_excerpts`` put there: sample digest to piece."""
+    digests = [row.tobytes() for row in arrays[f"{prefix}.excerpts"]]
+    return {digest: arrays[f"{prefix}.excerpt.{place}"].copy() for place, digest in enumerate(digests)}
+
+
+def digest_rows(digests: Sequence[bytes]) -> NDArray[np.uint8]:
+    """Digests as uint8 [count, 32]."""
     return np.frombuffer(b"".join(digests), np.uint8).reshape(len(digests), 32)

@@ -24,6 +24,7 @@ class Asked(TypedDict):
     output: Path | None
     cache: Path | None
     no_cache: bool
+    strict_cache: bool
     allow_nonfinite: bool
     as_json: bool
 
@@ -48,6 +49,7 @@ class Asked(TypedDict):
 )
 @click.option("--cache", type=click.Path(path_type=Path), metavar="DIR", help="Keep calibration statistics there.")
 @click.option("--no-cache", is_flag=True, help="Neither read nor keep calibration statistics.")
+@click.option("--strict-cache", is_flag=True, help="Fail where the cache is damaged, instead of computing it again.")
 @click.option("--allow-nonfinite", is_flag=True, help="Let in weights that hold NaN or infinity.")
 @shared_flags
 def build(model: str, **asked: Unpack[Asked]) -> None:
@@ -70,6 +72,7 @@ def build(model: str, **asked: Unpack[Asked]) -> None:
         max_drop=asked["max_drop"],
         output=asked["output"],
         cache=None if asked["no_cache"] else asked["cache"] or default_cache(),
+        strict_cache=asked["strict_cache"],
         allow_nonfinite=asked["allow_nonfinite"],
         progress=RichProgress(),
     )

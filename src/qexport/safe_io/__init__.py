@@ -8,7 +8,15 @@ component by component below a folder, so that no link can lead out of it.
 from qexport.safe_io.caches import Cache, Entry, Kept
 from qexport.safe_io.points import EVENT
 from qexport.safe_io.publishing import Stage, publish
-from qexport.safe_io.reading import digest_bytes, digest_file, open_beneath, open_file, read_bytes, read_text
+from qexport.safe_io.reading import (
+    digest_bytes,
+    digest_file,
+    of_one_version,
+    open_beneath,
+    open_file,
+    read_bytes,
+    read_text,
+)
 from qexport.safe_io.writing import finite, replace_file, write_bytes, write_json, write_text
 
 __all__ = [
@@ -20,6 +28,7 @@ __all__ = [
     "digest_bytes",
     "digest_file",
     "finite",
+    "of_one_version",
     "open_beneath",
     "open_file",
     "publish",

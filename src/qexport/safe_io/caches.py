@@ -142,10 +142,32 @@ class Cache:
         now = time.time()
         for entry in entries:
             old = older_than is not None and now - entry.used > older_than
-            if (entry.problem or old or total > most) and self._remove(entry):
+            if (entry.problem or old or total > most) and self.remove(entry):
                 total -= entry.bytes
                 removed.append(entry)
         return tuple(removed)
+
+    def remove(self, entry: Kept) -> bool:
+        """Remove one file; ``False`` where that cannot be, or another process holds its folder."""
+        inner = entry.path.parent if "/" in entry.key else None
+        try:
+            fd = os.open(inner, _FOLDER) if inner else None
+        except OSError:
+            return False
+        try:
+            if fd is not None and try_lock(fd) is False:
+                return False
+            reach("remove", entry.path)
+            entry.path.unlink()
+            if inner:
+                with suppress(OSError):  # it has more in it
+                    inner.rmdir()
+        except OSError:
+            return False
+        finally:
+            if fd is not None:
+                os.close(fd)
+        return True
 
     def doubt(self, text: str) -> None:
         """Note what has gone wrong, once."""
@@ -186,27 +208,6 @@ class Cache:
                     path.mkdir(mode=0o700, exist_ok=True)
             if path not in missing:
                 demand_own(path)
-
-    def _remove(self, entry: Kept) -> bool:
-        inner = entry.path.parent if "/" in entry.key else None
-        try:
-            fd = os.open(inner, _FOLDER) if inner else None
-        except OSError:
-            return False
-        try:
-            if fd is not None and try_lock(fd) is False:
-                return False
-            reach("remove", entry.path)
-            entry.path.unlink()
-            if inner:
-                with suppress(OSError):  # it has more in it
-                    inner.rmdir()
-        except OSError:
-            return False
-        finally:
-            if fd is not None:
-                os.close(fd)
-        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +305,7 @@ def _folders(kind: Path) -> list[Path]:
         return []
     demand_own(kind)
     with os.scandir(kind) as items:
-        inner = sorted(Path(item.path) for item in items if _KEY.fullmatch(item.name) and item.is_dir(follow_symlinks=False))
+        inner = sorted(Path(i.path) for i in items if _KEY.fullmatch(i.name) and i.is_dir(follow_symlinks=False))
     for folder in inner:
         demand_own(folder)
     return [kind, *inner]

@@ -88,7 +88,8 @@ class Stage:
     def adopt(self, name: str) -> None:
         """Count and digest a file that another process has put into the folder and flushed to the disk."""
         self._demand_new(name)
-        reach("adopt", self.path / name)
+        with translated(name):
+            reach("adopt", self.path / name)
         with open_beneath(self.path, name) as file, translated(name):
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             self.files[name] = (file.tell(), f"sha256:{digest}")
@@ -249,7 +250,8 @@ def _replace(stage: Path, target: Path) -> None:
 def _remove(folder: Path) -> None:
     """Remove a folder of ours with what is in it, as far as that goes."""
     if os.path.lexists(folder):
-        reach("remove", folder)
+        with suppress(OSError):
+            reach("remove", folder)
         shutil.rmtree(folder, ignore_errors=True)
 
 

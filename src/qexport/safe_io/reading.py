@@ -7,15 +7,21 @@ import hashlib
 import os
 import re
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from io import BufferedReader
 from pathlib import Path
+from typing import TypeVar
 
-from qexport.errors import ModelInvalid, ResourceExhausted, UnsafeInput, UsageError
+from qexport.errors import IntegrityError, ModelInvalid, QexportError, ResourceExhausted, UnsafeInput, UsageError
 from qexport.safe_io.translate import reason, translated
 
 _FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 _FOLDER = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY
+_PIN = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC  # while it is open, no other folder gets its number
+_TRIES = 8
+
+T = TypeVar("T")
 
 
 def open_file(path: str | os.PathLike[str]) -> BufferedReader:
@@ -73,6 +79,38 @@ def digest_file(path: str | os.PathLike[str]) -> str:
     """Digest of a regular file, read in pieces."""
     with open_file(path) as file, translated(path):
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def of_one_version(folder: str | os.PathLike[str], read: Callable[[], T]) -> T:
+    """Call ``read``, which reads files of ``folder`` by their names, again if the folder was replaced meanwhile.
+
+    Raises:
+        IntegrityError: It was replaced every time.
+        QexportError: Whatever ``read`` raises while nobody replaces the folder.
+    """
+    for _ in range(_TRIES):
+        try:
+            fd = os.open(folder, _PIN)
+        except OSError:
+            return read()
+        try:
+            found = read()
+            if _is_still(fd, folder):
+                return found
+        except QexportError:
+            if _is_still(fd, folder):
+                raise
+        finally:
+            os.close(fd)
+    what = f"the folder was replaced {_TRIES} times while it was read"
+    raise IntegrityError(what, where=os.fspath(folder), hint="try again when nobody writes it")
+
+
+def _is_still(fd: int, path: str | os.PathLike[str]) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except OSError:
+        return False
 
 
 def open_beneath(root: Path, relative: str) -> BufferedReader:

@@ -34,6 +34,14 @@ def demand_own(folder: Path) -> None:
     _demand_owner(status, where)
 
 
+def _demand_own_file(status: os.stat_result, where: str) -> None:
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        raise UnsafeInput("no regular file, or one with several names", where=where, hint="remove it")
+    _demand_owner(status, where)
+    if status.st_size > MOST:
+        raise ValueError(f"it has {status.st_size} bytes")
+
+
 def _demand_owner(status: os.stat_result, where: str) -> None:
     if status.st_uid not in (0, os.geteuid()):
         hint = "choose another one with --cache, or go without: --no-cache"
@@ -43,17 +51,17 @@ def _demand_owner(status: os.stat_result, where: str) -> None:
 
 
 def open_own(path: Path) -> BufferedReader:
-    """Open an entry and look at what is open; ``UnsafeInput`` unless it is a file that only its owner can write."""
+    """Open an entry and look at what is open; ``UnsafeInput`` unless it is a file that only its owner can write.
+
+    Raises:
+        ValueError: It is too large.
+        OSError: It is not there, or cannot be read.
+    """
     if stat.S_ISLNK(os.lstat(path).st_mode):
         raise UnsafeInput("a symbolic link in the cache", where=str(path), hint="remove it")
     fd = os.open(path, _FILE)
     try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-            raise UnsafeInput("no regular file, or one with several names", where=str(path), hint="remove it")
-        _demand_owner(status, str(path))
-        if status.st_size > MOST:
-            raise ValueError(f"it has {status.st_size} bytes")
+        _demand_own_file(os.fstat(fd), str(path))
     except BaseException:
         os.close(fd)
         raise

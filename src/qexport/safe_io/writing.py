@@ -160,7 +160,8 @@ def _collect(target: Path) -> None:
     """Remove what processes that died while they wrote ``target`` have left beside it."""
     for entry in os.scandir(target.parent):
         match = TEMPORARY.fullmatch(entry.name)
-        if match and match["stem"] == stem(target) and entry.is_file(follow_symlinks=False) and not is_written(entry.path):
+        mine = match is not None and match["stem"] == stem(target) and entry.is_file(follow_symlinks=False)
+        if mine and not is_written(entry.path):
             reach("remove", entry.path)
             os.unlink(entry.path)
 
