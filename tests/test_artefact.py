@@ -94,6 +94,20 @@ def test_a_plan_that_was_changed_is_refused(artefact, plan):
         plan_of(artefact)
 
 
+def test_g02_an_engine_behind_json_is_told_whoever_vouches_for_it(artefact):
+    meta = json.dumps({"task": "detect"}).encode()
+    content = len(meta).to_bytes(4, "little") + meta + PLAN
+    (artefact / "engine.plan").write_bytes(content)
+    for listed in (PLAN, content):
+        record = {"bytes": len(listed), "digest": digest_bytes(listed)}
+        edit(artefact, lambda manifest, record=record: manifest["files"].update({"engine.plan": record}))
+        with pytest.raises(EnvironmentMismatch, match="18 bytes of JSON in front"):
+            plan_of(artefact)
+    os.rename(artefact / "engine.plan", artefact / "yolo.engine")
+    with pytest.raises(EnvironmentMismatch, match="JSON in front"):
+        open_session(artefact / "yolo.engine")
+
+
 @pytest.mark.parametrize(
     "change",
     [lambda m: m["engine"].update(version="1.7.0.1"), lambda m: m["engine"].update(module="os", version="1")],

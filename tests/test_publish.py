@@ -124,6 +124,22 @@ def test_when_the_block_raises_the_old_artefact_stays(tmp_path, error):
     assert os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.parametrize("others", [(), ("deep/mine",), ("deep/er/mine",)])
+def test_f02_folders_that_were_made_for_it_go_when_the_block_raises(tmp_path, others):
+    def attempt():
+        with publish(tmp_path / "deep/er/out") as stage:
+            put(stage)
+            for name in others:
+                (tmp_path / name).touch()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        attempt()
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    expected = {part for name in others for part in (name, *map(str, Path(name).parents)) if part != "."}
+    assert found == expected
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a\0b", "twice"])
 def test_a_staged_name_is_a_new_plain_name(tmp_path, name):
     with publish(tmp_path / "out") as stage:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import json
 import os
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import tempfile
+import textwrap
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from qexport.errors import ModelInvalid, QexportError, ResourceExhausted, UnsafeInput, UsageError
+from qexport.errors import Busy, ModelInvalid, QexportError, ResourceExhausted, UnsafeInput, UsageError
 from qexport.safe_io import (
     digest_bytes,
     digest_file,
+    locking,
     open_beneath,
     publish,
     publishing,
@@ -291,3 +297,44 @@ def test_a_file_whose_pieces_fail_stays_as_it_was(tmp_path):
 def test_pieces_go_straight_to_a_device():
     with replace_file("/dev/null") as file:
         assert file.write(b"abc") == 3
+
+
+KILLED = """
+    import os, signal, sys
+    from qexport.safe_io import replace_file
+    with replace_file(sys.argv[1]) as file:
+        file.write(b"part")
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_left_goes_with_the_next_write_of_the_same_file(tmp_path):
+    place = tmp_path / "a"
+    place.write_bytes(b"old")
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(place)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert len(content(tmp_path)) == 2
+    write_bytes(tmp_path / "b", b"of another file")
+    assert len(content(tmp_path)) == 3
+    write_bytes(place, b"new")
+    assert content(tmp_path) == {"a": b"new", "b": b"of another file"}
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path):
+    with replace_file(tmp_path / "a") as first:
+        first.write(b"first")
+        write_bytes(tmp_path / "a", b"second")
+        (tmp_path / ".a.tmp-strange").write_bytes(b"x")
+    assert content(tmp_path) == {"a": b"first", ".a.tmp-strange": b"x"}
+
+
+def test_a_folder_that_somebody_holds_is_not_waited_for_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(locking, "PATIENCE", 0.1)
+    holder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    for attempt in (lambda: write_bytes(tmp_path / "a", b"x"), lambda: publish(tmp_path / "out").__enter__()):
+        with pytest.raises(Busy, match=r"another process holds the lock, for more than 0\.1 s"):
+            attempt()
+    os.close(holder)
+    assert not content(tmp_path)
+    write_bytes(tmp_path / "a", b"x")

@@ -20,6 +20,7 @@ MODEL, PLAN, MANIFEST = "model.onnx", "engine.plan", "manifest.json"
 EXTRAS = {"tensorrt_rtx": "rtx", "tensorrt": "tensorrt"}
 """Modules that build and run engines, and what pip calls our extra for each."""
 
+_LONGEST_HEADER = 1 << 20
 _MANIFEST_LIMIT = 64 << 20
 _OLDEST = (8, 0)  # GPUs that TensorRT-RTX builds for where no compute capability is named, and all after it
 
@@ -103,7 +104,7 @@ def load_plan(artefact: Artefact, device: int | None = None) -> bytes:
         UnsafeInput: The manifest does not list the engine, so nobody says where it comes from.
         IntegrityError: The engine is not the one the manifest lists, or the manifest is none of ours.
         EnvironmentMismatch: It was built by a module or version other than the one installed, or for another GPU than
-            the one that is here.
+            the one that is here, or another tool put a header in front of it.
     """
     where = str(artefact.folder / PLAN)
     record, info = artefact.files.get(PLAN), artefact.engine
@@ -118,6 +119,7 @@ def load_plan(artefact: Artefact, device: int | None = None) -> bytes:
         raise IntegrityError(what, where=str(artefact.folder / MANIFEST)) from error
     with open_beneath(artefact.folder, PLAN) as file:
         plan = file.read(expected + 1)
+    refuse_header(plan[:5], where)
     if len(plan) != expected or digest_bytes(plan) != digest:
         raise IntegrityError("the engine is not the one that was built", where=where, hint="build it again")
     installed = load_module(name).__version__ if name in EXTRAS else None
@@ -130,6 +132,14 @@ def load_plan(artefact: Artefact, device: int | None = None) -> bytes:
         what = f"the engine was built for GPUs of compute capability {told}, this one has {capability}"
         raise EnvironmentMismatch(what, where=where, hint="build it for this GPU")
     return plan
+
+
+def refuse_header(head: bytes, where: str) -> None:
+    """``EnvironmentMismatch`` where a file begins with a length and JSON, which no engine and no graph does."""
+    length = int.from_bytes(head[:4], "little")
+    if head[4:5] == b"{" and 1 < length <= _LONGEST_HEADER:
+        what = f"an engine with {length} bytes of JSON in front of it, as Ultralytics writes them: no runtime reads it"
+        raise EnvironmentMismatch(what, where=where, hint="build the engine from its .onnx file: qexport build")
 
 
 def runs_on(name: str, built_for: tuple[str, ...], capability: str) -> bool:

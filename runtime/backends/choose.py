@@ -16,13 +16,14 @@ from qexport.runtime.backends.artefact import (
     load_module,
     load_plan,
     open_artefact,
+    refuse_header,
 )
 from qexport.runtime.backends.cuda import open_cuda
 from qexport.runtime.backends.ort import OrtSession
 from qexport.runtime.backends.ort_cuda import CUDA
 from qexport.runtime.backends.tensorrt import EngineSession
 from qexport.runtime.session import Session, SessionOptions, available_providers
-from qexport.safe_io import open_file
+from qexport.safe_io import of_one_version, open_file
 
 CPU = "CPUExecutionProvider"
 ENGINES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
@@ -40,7 +41,7 @@ def open_session(model: bytes | str | Path, options: SessionOptions | None = Non
     What the manifest of a folder says of its files is checked before anything is loaded: their digests, and whether an
     engine was built by the installed module and for the GPU that is here. Where no backend is asked for, an engine that
     fits is taken, else the graph beside it: on a GPU if it was built for one, or exported for any, and onnxruntime has
-    the provider; else on the processor.
+    the provider; else on the processor. A folder that is replaced while it is read is read again.
 
     Args:
         model: A folder that ``build`` or ``export`` wrote, a graph or an engine in it, an .onnx file from elsewhere, or
@@ -60,13 +61,18 @@ def open_session(model: bytes | str | Path, options: SessionOptions | None = Non
     if isinstance(model, bytes):
         return _open_graph(model, chosen, None)
     path = Path(model)
+    return of_one_version(path if path.is_dir() else path.parent, lambda: _open_path(path, chosen))
+
+
+def _open_path(path: Path, chosen: SessionOptions) -> Session:
     if path.is_dir():
         return _open_folder(open_artefact(path), chosen)
     if path.name == PLAN:
         return _open_engine(open_artefact(path.parent), chosen)
     if not path.exists():
         raise UsageError("there is no such file", where=str(path))
-    open_file(path).close()  # refuses what would be waited for, such as a FIFO
+    with open_file(path) as file:  # refuses what would be waited for, such as a FIFO
+        refuse_header(file.read(5), str(path))
     if (path.parent / MANIFEST).exists():
         artefact = open_artefact(path.parent)
         check_files(artefact, path.name)
