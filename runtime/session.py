@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -25,7 +26,12 @@ MOST_THREADS = 1024
 
 
 def load_onnxruntime() -> ModuleType:
-    """Import onnxruntime, or say what to install."""
+    """Import onnxruntime, or say what to install.
+
+    Importing it would start an uploader, a database in the cache folder and a file in the temporary folder, before
+    ``disable_telemetry_events`` can be called.
+    """
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     try:
         import onnxruntime
     except ImportError as error:
