@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from qexport.errors import EnvironmentMismatch, QexportError
+from qexport.exporter.compatibility import Found, verdicts
 from qexport.exporter.surroundings import Check, look_around
 from qexport.passes.target import TARGETS, Target
+from qexport.runtime.backends.gpus import find_cuda, find_gpus
+from qexport.safe_io import read_text
 
 Packages = Mapping[str, str | None]
 """Distribution to version; ``None`` is not installed."""
@@ -38,6 +44,8 @@ PACKAGES = {
     "tensorrt-rtx": Package("tensorrt_rtx", "rtx", "build engines for it"),
     "tensorrt": Package("tensorrt", "tensorrt", "build engines for it"),
     "pillow": Package("PIL", "images", "read images"),
+    "pyarrow": Package("pyarrow", "report", "write the tables of a report as Parquet, too"),
+    "jinja2": Package("jinja2"),
 }
 _RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 _BUILDERS = ("tensorrt-rtx", "tensorrt")
@@ -77,16 +85,43 @@ class Diagnosis(_Record):
         return tuple(check for check in self.checks if check.status == "problem")
 
 
-def diagnose() -> Diagnosis:
-    """Look at Python, packages, GPU, CPU, memory and folders; starts no process and imports no runtime."""
-    packages, around = installed(), look_around()
+def diagnose(cache: Path | None = None) -> Diagnosis:
+    """Look at Python, packages, GPU, CPU, memory and folders, and at what goes together.
+
+    Starts no process and imports no runtime; ``cache`` is the folder that builds keep things in.
+    """
+    packages, around = installed(), look_around(cache)
     gpu = any(check.name == "gpu" and check.status == "ok" for check in around)
     return Diagnosis(
         version=_version("qexport") or "unknown",
         packages=packages,
         targets=tuple(judge_target(target, packages, gpu=gpu) for target in TARGETS.values()),
-        checks=(*check_packages(packages), *around),
+        checks=(*check_packages(packages), *around, *verdicts(find_versions(packages))),
     )
+
+
+def find_versions(packages: Packages) -> Found:
+    """What the verdicts are about, as far as this machine tells."""
+    try:
+        gpus = find_gpus()
+    except EnvironmentMismatch:
+        gpus = ()
+    driver, tegra = (_text(path) for path in ("/proc/driver/nvidia/version", "/etc/nv_tegra_release"))
+    return Found(packages, gpus, find_cuda(), driver, tegra, _builds())
+
+
+def _text(path: str) -> str:
+    try:
+        return read_text(path)
+    except QexportError:
+        return ""
+
+
+def _builds() -> dict[str, int]:
+    """Installed builds of runtimes for one version of CUDA, such as tensorrt_rtx_cu13."""
+    names = (str(found.metadata["Name"]) for found in importlib.metadata.distributions() if found.metadata["Name"])
+    named = (re.fullmatch(r"(tensorrt(?:[-_]rtx)?)[-_]cu(\d+)", name) for name in names)
+    return {match[0]: int(match[2]) for match in named if match}
 
 
 def installed() -> dict[str, str | None]:

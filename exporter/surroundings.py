@@ -25,6 +25,8 @@ _INT8_FLAGS = ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
 _GIB = 1 << 30
 _LOW_MEMORY = 2 * _GIB
 _LOW_DISK = 2 * _GIB
+_LOW_SHARED = _GIB // 16
+_SHARED = "/dev/shm"
 
 
 class Check(BaseModel):
@@ -38,9 +40,9 @@ class Check(BaseModel):
     advice: str = ""
 
 
-def look_around() -> tuple[Check, ...]:
-    """Check everything there is here; starts no process."""
-    return (_python(), check_gpu(), *_proc(), *_folders())
+def look_around(cache: Path | None = None) -> tuple[Check, ...]:
+    """Check everything there is here, with the folder of the cache where one is given; starts no process."""
+    return (_python(), check_gpu(), *_proc(), *_shared_memory(), *_folders(cache))
 
 
 def peak_memory() -> int:
@@ -116,8 +118,22 @@ def _proc() -> Iterator[Check]:
             yield Check(name=name, status="warning", found="unknown", advice="looked at on Linux only")
 
 
-def _folders() -> Iterator[Check]:
+def check_shared_memory(free: int) -> Check:
+    """Judge the bytes that are free in ``/dev/shm``: containers get little of it, and other frameworks need it."""
+    advice = "give the container more, as docker run --shm-size=1g does" if free < _LOW_SHARED else ""
+    found = f"{_SHARED}, {free / _GIB:.2f} GiB free"
+    return Check(name="shared memory", status="warning" if advice else "ok", found=found, advice=advice)
+
+
+def _shared_memory() -> Iterator[Check]:
+    with suppress(OSError):  # Linux alone has it
+        yield check_shared_memory(shutil.disk_usage(_SHARED).free)
+
+
+def _folders(cache: Path | None) -> Iterator[Check]:
     """Checks of the folders that are used when none is named."""
+    if cache is not None:
+        yield check_folder("cache folder", cache)
     for name, find in (("temporary folder", tempfile.gettempdir), ("current folder", os.getcwd)):
         try:
             path = Path(find())

@@ -51,6 +51,16 @@ def read_gpus(library: Any) -> tuple[Gpu, ...]:
     return tuple(_read_gpu(library, index) for index in range(count.value))
 
 
+def find_cuda(library: Any = None) -> tuple[int, int] | None:
+    """The newest CUDA that the driver speaks, as major and minor; ``None`` without a driver."""
+    version = ctypes.c_int()
+    try:
+        status = (library or ctypes.CDLL(_LIBRARY)).cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if status or not version.value else divmod(version.value // 10, 100)
+
+
 def _read_gpu(library: Any, index: int) -> Gpu:
     device, memory = ctypes.c_int(), ctypes.c_size_t()
     major, minor = ctypes.c_int(), ctypes.c_int()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from qexport.cli.common import make_console, make_table, print_json, shared_flags
+from qexport.cli.common import default_cache, make_console, make_table, print_json, shared_flags
 from qexport.errors import EnvironmentMismatch
 
 
@@ -14,12 +14,12 @@ from qexport.errors import EnvironmentMismatch
 def doctor(context: click.Context, *, as_json: bool) -> None:
     """Tell what this machine can build.
 
-    Checks Python, packages, GPU, CPU, memory and folders, and says what to do about what is missing. A problem is
-    exit code 8; a missing GPU is none.
+    Checks Python, packages, GPU, driver, CPU, memory and folders, which of them go together, and says what to do about
+    what is missing. A problem is exit code 8; a missing GPU is none.
     """
     from qexport.exporter.doctor import diagnose
 
-    found = diagnose()
+    found = diagnose(default_cache())
     if as_json:
         print_json({"schema": "qexport.doctor/1", **found.model_dump(mode="json")})
         context.exit(EnvironmentMismatch.exit_code if found.problems else 0)
