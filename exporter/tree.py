@@ -6,7 +6,6 @@ of lines, each with its depth: names may nest ten thousand deep, and nothing her
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -104,7 +103,7 @@ def _leaves(model: ir.Model, layers: Iterable[Layer]) -> Iterator[_Leaf]:
     """Every node with what it counts for; an initializer counts for the first node that reads it."""
     precision = {layer.node: layer.precision for layer in layers}
     taken: set[ir.Value] = set()
-    bodies = (model.graph, *model.functions.values())
+    bodies: tuple[ir.Graph | ir.Function, ...] = (model.graph, *model.functions.values())
     for node in (node for body in bodies for node in body.all_nodes()):
         mine = [value for value in node.inputs if value is not None and value.is_initializer() and value not in taken]
         taken.update(mine)
@@ -134,10 +133,13 @@ def _cut(name: str, start: int) -> int:
 def _shared(group: Sequence[_Leaf], start: int) -> int:
     """How far the names of a group are the same, in whole words; at least by the word that begins at ``start``."""
     names = [leaf.name for leaf in group]
-    common = os.path.commonprefix([min(names), max(names)])
-    if all(len(name) == len(common) or name[len(common)] in SEPARATORS for name in names):
-        return len(common)
-    return max(_cut(names[0], start), *(common.rfind(separator) for separator in SEPARATORS))
+    first, last = min(names), max(names)
+    if first == last:
+        return len(first)
+    same = next((place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    if all(len(name) == same or name[same] in SEPARATORS for name in names):
+        return same
+    return max(_cut(first, start), *(first.rfind(separator, 0, same) for separator in SEPARATORS))
 
 
 def _capped(blocks: list[_Block]) -> list[_Block]:

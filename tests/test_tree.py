@@ -8,10 +8,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from helpers import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import call
 from qexport.exporter.inspect import inspect_model
 from qexport.exporter.tree import MOST, lines, name_tree
 
@@ -139,9 +139,10 @@ def test_the_command_shows_the_tree_or_hands_it_over(tmp_path, capsys):
     code, out, _ = call(capsys, "inspect", str(path), "--tree")
     assert code == 0
     assert "\x1b" not in out
-    assert [line.split()[:2] for line in out.splitlines() if line.startswith("  ")][0] == ["a", "2"]
+    assert next(line.split()[:2] for line in out.splitlines() if line.startswith("  ")) == ["a", "2"]
     told = json.loads(call(capsys, "inspect", str(path), "--tree", "--depth", "1", "--json")[1])
-    assert [(line["depth"], line["path"], line["nodes"]) for line in told["tree"]] == [(0, "", 3), (1, "a", 2), (1, "d", 1)]
+    found = [(line["depth"], line["path"], line["nodes"]) for line in told["tree"]]
+    assert found == [(0, "", 3), (1, "a", 2), (1, "d", 1)]
     assert "tree" not in json.loads(call(capsys, "inspect", str(path), "--json")[1])
 
 
