@@ -14,11 +14,18 @@ from contextlib import suppress
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 FOLDERS = {"os.rename": (2, 3), "os.link": (2, 3), "os.symlink": (2,), "os.remove": (1,), "os.rmdir": (1,)}
-"""Where events hold the descriptor of a folder, for each of their leading paths the last but as many."""
 FOLDERS |= {"os.mkdir": (2,), "os.chmod": (2,), "os.chown": (3,), "os.utime": (3,)}
+"""Where events hold the descriptor of the folder of each of their paths."""
 CHANGES = frozenset({*FOLDERS, "os.truncate"})
 NETWORK = frozenset(
-    {"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.sendmsg", "urllib.Request"}
+    {
+        "socket.connect",
+        "socket.getaddrinfo",
+        "socket.gethostbyname",
+        "socket.sendto",
+        "socket.sendmsg",
+        "urllib.Request",
+    }
 )
 OTHERS = frozenset({"subprocess.Popen", "qexport.io"})
 LONGEST = 4000  # bytes of a line; writes of up to 4096 into a pipe are never mixed
@@ -51,7 +58,8 @@ def _line(event: str, args: tuple[object, ...]) -> bytes:
         told = [text(arg) for arg in args]
     else:
         return b""
-    return json.dumps([event, *(part[: LONGEST // 8] for part in told)]).encode()[:LONGEST] + b"\n" if told else b""
+    longest = LONGEST // (6 * len(told) + 6) if told else 0  # a character may become six
+    return json.dumps([event, *(part[:longest] for part in told)]).encode() + b"\n" if told else b""
 
 
 def _opened(args: tuple[object, ...]) -> list[str]:

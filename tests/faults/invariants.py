@@ -163,9 +163,10 @@ def _object(run: Run, out: str) -> dict[str, object]:
 def nothing_left(run: Run) -> None:
     """I8: no process outlives the command, and after one more run nothing half done is anywhere."""
     run.demand(not run.ended.left, "I8", f"still running: {run.ended.left}")
-    again = run.case.again(run.room) if run.case.again else run.room.build()
     if run.case.again or _touched(run):
-        ended = run.room.run(again)
+        again = run.case.again(run.room) if run.case.again else run.room.build()
+        owner = {name: run.case.limits[name] for name in ("uid",) if name in run.case.limits}
+        ended = run.room.run(again, Case("", run.case.plant, limits=owner))
         after = Run(run.case, run.room, run.before, again, ended)
         after.demand(ended.code == 0 and not ended.left, "I8", "the run that follows does not end well")
         found = [name for name in look(run.room.root) if LEFTOVER.search(name)]

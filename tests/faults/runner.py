@@ -32,7 +32,7 @@ class Session:
     """The forking process and the rooms of one test session."""
 
     def __init__(self) -> None:
-        self.base = Path(tempfile.mkdtemp(prefix="qexport-faults-"))
+        self.base = Path(tempfile.mkdtemp(prefix="qexport-faults-")).resolve()
         self.base.chmod(0o755)  # other users come by
         self._numbers = itertools.count()
         self._lock = Lock()
@@ -44,6 +44,7 @@ class Session:
             self._process = subprocess.Popen(command, env=env, pass_fds=[theirs.fileno()], start_new_session=True)
         self._channel = ours
         if not ours.recv(100):
+            self.close()
             raise RuntimeError("the forking process did not start")
 
     def close(self) -> None:
@@ -132,7 +133,7 @@ def run_once(session: Session, case: Case, *, as_json: bool) -> tuple[float, boo
     room = session.room(case)
     try:
         argv = case.plant(room)
-        both = "--json" not in argv
+        both = not {"--json", "--help"} & set(argv)
         argv = [*argv, "--json"] if as_json and both else argv
         if "uid" in case.limits and os.geteuid() == 0:
             give(room, case.limits["uid"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from faults import hooks
+from faults import hooks, runner
 from faults.case import Case
 from faults.runner import Broken, run, run_once
 
@@ -73,7 +73,8 @@ def test_a_hook_and_limits_reach_the_command_either_way(faults, way):
         run_once(faults, Case("M00_way", check_good, way=way, limits={"AS": 64 << 20}), as_json=False)
 
 
-def test_a_quick_case_runs_both_plain_and_with_json(faults):
+def test_a_quick_case_runs_both_plain_and_with_json(faults, monkeypatch):
+    monkeypatch.setattr(runner, "QUICK", 20)
     seen = []
     run(faults, Case("M00_good", check_good, after=lambda room, ended: seen.append(ended.stdout[:1])))
     assert sorted(seen) == [b"o", b"{"]

@@ -20,7 +20,6 @@ import signal
 import socket
 import sys
 import tempfile
-import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -29,7 +28,7 @@ from typing import Any
 from faults import audit
 
 HEAVY = (
-    *("numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "onnxslim", "pydantic", "rich.table", "safetensors.numpy"),
+    *("numpy", "onnx", "onnx_ir", "onnxscript", "onnxslim", "pydantic", "rich.table", "safetensors.numpy"),
     *("tokenizers", "threadpoolctl", "ml_dtypes", "qexport.exporter.build", "qexport.exporter.export"),
 )
 _SET_CHILD_SUBREAPER = 36
@@ -41,11 +40,12 @@ def serve(channel: socket.socket) -> None:
     """Import, then answer until the other end is closed."""
     for name in HEAVY:
         importlib.import_module(name)
+    importlib.import_module("qexport.runtime.session").load_onnxruntime()
     commands = importlib.import_module("qexport.cli").COMMANDS
     for name in commands:
         importlib.import_module(f"qexport.cli.{name}")
     ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    assert threading.active_count() == 1, threading.enumerate()
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork has one thread alone, and waits for the others at its end"
     gc.collect()
     gc.freeze()  # the pages of what is there already stay shared
     started: dict[int, float] = {}
@@ -78,6 +78,7 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> None:
     for number, descriptor in enumerate((nothing, out, err)):
         os.dup2(descriptor, number)
         os.close(descriptor)
+    sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
     os.environ.clear()
     os.environ.update(request["env"])
     tempfile.tempdir = None
@@ -139,7 +140,9 @@ def _end_orphans(known: set[int]) -> tuple[list[str], int]:
 
 def _children() -> set[int]:
     """Children of this process, zombies too."""
-    found = set()
+    told, found = Path(f"/proc/self/task/{os.getpid()}/children"), set()
+    if told.exists():
+        return set(map(int, told.read_text().split()))
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             with suppress(OSError):
