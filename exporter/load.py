@@ -30,7 +30,7 @@ from qexport.exporter.families.folder import (
 )
 from qexport.exporter.families.form import SCORING, Form
 from qexport.exporter.families.settings import misfit
-from qexport.exporter.onnx_file import read_onnx
+from qexport.exporter.onnx_file import NOTES, read_onnx
 from qexport.exporter.outcome.result import SourceInfo
 from qexport.safe_io import digest_bytes, digest_file
 
@@ -95,6 +95,11 @@ class Source:
     companions: tuple[Path, ...]
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What was done about the file when it was read, for a report."""
+        return tuple(self.model.meta.get(NOTES, ()))
+
+    @property
     def tokenizer(self) -> Path | None:
         """The ``tokenizer.json`` that came with the model."""
         return find_tokenizer(self.companions)
@@ -127,10 +132,16 @@ def load_source(path: str | Path, limits: Limits | None = None, *, cached: bool 
 
 
 def find_companions(folder: Path) -> tuple[Path, ...]:
-    """The files of a folder that travel with its model; ``UnsafeInput`` where one leads out of it."""
+    """The files of a folder that travel with its model.
+
+    Raises:
+        UnsafeInput: One leads out of the folder.
+        IntegrityError: One is in a Hugging Face cache, and not what its name says.
+    """
     companions = tuple(folder / name for name in COMPANIONS if (folder / name).is_file())
     for companion in companions:
         demand_inside(companion, folder)
+        check_blob(companion)
     return companions
 
 
@@ -146,9 +157,8 @@ def describe(place: Path, files: Sequence[Path], model: ir.Model) -> SourceInfo:
         IntegrityError: A file of a Hugging Face cache is not what its name says.
     """
     digests = [digest_file(file) for file in files]
-    if place.is_dir():
-        for file, digest in zip(files, digests, strict=True):
-            check_blob(file, digest)
+    for file, digest in zip(files, digests, strict=True):
+        check_blob(file, digest)
     return SourceInfo(
         path=str(place),
         digest=digests[0] if len(digests) == 1 else digest_bytes("\n".join(digests).encode()),

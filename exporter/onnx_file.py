@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import mmap
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,15 +20,18 @@ from onnx_ir.serde import SerdeError
 from qexport.errors import BuildFailed, ModelInvalid, QexportError, ResourceExhausted
 from qexport.exporter.admit import Limits, admit_file
 from qexport.exporter.admit.external import Reference
+from qexport.exporter.admit.subject import examine
+from qexport.exporter.admit.values import name_some, nonfinite
 from qexport.safe_io import Stage, open_beneath
-
-logger = logging.getLogger(__name__)
 
 THRESHOLD = 1_500_000_000
 """Bytes of weights from which they go into a file of their own; protobuf ends at 2 GB."""
 
 MAPS = "qexport.maps"
 """Meta of a model: the mapped files that its weights lie in."""
+
+NOTES = "qexport.notes"
+"""Meta of a model: what was done about its file when it was read, as lines for a report."""
 
 _INLINE = 1024  # smaller tensors stay in the model, where shape inference can see them
 _PAGE = 4096
@@ -42,8 +44,8 @@ def load_onnx(path: str | os.PathLike[str], limits: Limits | None = None) -> ir.
     """Admit a model file and read it.
 
     External weights are mapped, not read, from descriptors that no link can redirect. Nodes are sorted if they were
-    not, every node has a name of its own, and initializers that are inputs too are constants. The file is not changed,
-    and may be replaced (not rewritten) meanwhile.
+    not, every node has a name of its own, and initializers that are inputs too are constants; the model's meta under
+    ``NOTES`` says which of that was done. The file is not changed, and may be replaced (not rewritten) meanwhile.
 
     Raises:
         QexportError: As ``admit_file``; ``BuildFailed`` for sparse tensors.
@@ -58,8 +60,8 @@ def read_onnx(path: str | os.PathLike[str], limits: Limits | None = None) -> tup
     if proto.graph.sparse_initializer:
         hint = "save the model with dense weights"
         raise BuildFailed("sparse initializers are not supported", where=os.fspath(path), hint=hint)
+    notes = [*_let_through(proto, root, limits), *_close_initializers(proto)]
     _free_negative_dims(proto)
-    _close_initializers(proto, os.fspath(path))
     try:
         model = ir.from_proto(proto)
     except SerdeError as error:
@@ -72,7 +74,7 @@ def read_onnx(path: str | os.PathLike[str], limits: Limits | None = None) -> tup
         for holder in (*body, *((body,) if isinstance(body, ir.Function) else ())):
             _own_attributes(holder, mapped)
     model.meta[MAPS] = mapped.areas
-    _sort(model, os.fspath(path))
+    model.meta[NOTES] = (*notes, *_sort(model))
     _name_nodes(model)
     return model, mapped.files
 
@@ -105,13 +107,21 @@ def _free_negative_dims(proto: onnx.ModelProto) -> None:
                 dim.Clear()
 
 
-def _close_initializers(proto: onnx.ModelProto, where: str) -> None:
+def _let_through(proto: onnx.ModelProto, root: Path, limits: Limits | None) -> Iterator[str]:
+    """Say which weights hold NaN or Inf where that was allowed."""
+    if limits is not None and limits.allow_nonfinite:
+        names = nonfinite(examine(proto, root, limits))
+        if names:
+            yield f"NaN or Inf in {name_some(names)}, which was allowed"
+
+
+def _close_initializers(proto: onnx.ModelProto) -> Iterator[str]:
     """Take initializers out of the inputs: IR 3 lists all of them, later versions those that a caller may override."""
     held = {tensor.name for tensor in proto.graph.initializer}
     free = [value for value in proto.graph.input if value.name not in held]
     count = len(proto.graph.input) - len(free)
     if count:
-        logger.warning("%s: %d inputs have a value in the model and are constants now", where, count)
+        yield f"{count} inputs have a value in the model and are constants now"
         proto.graph.ClearField("input")
         proto.graph.input.extend(free)
         proto.ir_version = max(proto.ir_version, 4)  # the first without the rule that lists them
@@ -174,14 +184,14 @@ def _own_attributes(holder: ir.Node | ir.Function, mapped: _Mapped) -> None:
             holder.attributes[name] = ir.AttrTensors(name, [mapped.own(tensor) for tensor in attribute.as_tensors()])
 
 
-def _sort(model: ir.Model, where: str) -> None:
+def _sort(model: ir.Model) -> Sequence[str]:
     """Put nodes after what they read; admission proved that there is an order."""
     before = [node for body in _bodies(model) for node in body]
     model.graph.sort()
     for function in model.functions.values():
         function.sort()
-    if before != [node for body in _bodies(model) for node in body]:
-        logger.warning("%s: the nodes were not in order and have been sorted", where)
+    moved = before != [node for body in _bodies(model) for node in body]
+    return ("the nodes were not in order and have been sorted",) if moved else ()
 
 
 def _name_nodes(model: ir.Model) -> None:

@@ -2,6 +2,7 @@ import hashlib
 import json
 import math
 import os
+import subprocess
 
 import folders
 import ml_dtypes
@@ -364,6 +365,21 @@ def test_a_damaged_blob_is_noticed(tmp_path):
     data = bytearray(blob.read_bytes())
     data[-1] ^= 1
     blob.write_bytes(data)
+    with pytest.raises(IntegrityError, match=blob.name):
+        load_source(snapshot)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_m08_a_damaged_blob_that_git_named_is_noticed(tmp_path, name):
+    snapshot = cached(tmp_path)
+    link, content = snapshot / name, (snapshot / name).read_bytes()
+    git = subprocess.run(["git", "hash-object", "--stdin"], input=content, capture_output=True, check=True)
+    blob = link.resolve().with_name(git.stdout.decode().strip())
+    link.resolve().rename(blob)
+    link.unlink()
+    link.symlink_to(os.path.relpath(blob, snapshot))
+    load_source(snapshot)
+    blob.write_bytes(content + b" ")
     with pytest.raises(IntegrityError, match=blob.name):
         load_source(snapshot)
 

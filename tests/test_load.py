@@ -12,8 +12,9 @@ import onnxruntime
 from onnx import numpy_helper
 
 import qexport
+from qexport.exporter.admit import Limits
 from qexport.exporter.load import load_source
-from qexport.exporter.onnx_file import load_onnx
+from qexport.exporter.onnx_file import NOTES, load_onnx
 from qexport.exporter.options import BuildOptions
 
 
@@ -28,11 +29,11 @@ def old_style(folder: Path) -> Path:
     return folder / "m.onnx"
 
 
-def test_initializers_that_are_inputs_too_become_constants_and_it_is_said_so(tmp_path, caplog):
+def test_initializers_that_are_inputs_too_become_constants_and_it_is_said_so(tmp_path):
     model = load_onnx(old_style(tmp_path))
     assert [value.name for value in model.graph.inputs] == ["x"]
     assert sorted(model.graph.initializers) == ["b", "w"]
-    assert "2 inputs have a value" in caplog.text
+    assert model.meta[NOTES] == ("2 inputs have a value in the model and are constants now",)
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
 
 
@@ -42,6 +43,7 @@ def test_a_model_whose_initializers_are_inputs_is_quantized_over_the_whole_road(
     options = BuildOptions(target="ort-cpu", output=tmp_path / "out", set=("export.never_worse=false",))
     result = qexport.build(old_style(tmp_path), recipe="int8", calib=tmp_path / "samples.npz", options=options)
     assert result.quantized == 1
+    assert "2 inputs have a value in the model and are constants now" in result.warnings
     sessions = [
         onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         for path in (tmp_path / "m.onnx", tmp_path / "out" / "model.onnx")
@@ -59,3 +61,15 @@ def test_a_folder_with_a_model_file_and_no_safetensors_means_that_file(tmp_path:
     source = load_source(tmp_path)
     assert source.path == tmp_path / "model.onnx"
     assert source.tokenizer == tmp_path / "tokenizer.json"
+
+
+def test_weights_with_nan_that_were_allowed_are_named_in_the_notes(tmp_path):
+    text = (
+        '<ir_version: 10, opset_import: ["" : 21]> g (float[n, 4] x) => (float[n, 4] y) { h = Mul(x, w) y = Add(h, b) }'
+    )
+    proto = onnx.parser.parse_model(text)
+    for name, value in (("w", np.nan), ("b", 1.0)):
+        proto.graph.initializer.append(numpy_helper.from_array(np.array([1, value, 1, 1], "f"), name))
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    notes = load_source(tmp_path / "m.onnx", Limits(allow_nonfinite=True)).notes
+    assert notes == ("NaN or Inf in initializer 'w', which was allowed",)

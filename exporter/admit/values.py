@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +62,16 @@ def check_finite(subject: Subject) -> None:
     """
     if subject.limits.allow_nonfinite:
         return
+    bad = nonfinite(subject)
+    if bad:
+        raise ModelInvalid(
+            f"NaN or Inf in {name_some(bad)}",
+            hint="train or export again; qexport build takes it with --allow-nonfinite",
+        )
+
+
+def nonfinite(subject: Subject) -> list[str]:
+    """The tensors that hold NaN or Inf where nobody expects it; ranges of files that are shared are named once."""
     bad: list[str] = []
     seen: set[object] = set()
     for where, tensor in all_tensors(subject):
@@ -74,11 +84,12 @@ def check_finite(subject: Subject) -> None:
             seen.add(key)
         if not _acceptable(tensor, subject.root):
             bad.append(where)
-    if bad:
-        names = "; ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-        raise ModelInvalid(
-            f"NaN or Inf in {names}", hint="train or export again; qexport build takes it with --allow-nonfinite"
-        )
+    return bad
+
+
+def name_some(names: Sequence[str]) -> str:
+    """The first five, and how many more there are."""
+    return "; ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _acceptable(tensor: TensorProto, root: Path | None) -> bool:

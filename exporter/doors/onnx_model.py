@@ -59,6 +59,7 @@ def open_onnx(source: str, asked: ExportOptions, _scratch: Path) -> Origin:
         vocabulary=vocabulary,
         positions=_longest(reference) if appends else None,
         companions=found.companions,
+        notes=found.notes,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -11,14 +12,15 @@ from typing import Any
 
 from qexport.errors import IntegrityError, ModelInvalid, UnsafeInput, UsageError
 from qexport.exporter.families.weights import Stored, Weights, read_headers
-from qexport.safe_io import read_bytes
+from qexport.safe_io import digest_file, open_file, read_bytes
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 _MOST_JSON = 8 << 20
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_GIT_LENGTH = 40
 
 
 class Folder:
@@ -133,14 +135,30 @@ def _is_snapshot(path: Path) -> bool:
     return path.parent.name == "snapshots"
 
 
-def check_blob(file: Path, digest: str) -> None:
-    """Raise ``IntegrityError`` when a link into a cache that names files by SHA-256 finds another content."""
+def check_blob(file: Path, digest: str | None = None) -> None:
+    """Raise ``IntegrityError`` when a link into a cache that names files by their content finds another content.
+
+    The Hugging Face cache names large files by their SHA-256, and small ones as git does. ``digest`` is that of the
+    file, where it is known.
+    """
     name = Path(os.path.realpath(file)).name
-    if file.is_symlink() and _SHA256.fullmatch(name) and digest != f"sha256:{name}":
+    if not file.is_symlink() or not _DIGEST.fullmatch(name):
+        return
+    found = _git_name(file) if len(name) == _GIT_LENGTH else (digest or digest_file(file)).removeprefix("sha256:")
+    if found != name:
         hint = "the download was damaged; remove it from the cache and fetch it again"
         raise IntegrityError(
             f"the content does not have the digest {name} that the cache names it by", where=str(file), hint=hint
         )
+
+
+def _git_name(file: Path) -> str:
+    """What git calls a file of this content."""
+    with open_file(file) as stream:
+        digest = hashlib.sha1(b"blob %d\0" % os.fstat(stream.fileno()).st_size, usedforsecurity=False)
+        for piece in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 _CODE = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
