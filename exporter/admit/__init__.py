@@ -17,7 +17,7 @@ from google.protobuf.internal import api_implementation  # type: ignore[import-u
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # the same
 
 from qexport.errors import EnvironmentMismatch, ModelInvalid, QexportError
-from qexport.exporter.admit import external, functions, graphs, operators, quantization, tensors, values
+from qexport.exporter.admit import external, functions, graphs, operators, quantization, sizes, tensors, values
 from qexport.exporter.admit.kinds import refuse_other_kinds
 from qexport.exporter.admit.subject import Limits, Subject, examine
 from qexport.safe_io import read_bytes
@@ -35,6 +35,7 @@ RULES: tuple[Callable[[Subject], None], ...] = (
     graphs.check_readers,
     functions.check_functions,
     operators.check_operators,
+    sizes.check_sizes,
     quantization.check_scales,
     values.check_finite,
 )

@@ -20,6 +20,7 @@ class Limits:
     Attributes:
         max_model_bytes: Size of the model file; protobuf itself ends at 2 GB.
         max_external_bytes: Sum over all tensors of the bytes they read from files; shared bytes count each time.
+        max_value_bytes: Size of a single value, where constants of the model tell its shape.
         max_nodes: Nodes of the whole model when every function call is expanded.
         max_nesting: Depth of subgraphs in subgraphs, and of functions that call functions.
         min_opset: Oldest version of the default operator set.
@@ -32,6 +33,7 @@ class Limits:
 
     max_model_bytes: int = 2**31 - 1
     max_external_bytes: int = 1 << 36
+    max_value_bytes: int = 1 << 34
     max_nodes: int = 1_000_000
     max_nesting: int = 32
     min_opset: int = 7
