@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,8 @@ from qexport.calibration.reading.data import (
     open_dataset,
 )
 from qexport.calibration.reading.evaluation import open_evaluation
-from qexport.calibration.reading.spec import scores_tokens, static_batch
+from qexport.calibration.reading.given import Data, suffix_of
+from qexport.calibration.reading.spec import scores_tokens, static_batch, unfed_input
 from qexport.calibration.reading.tasks import Perplexity
 from qexport.calibration.reading.text import READERS
 from qexport.calibration.reading.windows import SUFFIX as WINDOWED
@@ -88,7 +88,7 @@ class Samples:
         judge: What the result is judged on; ``None`` without any data.
         proof: Inputs of the equality proofs, batch axis first.
         made_up: Whether those are not real.
-        warnings: What is doubtful about all of it.
+        warnings: What is doubtful about all of it, after what was done about the model when it was read.
     """
 
     calibration: Dataset | None
@@ -98,21 +98,26 @@ class Samples:
     warnings: tuple[str, ...]
 
 
-def open_samples(source: Source, recipe: Recipe, calib: str | Path | None, evaluation: str | Path | None) -> Samples:
+def open_samples(source: Source, recipe: Recipe, calib: Data | None, evaluation: Data | None) -> Samples:
     """Open the data and share it out.
 
     Raises:
         UsageError: The recipe calibrates and there is no data; random data is never made up for it.
+        ModelInvalid: There is data, and an input that it cannot fill.
         DataInvalid: The data does not fit the model, or is text and the tokenizer has more tokens than the model.
     """
-    inputs = input_specs(source.model)
     if calib is None and needs(recipe, "data"):
         raise UsageError(
             f"recipe {recipe.name!r} needs calibration data",
             hint="give real samples with --calib FILE; none are made up",
         )
+    unfed = unfed_input(source.model)
+    if unfed is not None and calib is None and evaluation is None:
+        notes = (*source.notes, f"equality was not proven: the input {unfed!r} cannot be fed")
+        return Samples(None, None, (), made_up=False, warnings=(*notes, *_warnings(None, None)))
+    inputs = input_specs(source.model)
     tokenizer = source.tokenizer
-    texts = [path for path in (calib, evaluation) if path is not None and Path(path).suffix.lower() in READERS]
+    texts = [data for data in (calib, evaluation) if suffix_of(data) in READERS]
     words = count_words(source.model)
     if texts and words is not None and tokenizer is not None and recipe.data.tokenizer is None:
         check_vocabulary(Folder(tokenizer.parent), words)
@@ -127,17 +132,17 @@ def open_samples(source: Source, recipe: Recipe, calib: str | Path | None, evalu
         judge = None if data is None else _held_out(data, recipe)
     known = judge.data if judge is not None else data
     proof = _generated(inputs) if known is None else _proof(known, inputs)
-    return Samples(data, judge, tuple(proof), known is None, tuple(_warnings(data, judge)))
+    return Samples(data, judge, tuple(proof), known is None, (*source.notes, *_warnings(data, judge)))
 
 
-def data_spec(model: ir.Model, recipe: Recipe, path: str | Path) -> DataSpec:
+def data_spec(model: ir.Model, recipe: Recipe, path: Data) -> DataSpec:
     """How one file is read: the recipe's data section, with what follows from the model.
 
     Plain text for a model that scores the next token becomes windows, unless the recipe says otherwise.
     """
     windows = recipe.data.windows
     if windows is None:
-        windows = scores_tokens(model) and Path(path).suffix.lower() == WINDOWED
+        windows = scores_tokens(model) and suffix_of(path) == WINDOWED
     return recipe.data.model_copy(update={"max_length": longest(model, recipe), "windows": windows})
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qexport.calibration.reading.arrays import open_arrays, read_members
+from qexport.calibration.reading.given import Data, GivenSource, Maker, as_data, check_sidecar, name_of
 from qexport.calibration.reading.images import PIXELS, open_folder, open_pixels
 from qexport.calibration.reading.spec import DataSpec, ImageSpec, InputSpec, Sample, Source, input_specs, sample_digest
 from qexport.calibration.reading.text import READERS, open_text
@@ -99,29 +100,30 @@ class FileDataset:
 
     def __iter__(self) -> Iterator[Sample]:
         if take_stamp(self.source.files) != self.stamp:
-            raise _changed(self.source)
+            raise _changed(self)
         wanted = iter(zip(self.kept, self.digests, strict=True))
         position, digest = next(wanted)
-        for index, sample in enumerate(_unchanged(self.source)):
+        for index, sample in enumerate(_unchanged(self)):
             if index != position:
                 continue
             if sample_digest(sample) != digest:
-                raise _changed(self.source)
+                raise _changed(self)
             yield sample
             position, digest = next(wanted, (-1, b""))
             if position < 0:
                 return
-        raise _changed(self.source)
+        raise _changed(self)
 
 
 def open_dataset(
-    path: str | Path, inputs: tuple[InputSpec, ...], spec: DataSpec, *, tokenizer: Path | None = None
+    path: Data, inputs: tuple[InputSpec, ...], spec: DataSpec, *, tokenizer: Path | None = None
 ) -> FileDataset:
     """Open calibration data; equal samples count once, and ``spec.max_samples`` distinct ones are taken.
 
     Args:
         path: A ``.npz``, ``.npy`` or ``.safetensors`` of arrays named like the model's inputs, an ``.npz`` with
-            uint8 ``images``, a folder of pictures, or a ``.csv``, ``.jsonl`` or ``.txt`` of text.
+            uint8 ``images``, a folder of pictures, or a ``.csv``, ``.jsonl`` or ``.txt`` of text; a file with a
+            ``FILE.sha256`` beside it is held against that. Or a function that returns samples anew at every call.
         inputs: What the model asks for.
         spec: How samples are made.
         tokenizer: ``tokenizer.json`` to use where the spec names none.
@@ -130,18 +132,23 @@ def open_dataset(
         DataInvalid: The data does not fit the model, is damaged, or holds NaN or Inf.
         UnsafeInput: The data could run code.
         ResourceExhausted: The data expands beyond all measure.
+        IntegrityError: It is not what ``FILE.sha256`` says.
         UsageError: There is no such file.
     """
-    path = Path(path)
-    return survey(open_source(path, inputs, spec, tokenizer), path.name, distinct=True, limit=spec.max_samples)
+    data = as_data(path)
+    return survey(open_source(data, inputs, spec, tokenizer), name_of(data), distinct=True, limit=spec.max_samples)
 
 
-def open_source(path: Path, inputs: tuple[InputSpec, ...], spec: DataSpec, tokenizer: Path | None) -> Source:
+def open_source(path: Path | Maker, inputs: tuple[InputSpec, ...], spec: DataSpec, tokenizer: Path | None) -> Source:
     """Choose the reader by the name of the file.
 
     Raises:
         DataInvalid: No reader knows the name, or the reader refuses.
+        IntegrityError: The file is not what ``FILE.sha256`` says.
     """
+    if not isinstance(path, Path):
+        return GivenSource(path, inputs)
+    check_sidecar(path)
     if path.is_dir():
         return open_folder(path, inputs, spec)
     opener = OPENERS.get(path.suffix.lower())
@@ -165,7 +172,7 @@ def survey(source: Source, name: str, *, distinct: bool, limit: int | None = Non
         DataInvalid: A sample holds NaN or Inf, or there is no sample.
         ResourceExhausted: There are more than a million samples.
     """
-    where = str(source.files[0] if len(source.files) == 1 else source.files[0].parent)
+    where = _place(source, name)
     stamp = take_stamp(source.files)
     kept: list[int] = []
     digests: list[bytes] = []
@@ -213,17 +220,24 @@ def _file_stamp(path: Path) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _unchanged(source: Source) -> Iterator[Sample]:
+def _place(source: Source, name: str) -> str:
+    """Where the samples come from: the file, the folder of the files, or the function."""
+    files = source.files
+    return name if not files else str(files[0] if len(files) == 1 else files[0].parent)
+
+
+def _unchanged(data: FileDataset) -> Iterator[Sample]:
     """Yield the samples of a source that was sound before; what fails now must have changed."""
     try:
-        yield from source
+        yield from data.source
     except QexportError as error:
-        raise _changed(source) from error
+        raise _changed(data) from error
 
 
-def _changed(source: Source) -> IntegrityError:
-    where = str(source.files[0])
-    return IntegrityError("the data changed since it was read first", where=where, hint="start again on stable files")
+def _changed(data: FileDataset) -> IntegrityError:
+    where, files = _place(data.source, data.name), data.source.files
+    hint = "start again on stable files" if files else "it must return the same samples at every call"
+    return IntegrityError("the data changed since it was read first", where=where, hint=hint)
 
 
 def _extend(extents: dict[str, tuple[float, float]], sample: Mapping[str, NDArray[Any]]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qexport.calibration.reading.arrays import read_labels
 from qexport.calibration.reading.data import FileDataset, open_source, survey
+from qexport.calibration.reading.given import Data, as_data, name_of
 from qexport.calibration.reading.spec import DataSpec, InputSpec, Source
 from qexport.calibration.reading.tasks import Metric, Perplexity, Spearman, Task, Top1
 from qexport.calibration.reading.text import PAIR, SCORE, TextSource, first_record, read_scores
@@ -23,7 +24,7 @@ class Evaluation:
 
 
 def open_evaluation(
-    path: str | Path, inputs: tuple[InputSpec, ...], spec: DataSpec, *, tokenizer: Path | None = None
+    path: Data, inputs: tuple[InputSpec, ...], spec: DataSpec, *, tokenizer: Path | None = None
 ) -> Evaluation:
     """Open evaluation data: every sample counts, equal ones too, and ``spec.max_samples`` does not.
 
@@ -31,9 +32,9 @@ def open_evaluation(
     ``labels`` have ``Top1``, windows of running text ``Perplexity``; everything else has no task. Arguments and errors
     are those of ``open_dataset``.
     """
-    path = Path(path)
-    source = open_source(path, inputs, spec, tokenizer)
-    dataset = survey(source, path.name, distinct=False)
+    data = as_data(path)
+    source = open_source(data, inputs, spec, tokenizer)
+    dataset = survey(source, name_of(data), distinct=False)
     return Evaluation(dataset, _task(source, dataset))
 
 

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from qexport.errors import ModelInvalid
+from qexport.errors import ModelInvalid, UsageError
 from qexport.passes.portable import IDS, LABELS, LOGITS, PAST, POSITIONS, WRITE
 
 Sample: TypeAlias = dict[str, NDArray[Any]]  # one sample: input name to array, no batch axis, padding trimmed
@@ -87,6 +87,7 @@ class DataSpec(BaseModel):
             being read line by line; when not given, a build does so for models that score the next token.
         image: How pixels are prepared.
         max_samples: Take so many distinct calibration samples, from the front; evaluation always takes all.
+        report_samples: Whether the report of a build shows the samples that the result does worst on.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -97,10 +98,11 @@ class DataSpec(BaseModel):
     windows: bool | None = None
     image: ImageSpec | None = None
     max_samples: int | None = Field(default=None, ge=1)
+    report_samples: bool = True
 
 
 class Source(Protocol):
-    """Reads raw samples from files, the same ones in the same order on every pass."""
+    """Yields raw samples, of files or of a caller, the same ones in the same order on every pass."""
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -114,10 +116,26 @@ def input_specs(model: ir.Model) -> tuple[InputSpec, ...]:
 
     Raises:
         ModelInvalid: An input has no shape, or is not a tensor of numbers.
+        UsageError: An axis of an input has the size 0.
     """
+    return tuple(_input_spec(value) for value in asked_inputs(model))
+
+
+def asked_inputs(model: ir.Model) -> tuple[ir.Value, ...]:
+    """The inputs that a sample has to fill."""
     graph, cached = model.graph, keeps_cache(model)
     asked = (value for value in graph.inputs if value.name not in graph.initializers)
-    return tuple(_input_spec(value) for value in asked if not (cached and is_state(value.name)))
+    return tuple(value for value in asked if not (cached and is_state(value.name)))
+
+
+def unfed_input(model: ir.Model) -> str | None:
+    """The first input that no sample can fill, as it holds strings, sequences or the like."""
+    values = (value for value in asked_inputs(model) if not _holds_numbers(value))
+    return next((value.name or "" for value in values), None)
+
+
+def _holds_numbers(value: ir.Value) -> bool:
+    return isinstance(value.type, ir.TensorType) and value.dtype != ir.DataType.STRING
 
 
 def keeps_cache(model: ir.Model) -> bool:
@@ -133,11 +151,15 @@ def is_state(name: str | None) -> bool:
 
 def _input_spec(value: ir.Value) -> InputSpec:
     where = f"model input {value.name!r}"
-    if value.dtype is None or value.dtype == ir.DataType.STRING:
-        raise ModelInvalid(f"has the type {value.type}, only tensors of numbers are supported", where=where)
+    if value.dtype is None or not _holds_numbers(value):
+        hint = "recipes that need no data, such as float32, take the model; give them none"
+        raise ModelInvalid(f"has the type {value.type}, only tensors of numbers can be fed", where=where, hint=hint)
     if value.shape is None:
         raise ModelInvalid("has no shape", where=where, hint="export the model with the rank of its inputs")
     shape = tuple(axis if isinstance(axis, int) else None for axis in value.shape)
+    if 0 in shape:
+        hint = "export the model with a size that samples have, or with a free axis"
+        raise UsageError(f"has the shape {list(shape)}: an axis of size 0 holds nothing", where=where, hint=hint)
     return InputSpec(value.name or "", value.dtype.numpy(), shape)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -110,15 +110,21 @@ def _computes_in_half(model: ir.Model) -> bool:
 
 
 def distance(one: Mapping[str, NDArray[np.generic]], other: Mapping[str, NDArray[np.generic]]) -> float:
-    """Largest relative L2 distance over outputs of the same name; NaN in the same places is equal.
+    """Largest relative L2 distance over outputs of the same name; NaN in the same places is equal, strings are or not.
 
     The distance is relative to the numbers that are no marks: what masks put into an output hides no error.
     """
     worst = 0.0
-    for name, a in one.items():
-        x, y = np.asarray(a, np.float64), np.asarray(other[name], np.float64)
-        if x.shape != y.shape:
+    ours, theirs = dict(_flat("", one)), dict(_flat("", other))
+    if ours.keys() - theirs.keys():
+        return float("inf")
+    for name, a in ours.items():
+        b = theirs[name]
+        if a.shape != b.shape or (a.dtype.kind in "OSU" and not np.array_equal(a, b)):
             return float("inf")
+        if a.dtype.kind in "OSU":
+            continue
+        x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
         same = (x == y) | (np.isnan(x) & np.isnan(y))
         gap = float(np.linalg.norm(np.where(same, 0.0, x - y)))
         counted = np.isfinite(x) & ~marks(x.reshape(1, -1), y.reshape(1, -1)).reshape(x.shape)
@@ -127,3 +133,16 @@ def distance(one: Mapping[str, NDArray[np.generic]], other: Mapping[str, NDArray
             return float("inf")
         worst = max(worst, gap / max(size, 1e-30))
     return worst
+
+
+def _flat(name: str, value: object) -> Iterator[tuple[str, NDArray[np.generic]]]:
+    """The arrays of an output; some are sequences of arrays, or dictionaries, or empty."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(f"{name}.{key}", inner)
+    elif isinstance(value, list):
+        yield f"{name}#", np.asarray(len(value))
+        for index, inner in enumerate(value):
+            yield from _flat(f"{name}.{index}", inner)
+    elif value is not None:
+        yield name, np.asarray(value)
