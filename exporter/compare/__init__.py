@@ -1,0 +1,1 @@
+"""Two models or builds side by side: what differs in graphs, numbers and measurements."""

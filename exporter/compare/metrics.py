@@ -1,0 +1,103 @@
+"""The numbers of a side that can be held against another's, and when they cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from qexport.exporter.compare.sides import Side
+from qexport.exporter.load import count_parameters
+from qexport.exporter.outcome.result import Latency, Quality, Result
+
+TASKS = {"spearman": "points", "top1": "points", "perplexity": ""}
+"""Metrics of tasks, which data with labels has, and their units."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number: its unit, which way is good, and where it is."""
+
+    unit: str
+    better: Literal["higher", "lower", ""]
+    of: Callable[[Side], float | None]
+
+
+def _quality(read: Callable[[Quality], float | None]) -> Callable[[Side], float | None]:
+    return lambda side: read(side.result.quality) if side.result is not None and side.result.quality else None
+
+
+def _latency(read: Callable[[Latency], float]) -> Callable[[Side], float | None]:
+    return lambda side: read(side.result.latency) if side.result is not None and side.result.latency else None
+
+
+def _result(read: Callable[[Result], float]) -> Callable[[Side], float | None]:
+    return lambda side: None if side.result is None else read(side.result)
+
+
+def _engine(name: str) -> Callable[[Side], float | None]:
+    def read(side: Side) -> float | None:
+        found = None if side.engine is None else side.engine.get(name)
+        return float(found) if isinstance(found, int | float) else None
+
+    return read
+
+
+def _nodes(side: Side) -> float | None:
+    if side.model is not None:
+        return sum(1 for _ in side.model.graph.all_nodes())
+    return side.result.steps[-1].nodes if side.result is not None and side.result.steps else None
+
+
+def _parameters(side: Side) -> float | None:
+    if side.model is not None:
+        return count_parameters(side.model)
+    return side.result.steps[-1].parameters if side.result is not None and side.result.steps else None
+
+
+METRICS: dict[str, Metric] = {
+    "cosine_mean": Metric("", "higher", _quality(lambda q: q.cosine_mean)),
+    "cosine_worst": Metric("", "higher", _quality(lambda q: q.cosine_worst)),
+    "sqnr": Metric("dB", "higher", _quality(lambda q: q.sqnr)),
+    "sqnr_worst_layer": Metric("dB", "higher", _quality(lambda q: min((x.sqnr for x in q.layers), default=None))),
+    "max_error": Metric("", "lower", _quality(lambda q: q.max_error)),
+    "latency": Metric("ms", "lower", _latency(lambda found: found.result_ms)),
+    "speedup": Metric("x", "higher", _latency(lambda found: found.speedup)),
+    "bytes": Metric("B", "lower", lambda side: side.bytes),
+    "nodes": Metric("", "", _nodes),
+    "parameters": Metric("", "", _parameters),
+    "quantized": Metric("layers", "", _result(lambda result: result.quantized)),
+    "backed_off": Metric("layers", "", _result(lambda result: sum(len(off.nodes) for off in result.backed_off))),
+    "engine_bytes": Metric("B", "lower", _engine("bytes")),
+    "engine_layers": Metric("", "", _engine("layers")),
+}
+"""Numbers by name, beside those of ``TASKS``."""
+
+JUDGED = {"cosine_mean", "cosine_worst", "sqnr", "max_error", *TASKS}
+TIMED = {"latency", "speedup"}
+
+
+def task_of(name: str, side: Side) -> float | None:
+    """The result's score in the task called ``name``, if that is its task."""
+    quality = None if side.result is None else side.result.quality
+    return (
+        quality.task.result if quality is not None and quality.task is not None and quality.task.name == name else None
+    )
+
+
+def incomparable(name: str, a: Side, b: Side) -> str:
+    """Why two numbers that were both measured say nothing about each other; empty where they do."""
+    if a.result is None or b.result is None:
+        return ""
+    one, other = a.result, b.result
+    if name in JUDGED and one.quality is not None and other.quality is not None:
+        judged = [f"{quality.data}, {quality.samples} samples" for quality in (one.quality, other.quality)]
+        return _unless_equal("judged on different data", *judged)
+    if name in TIMED and one.latency is not None and other.latency is not None:
+        timed = [f"{way.runtime}, {way.threads} threads, {way.shapes}" for way in (one.latency, other.latency)]
+        return _unless_equal("timed in different ways", *timed)
+    return ""
+
+
+def _unless_equal(what: str, one: str, other: str) -> str:
+    return "" if one == other else f"{what}: {one}; {other}"

@@ -1,0 +1,300 @@
+"""Replay a receipt: the files are those that were written, and the same inputs give the same bytes again.
+
+Bytes follow from model, calibration data and recipe. What is taken back to float may follow from measured times, so
+the manifest names it, and a replay leaves those nodes in float from the start and measures nothing by which to choose.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+import qexport
+from qexport.errors import DataInvalid, IntegrityError, ModelInvalid, UsageError
+from qexport.exporter.admit import Limits
+from qexport.exporter.build import build
+from qexport.exporter.load import COMPANIONS, ONNX_FILE, load_source
+from qexport.exporter.options import BuildOptions, Progress, Silent
+from qexport.exporter.outcome.receipt import MANIFEST, Given, ReplayInfo, processor, tool_versions
+from qexport.exporter.recipe import Recipe
+from qexport.exporter.samples import open_samples
+from qexport.runtime.backends.artefact import Artefact, open_artefact
+from qexport.safe_io import digest_file, open_beneath
+
+REPLAYED = (ONNX_FILE, *COMPANIONS)
+"""Files whose bytes follow from the inputs, with all whose names go on after a full stop (external data). The others
+hold measured times, or are made by an engine builder that measures."""
+
+_DIFFERENT = "not what the build was given"
+_AGAIN = "build it again: manifests of earlier versions do not say how; --files checks the digests alone"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where inputs are now, if not where they were."""
+
+    model: str | Path | None = None
+    calib: str | Path | None = None
+    eval: str | Path | None = None
+
+
+class FileCheck(BaseModel):
+    """One file of an artefact.
+
+    Attributes:
+        name: In the folder.
+        digest: What the manifest says; empty for a file that it does not list.
+        found: What was found: in the folder, or in the replay where the file was replayed.
+        verdict: ``intact`` is the file that was written; ``same`` was also built again with the same bytes,
+            ``differs`` with other ones; ``missing`` and ``new`` are in one of both alone.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    digest: str
+    found: str
+    verdict: Literal["intact", "same", "differs", "missing", "new"]
+
+
+class Replayed(BaseModel):
+    """What a verification found.
+
+    Attributes:
+        folder: The artefact.
+        files: Every file of it.
+        replayed: Whether it was built again.
+        same: Whether nothing speaks against it.
+        notes: What is different around it, and what was left out.
+        seconds: What it took.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    schema_version: Literal["qexport.verify/1"] = Field("qexport.verify/1", alias="schema")
+    folder: str
+    files: tuple[FileCheck, ...]
+    replayed: bool
+    same: bool
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+def verify(
+    folder: str | Path,
+    *,
+    model: str | Path | None = None,
+    calib: str | Path | None = None,
+    eval: str | Path | None = None,
+    files: bool = False,
+    progress: Progress | None = None,
+) -> Replayed:
+    """Check an artefact folder against its manifest, then build it again and compare the bytes.
+
+    Args:
+        folder: What ``build`` wrote; it is only read.
+        model: Where the source is now; where the manifest says, when not given.
+        calib: Where the calibration data is now, likewise.
+        eval: Where the evaluation data is now, likewise; it is not needed, as it does not shape the bytes.
+        files: Check the files alone.
+        progress: Who hears about stages.
+
+    Returns:
+        Every file with its verdict. Bytes that differ are no exception: see ``same``.
+
+    Raises:
+        IntegrityError: A file is not the one that was written, or an input is not what the build was given.
+        UsageError: The manifest does not say how to build again, or an input is not there.
+        UnsafeInput: There is no manifest, or a file of the folder is a link.
+    """
+    started, stages = time.perf_counter(), progress or Silent()
+    artefact = open_artefact(Path(folder))
+    with stages.stage("files"):
+        intact, notes = check_folder(artefact)
+    if files:
+        seconds = time.perf_counter() - started
+        return Replayed(
+            schema="qexport.verify/1",
+            folder=str(folder),
+            files=intact,
+            replayed=False,
+            same=True,
+            notes=notes,
+            seconds=seconds,
+        )
+    info, recipe = read_replay(artefact)
+    again = replay_recipe(recipe, info.keep)
+    with stages.stage("inputs"):
+        inputs, left_out = _find_inputs(info, Inputs(model, calib, eval))
+        _check_inputs(info, inputs, again)
+    with TemporaryDirectory(prefix="qexport-verify-") as scratch:
+        options = BuildOptions(output=Path(scratch) / "again", allow_nonfinite=info.allow_nonfinite, progress=stages)
+        built = build(inputs.model or "", recipe=again, calib=inputs.calib, eval=inputs.eval, options=options)
+    judged = tuple(_judge(intact, {name: record.digest for name, record in built.files.items()}))
+    return Replayed(
+        schema="qexport.verify/1",
+        folder=str(folder),
+        files=judged,
+        replayed=True,
+        same=all(file.verdict in ("intact", "same") for file in judged),
+        notes=(*notes, *left_out, *_surroundings(artefact, info)),
+        seconds=time.perf_counter() - started,
+    )
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def check_folder(artefact: Artefact) -> tuple[tuple[FileCheck, ...], tuple[str, ...]]:
+    """Compare every file with the manifest; returns the files, and a note for each that is not listed.
+
+    Raises:
+        IntegrityError: Files are missing or not those that were written; all are named.
+    """
+    checks = [_check_file(artefact, name, record) for name, record in artefact.files.items()]
+    bad = [f"{check.name} ({check.verdict})" for check in checks if check.verdict != "intact"]
+    if bad:
+        what = f"{len(bad)} of {len(checks)} files are not those that were written: {', '.join(bad)}"
+        raise IntegrityError(what, where=str(artefact.folder), hint="take a good copy, or build it again")
+    known = {MANIFEST, *artefact.files}
+    strangers = sorted(entry.name for entry in os.scandir(artefact.folder) if entry.name not in known)
+    return tuple(checks), tuple(f"the manifest does not list {name!r}" for name in strangers)
+
+
+def _check_file(artefact: Artefact, name: str, record: object) -> FileCheck:
+    digest = record.get("digest") if isinstance(record, dict) else None
+    if not isinstance(digest, str):
+        raise IntegrityError("the manifest is not one of qexport's", where=str(artefact.folder / MANIFEST))
+    try:
+        open_beneath(artefact.folder, name).close()
+    except ModelInvalid:
+        return FileCheck(name=name, digest=digest, found="", verdict="missing")
+    found = digest_file(artefact.folder / name)
+    return FileCheck(name=name, digest=digest, found=found, verdict="intact" if found == digest else "differs")
+
+
+def is_replayed(name: str) -> bool:
+    """Whether the bytes of a file follow from the inputs."""
+    return name in REPLAYED or name.startswith(f"{ONNX_FILE}.")
+
+
+def _judge(intact: tuple[FileCheck, ...], built: Mapping[str, str]) -> Iterator[FileCheck]:
+    """The files with what the replay says of them."""
+    for file in intact:
+        if not is_replayed(file.name):
+            yield file
+        elif file.name not in built:
+            yield file.model_copy(update={"found": "", "verdict": "missing"})
+        else:
+            verdict = "same" if built[file.name] == file.digest else "differs"
+            yield file.model_copy(update={"found": built[file.name], "verdict": verdict})
+    known = {file.name for file in intact}
+    for name, digest in built.items():
+        if is_replayed(name) and name not in known:
+            yield FileCheck(name=name, digest="", found=digest, verdict="new")
+
+
+# ---------------------------------------------------------------- the receipt
+
+
+def read_replay(artefact: Artefact) -> tuple[ReplayInfo, Recipe]:
+    """What the manifest says of how it was built; ``UsageError`` where it does not, or in another version's words."""
+    where = str(artefact.folder / MANIFEST)
+    section, recipe = (artefact.manifest.get(name) for name in ("replay", "recipe"))
+    if "door" in artefact.manifest:
+        hint = "export the source again and compare both: qexport diff A B; --files checks the digests alone"
+        raise UsageError("exports cannot be replayed, only what qexport build wrote", where=where, hint=hint)
+    if section is None or recipe is None:
+        raise UsageError("the manifest does not say how to build it again", where=where, hint=_AGAIN)
+    try:
+        info = ReplayInfo.model_validate(section)
+        return info, Recipe.model_validate_json(json.dumps(recipe), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        written = artefact.manifest.get("version")
+        what = f"{place}: {first['msg']}; it was written by qexport {written}, this is {qexport.__version__}"
+        raise UsageError(what, where=where, hint=_AGAIN) from error
+
+
+def replay_recipe(recipe: Recipe, keep: Mapping[int, tuple[str, ...]]) -> Recipe:
+    """The recipe that leaves from the start in float what was taken back, and chooses and demands nothing by itself.
+
+    Raises:
+        UsageError: ``keep`` names a step that is not there.
+    """
+    document: dict[str, Any] = recipe.as_dict()
+    enabled = [step for step in document["step"] if step.get("enabled", True)]
+    for number, names in keep.items():
+        if not 1 <= number <= len(enabled):
+            raise UsageError(f"the recipe has no step {number}", where="replay.keep", hint=_AGAIN)
+        step = enabled[number - 1]
+        step["keep"] = [*step.get("keep", ()), *names]
+    document["export"] |= {"never_worse": False, "engine": False}
+    document["gates"] = {}
+    return Recipe.model_validate_json(json.dumps(document), strict=True)
+
+
+def _find_inputs(info: ReplayInfo, now: Inputs) -> tuple[Inputs, tuple[str, ...]]:
+    """Where the inputs are; evaluation data that is gone is left out, and that is told."""
+    notes: tuple[str, ...] = ()
+    evaluation = _place("eval", info.eval, now.eval)
+    if now.eval is None and evaluation is not None and not os.path.exists(evaluation):
+        told = f"the evaluation data {str(evaluation)!r} is not there; the bytes do not depend on it"
+        evaluation, notes = None, (told,)
+    found = Inputs(_place("model", info.model, now.model), _place("calib", info.calib, now.calib), evaluation)
+    for option, path in (("model", found.model), ("calib", found.calib), ("eval", found.eval)):
+        if path is not None and not os.path.exists(path):
+            hint = f"say where it is with --{option} PATH"
+            raise UsageError("what the build was given is not there", where=str(path) or option, hint=hint)
+    return found, notes
+
+
+def _place(option: str, given: Given | None, now: str | Path | None) -> str | Path | None:
+    if given is None and now is not None:
+        raise UsageError(f"the build was not given any --{option}", where=f"--{option} {now}", hint="leave it out")
+    return now if now is not None or given is None else given.path
+
+
+def _check_inputs(info: ReplayInfo, inputs: Inputs, recipe: Recipe) -> None:
+    """Compare digests of what the inputs hold now; what cannot be read any more has changed."""
+    reading = str(inputs.model)
+    try:
+        limits = Limits(allow_nonfinite=info.allow_nonfinite)
+        source = load_source(inputs.model or "", limits, cached=recipe.export.cached)
+        _demand(source.info.digest, info.model, reading)
+        reading = str(inputs.calib or inputs.eval)
+        samples = open_samples(source, recipe, inputs.calib, inputs.eval)
+    except (ModelInvalid, DataInvalid) as error:
+        raise IntegrityError(f"{_DIFFERENT}: {error.what}", where=error.where or reading) from error
+    if samples.calibration is not None:
+        _demand(samples.calibration.digest, info.calib, str(inputs.calib))
+    if samples.judge is not None and inputs.eval is not None:
+        _demand(samples.judge.data.digest, info.eval, str(inputs.eval))
+
+
+def _demand(digest: str, given: Given | None, where: str) -> None:
+    if given is not None and digest != given.digest:
+        hint = "give what the build was given; other inputs make another artefact, which qexport diff compares"
+        raise IntegrityError(_DIFFERENT, where=where, hint=hint)
+
+
+def _surroundings(artefact: Artefact, info: ReplayInfo) -> Iterator[str]:
+    """What is different here from where it was built, and may shape the bytes."""
+    told, here = artefact.manifest.get("tools"), tool_versions()
+    before = told if isinstance(told, dict) else {}
+    for name in sorted({*before, *here}):
+        if before.get(name) != here.get(name):
+            yield f"{name} was {before.get(name) or 'not there'}, is {here.get(name) or 'not there'}"
+    if artefact.manifest.get("version") != qexport.__version__:
+        yield f"qexport was {artefact.manifest.get('version')}, is {qexport.__version__}"
+    if info.processor and info.processor != processor():
+        yield f"the processor was {info.processor}, is {processor()}"
