@@ -9,24 +9,39 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from qexport.exporter.build import build as build
+    from qexport.exporter.compare.changes import diff as diff
     from qexport.exporter.export import export as export
     from qexport.exporter.options import BuildOptions as BuildOptions
     from qexport.exporter.options import ExportOptions as ExportOptions
     from qexport.exporter.outcome.export_result import ExportResult as ExportResult
     from qexport.exporter.outcome.result import Result as Result
     from qexport.exporter.recipe import Recipe as Recipe
+    from qexport.exporter.replay import verify as verify
 
 _HOMES = {
     "BuildOptions": "qexport.exporter.options",
     "build": "qexport.exporter.build",
+    "diff": "qexport.exporter.compare.changes",
     "ExportOptions": "qexport.exporter.options",
     "ExportResult": "qexport.exporter.outcome.export_result",
     "export": "qexport.exporter.export",
     "Recipe": "qexport.exporter.recipe",
     "Result": "qexport.exporter.outcome.result",
+    "verify": "qexport.exporter.replay",
 }
 
-__all__ = ["BuildOptions", "ExportOptions", "ExportResult", "Recipe", "Result", "__version__", "build", "export"]
+__all__ = [
+    "BuildOptions",
+    "ExportOptions",
+    "ExportResult",
+    "Recipe",
+    "Result",
+    "__version__",
+    "build",
+    "diff",
+    "export",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

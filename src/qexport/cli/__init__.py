@@ -34,8 +34,11 @@ COMMANDS = (
     "plan",
     "check",
     "inspect",
+    "diff",
+    "verify",
     "recipe",
     "doctor",
+    "completion",
 )
 """Each is a module of this package with a click command of the same name."""
 
