@@ -19,11 +19,12 @@ from qexport.calibration.reading.data import Dataset
 from qexport.calibration.statistics.collect import Statistics, collect, workers
 from qexport.calibration.statistics.excerpts import Window
 from qexport.calibration.statistics.methods import METHODS
+from qexport.calibration.statistics.sketch import sketch
 from qexport.calibration.statistics.store import Store
 from qexport.errors import UsageError
 from qexport.passes.base import Outcome, Pass
 from qexport.passes.numbers.formats import FORMATS
-from qexport.passes.numbers.notes import KERNEL_KEY
+from qexport.passes.numbers.notes import KERNEL_KEY, SKETCH_KEY
 from qexport.passes.numbers.range import RANGE_KEY, SQNR_KEY, Range
 from qexport.passes.placement import Outputs, Plan, Site, plan
 from qexport.passes.target import Target, find_target
@@ -79,6 +80,7 @@ class Calibrate(Pass):
         for name, span in spans.items():
             modified |= values[name].meta.get(RANGE_KEY) != span
             values[name].meta[RANGE_KEY] = span
+            values[name].meta[SKETCH_KEY] = sketch(statistics[name].histogram)
         for site in found.roots:
             if site.weight is not None:
                 site.node.meta[KERNEL_KEY] = site.kernel

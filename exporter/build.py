@@ -26,6 +26,8 @@ from qexport.exporter.precision.bench import BuildBench
 from qexport.exporter.product import run_recipe
 from qexport.exporter.proof.gates import check_judge
 from qexport.exporter.recipe import Recipe, load_recipe, override
+from qexport.exporter.report.gather import Material, gather
+from qexport.exporter.report.tree import Report
 from qexport.exporter.samples import Samples, open_samples
 from qexport.exporter.sparsity import zeros_of
 from qexport.exporter.steps import find_pass
@@ -33,7 +35,7 @@ from qexport.passes.portable import PAST
 from qexport.passes.quantize import quantized_nodes
 from qexport.passes.target import Target, find_target
 from qexport.runtime.backends.artefact import PLAN
-from qexport.safe_io import Stage, publish
+from qexport.safe_io import Cache, Stage, publish
 
 
 def build(
@@ -85,8 +87,18 @@ def build(
         engine = build_plan(found.product.model, chosen, samples, stage, stages)
         unmeasured = keep_profile(stage, found.product.model) if runs_on_processor(row) else ()
         facts = summarize(chosen, found.product, samples, time.perf_counter() - started)
-        evidence = Evidence(found.quality, found.latency, engine, found.backed_off, (*found.remarks, *unmeasured))
-        return write_artefact(stage, output, source, facts, evidence)
+        evidence = Evidence(
+            found.quality, found.latency, engine, found.backed_off, (*found.remarks, *unmeasured), found.tried
+        )
+
+        def tell(result: Result) -> Report:
+            show = chosen.data.report_samples
+            with stages.stage("report"):
+                return gather(
+                    Material(source, row, found.product, result, samples, bench, Cache(asked.cache), show_samples=show)
+                )
+
+        return write_artefact(stage, output, source, facts, evidence, tell)
 
 
 def choose_recipe(recipe: str | Path | Recipe, asked: BuildOptions) -> Recipe:

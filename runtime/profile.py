@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,11 +30,18 @@ class Kernel:
         name: Its name after the runtime's own rewriting: mostly that of a node of the file or of its output.
         op: What it computed, which may be several operators of the file in one.
         seconds: Median over the runs.
+        inputs: Shapes of what it read in the last run. Missing inputs are left out, and so are most weights: those that
+            the runtime has rearranged when it opened the model.
+        outputs: Shapes of what it made.
+        bytes: What it read and made, without weights.
     """
 
     name: str
     op: str
     seconds: float
+    inputs: tuple[tuple[int, ...], ...] = ()
+    outputs: tuple[tuple[int, ...], ...] = ()
+    bytes: int = 0
 
 
 def profile(opener: Callable[[SessionOptions], OrtSession], options: SessionOptions, feeds: Feeds) -> list[Kernel]:
@@ -61,9 +69,26 @@ def profile(opener: Callable[[SessionOptions], OrtSession], options: SessionOpti
 def read_kernels(text: str, skip: int = WARM_UP) -> list[Kernel]:
     """Read onnxruntime's profile: the kernels of the main graph in order, without the first ``skip`` runs."""
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
+    told: dict[tuple[str, str], Mapping[str, Any]] = {}
     for event in json.loads(text):
         name = str(event.get("name", ""))
         if event.get("cat") == "Node" and name.endswith(_ENDING):
             key = name.removesuffix(_ENDING), str(event["args"]["op_name"])
             times[key].append(event["dur"] / 1e6)
-    return [Kernel(name, op, float(np.median(found[skip:] or found))) for (name, op), found in times.items()]
+            told[key] = event["args"]
+    return [_kernel(*key, float(np.median(found[skip:] or found)), told[key]) for key, found in times.items()]
+
+
+def _kernel(name: str, op: str, seconds: float, told: Mapping[str, Any]) -> Kernel:
+    """What onnxruntime tells of sizes differs with its version; what is missing stays empty."""
+    sizes = (str(told.get(key)) for key in ("activation_size", "output_size"))
+    moved = sum(int(size) for size in sizes if size.isdigit())
+    return Kernel(
+        name, op, seconds, _shapes(told.get("input_type_shape")), _shapes(told.get("output_type_shape")), moved
+    )
+
+
+def _shapes(told: object) -> tuple[tuple[int, ...], ...]:
+    """``[{"float": [1, 2]}, ...]`` as shapes alone."""
+    entries = told if isinstance(told, list) else []
+    return tuple(tuple(map(int, shape)) for entry in entries for shape in entry.values())

@@ -20,7 +20,7 @@ from qexport.exporter.outcome.summary import summary_lines
 from qexport.exporter.precision import backoff
 from qexport.exporter.precision.activations import find_groups
 from qexport.exporter.precision.backoff import TOO_BAD, TOO_SLOW, settle
-from qexport.exporter.precision.costs import Cost, attribute, region_costs
+from qexport.exporter.precision.costs import Cost, attribute, profile_both, region_costs
 from qexport.exporter.precision.regions import Region, find_regions, find_units, label
 from qexport.exporter.precision.residual import find_residuals, levels
 from qexport.exporter.product import Product, Snapshot
@@ -299,6 +299,11 @@ def test_the_time_of_merged_and_new_operators_is_found():
     assert attribute(kernels, labels, 2) == [2 + 4, 8 + 16 + 32]
 
 
+def test_a_product_that_the_runtime_has_given_a_bias_is_found_by_its_name():
+    kernels = [Kernel("first", "?", 1e-3), Kernel("fused /l/h/MatMulAddFusion", "Gemm", 2e-3)]
+    assert attribute(kernels, {"first": 0, "/l/h": 1}, 2) == pytest.approx([1, 2])
+
+
 def test_a_quantizer_costs_what_reads_it_and_an_integer_kernel_goes_by_the_output_it_swallowed():
     text = """g (float[n, 4] x) => (float[n, 4] b) { a = MatMul(x, w)
         q = QuantizeLinear(a, s, zero)  d = DequantizeLinear(q, s, zero)  b = MatMul(d, w) }"""
@@ -318,7 +323,8 @@ def test_the_profile_of_real_models_tells_the_slow_region_from_the_fast_one():
     )
     regions = [Region(("a",), ("MatMul",)), Region(("z",), ("MatMul",))]
     feeds = {"x": rng.standard_normal((64, 256)).astype(np.float32)}
-    costs = region_costs(light, heavy, regions, feeds, SessionOptions(threads=1))
+    kernels = profile_both(light, heavy, feeds, SessionOptions(threads=1))
+    costs = region_costs(light, heavy, regions, kernels)
     assert costs[1].ratio > 3 * costs[0].ratio > 0
 
 
@@ -326,7 +332,7 @@ def test_a_profile_that_cannot_be_written_is_a_lack_of_resources(monkeypatch):
     monkeypatch.setattr(profiling, "read_text", lambda path: '[{"cat" : "No')
     model = chain(1)
     with pytest.raises(ResourceExhausted, match="profile could not be written"):
-        region_costs(model, model, [], {"g0": np.ones((1, 4), np.float32)}, SessionOptions(threads=1))
+        profile_both(model, model, {"g0": np.ones((1, 4), np.float32)}, SessionOptions(threads=1))
 
 
 PLAIN = """[[step]]

@@ -85,6 +85,13 @@ class Histogram:
         held = counts > 0
         return np.clip(values[held], self.low, self.high), counts[held]
 
+    def magnitudes(self, count: int) -> NDArray[np.float64]:
+        """How many values, zeros included, have a magnitude in each of ``count`` equal bins up to the largest one."""
+        values, counts = self.table()
+        top = max(-self.low, self.high)
+        mass, _ = np.histogram(np.abs(values), bins=count, range=(0.0, top), weights=counts)
+        return mass.astype(np.float64)
+
     @property
     def total(self) -> int:
         """Number of values counted."""

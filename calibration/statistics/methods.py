@@ -3,28 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qexport.calibration.statistics.histogram import Histogram
 from qexport.passes.numbers.formats import FORMATS, Kind
 from qexport.passes.numbers.range import Range, integers_for
 
-Method = Callable[[Histogram, Kind], Range]
+
+class Seen(Protocol):
+    """The values of one tensor, counted: a ``Histogram`` or a ``Sketch``."""
+
+    @property
+    def low(self) -> float:
+        """Smallest value seen, 0 if none was below it."""
+
+    @property
+    def high(self) -> float:
+        """Largest value seen, 0 if none was above it."""
+
+    def table(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Values in rising order, with their counts."""
+
+    def magnitudes(self, count: int) -> NDArray[np.float64]:
+        """How many have a magnitude in each of ``count`` equal bins up to the largest one; zeros may be left out."""
+
+
+Method = Callable[[Seen, Kind], Range]
 
 PERCENTILE = 99.999
 LEVELS = 128  # about as many magnitudes as 8 bits tell apart
 BINS = 2048
 
 
-def minmax(histogram: Histogram, kind: Kind) -> Range:
+def minmax(histogram: Seen, kind: Kind) -> Range:
     """The extremes that were seen: nothing is clipped."""
     del kind
     return Range(histogram.low, histogram.high)
 
 
-def percentile(histogram: Histogram, kind: Kind) -> Range:
+def percentile(histogram: Seen, kind: Kind) -> Range:
     """Clip the share of values beyond the 99.999th percentile, of magnitudes where there is no zero point."""
     values, counts = histogram.table()
     share = PERCENTILE / 100
@@ -34,15 +53,13 @@ def percentile(histogram: Histogram, kind: Kind) -> Range:
     return Range(min(0.0, -_quantile(-values, counts, share)), max(0.0, _quantile(values, counts, share)))
 
 
-def entropy(histogram: Histogram, kind: Kind) -> Range:
+def entropy(histogram: Seen, kind: Kind) -> Range:
     """The clip with the least Kullback-Leibler divergence from float to 8 bits (Migacz 2017, "8-bit inference")."""
-    values, counts = histogram.table()
     top = max(-histogram.low, histogram.high)
     if top == 0.0:
         return minmax(histogram, kind)
-    mass, _ = np.histogram(np.abs(values), bins=BINS, range=(0.0, top), weights=counts)
+    mass = histogram.magnitudes(BINS)
     mass[0] = mass[1]  # exact zeros are represented exactly at any clip and must not decide it
-    mass = mass.astype(np.float64)
     edges = FORMATS[kind].edges
     tails = np.concatenate([np.cumsum(mass[::-1])[::-1], [0.0]])
     scores = {bins: _divergence(mass[:bins], tails[bins], edges) for bins in range(LEVELS, BINS + 1, LEVELS // 8)}
@@ -50,7 +67,7 @@ def entropy(histogram: Histogram, kind: Kind) -> Range:
     return Range(max(histogram.low, -reach), min(histogram.high, reach))
 
 
-def mse(histogram: Histogram, kind: Kind) -> Range:
+def mse(histogram: Seen, kind: Kind) -> Range:
     """The clip with the least squared error through the quantizer itself, rounding and clipping together.
 
     Floating numbers are also tried at ranges beyond the extremes, where they may fall better on their grid.

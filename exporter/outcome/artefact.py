@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,8 +12,19 @@ import qexport
 from qexport.exporter.load import Source
 from qexport.exporter.outcome.receipt import MANIFEST, MANIFEST_SCHEMA, files_of, tool_versions
 from qexport.exporter.outcome.report import report_markdown
-from qexport.exporter.outcome.result import BackedOff, DecisionInfo, EngineInfo, Latency, Quality, Result, StepInfo
+from qexport.exporter.outcome.result import (
+    BackedOff,
+    DecisionInfo,
+    EngineInfo,
+    Latency,
+    Quality,
+    Result,
+    StepInfo,
+    Tried,
+)
 from qexport.exporter.recipe import Recipe
+from qexport.exporter.report.files import NO_TABLES, can_write_tables, write_report
+from qexport.exporter.report.tree import Report
 from qexport.exporter.samples import Samples
 from qexport.exporter.steps import PASSES
 from qexport.exporter.surroundings import peak_memory
@@ -48,6 +60,7 @@ class Evidence:
     engine: EngineInfo | None
     backed_off: tuple[BackedOff, ...] = ()
     remarks: tuple[str, ...] = ()
+    tried: tuple[Tried, ...] = ()
 
 
 def summarize(recipe: Recipe, product: Product, samples: Samples, seconds: float) -> Facts:
@@ -76,8 +89,13 @@ def summarize(recipe: Recipe, product: Product, samples: Samples, seconds: float
     )
 
 
-def write_artefact(stage: Stage, output: Path, source: Source, facts: Facts, evidence: Evidence) -> Result:
-    """Write everything but the model and the plan, which are in the stage already; the manifest comes last."""
+def write_artefact(
+    stage: Stage, output: Path, source: Source, facts: Facts, evidence: Evidence, tell: Callable[[Result], Report]
+) -> Result:
+    """Write everything but the model and the plan, which are in the stage already; the manifest comes last.
+
+    ``tell`` makes the report of a result.
+    """
     quality, latency, engine = evidence.quality, evidence.latency, evidence.engine
     for companion in source.companions:
         stage.copy(companion, companion.name)
@@ -98,13 +116,15 @@ def write_artefact(stage: Stage, output: Path, source: Source, facts: Facts, evi
         latency=latency,
         engine=engine,
         backed_off=evidence.backed_off,
+        tried=evidence.tried,
         gates={k: v for k, v in facts.recipe.gates.model_dump().items() if v is not None},
-        warnings=(*_idle(facts), *facts.warnings, *evidence.remarks, *_late_warnings(quality, latency)),
+        warnings=(*_idle(facts), *facts.warnings, *evidence.remarks, *_late_warnings(quality, latency), *_tables()),
         seconds=facts.seconds,
         peak_rss_bytes=peak_memory(),
     )
     stage.write_json(RESULT, finite(result.model_dump(mode="json", by_alias=True)))
     stage.write_text(REPORT, report_markdown(result))
+    write_report(stage, tell(result))
     stage.write_json(MANIFEST, _manifest(stage, result, facts))
     return result
 
@@ -135,6 +155,10 @@ def _idle(facts: Facts) -> list[str]:
     if asked and not made:
         return [f"the recipe made nothing smaller ({'; '.join(refusals[:3])})"]
     return []
+
+
+def _tables() -> tuple[str, ...]:
+    return () if can_write_tables() else (NO_TABLES,)
 
 
 def _late_warnings(quality: Quality | None, latency: Latency | None) -> list[str]:

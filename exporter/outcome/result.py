@@ -239,3 +239,8 @@ class Result(_Record):
     warnings: tuple[str, ...]
     seconds: float
     peak_rss_bytes: int
+
+    def _repr_html_(self) -> str:
+        from qexport.exporter.report.notebook import fragment
+
+        return fragment(self)

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from qexport.errors import GateFailed
-from qexport.exporter.outcome.result import BackedOff, Latency, Quality
+from qexport.exporter.outcome.result import BackedOff, Latency, Quality, Tried
 from qexport.exporter.precision.costs import Cost
 from qexport.exporter.precision.regions import Region, find_regions
+from qexport.exporter.precision.tried import Remembering
 from qexport.exporter.product import Product
 from qexport.exporter.proof.gates import check_gates
 from qexport.exporter.recipe import GatesSpec
@@ -63,6 +64,7 @@ class Trial:
         latency: How fast it is.
         backed_off: The regions that went back to float, and why.
         remarks: What was tried in vain.
+        tried: The other choices that were judged or timed.
     """
 
     product: Product
@@ -70,6 +72,7 @@ class Trial:
     latency: Latency | None = None
     backed_off: tuple[BackedOff, ...] = ()
     remarks: tuple[str, ...] = ()
+    tried: tuple[Tried, ...] = ()
 
     @property
     def kept(self) -> frozenset[str]:
@@ -83,6 +86,12 @@ def settle(product: Product, bench: Bench, gates: GatesSpec, *, never_worse: boo
     Raises:
         GateFailed: The gates do not hold, with nothing quantized neither.
     """
+    memory = Remembering(bench)
+    trial = _settled(product, memory, gates, never_worse=never_worse)
+    return replace(trial, tried=memory.tried(product, trial.product, gates))
+
+
+def _settled(product: Product, bench: Bench, gates: GatesSpec, *, never_worse: bool) -> Trial:
     regions = find_regions(product.snapshot.model.graph, product.quantized) if product.snapshot is not None else ()
     trial, failure = _judged(product, bench, gates)
     if failure is not None:

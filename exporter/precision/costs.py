@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -13,6 +14,9 @@ from qexport.calibration.running.execute import open_model
 from qexport.exporter.precision.regions import Region, label
 from qexport.runtime.profile import Kernel, profile
 from qexport.runtime.session import SessionOptions
+
+_MERGED = "fused "  # what onnxruntime puts before the name of a product that it has given a bias
+Kernels: TypeAlias = tuple[list[Kernel], list[Kernel]]  # of the float graph, of the result
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,19 +32,24 @@ class Cost:
         return self.after / max(self.before, 1e-9)
 
 
-def region_costs(
-    plain: ir.Model,
-    result: ir.Model,
-    regions: Sequence[Region],
-    feeds: Mapping[str, NDArray[Any]],
-    options: SessionOptions,
-) -> list[Cost]:
-    """Profile both models on the same inputs and add up what belongs to each region."""
-    sums = []
-    for model in (plain, result):
-        kernels = profile(lambda chosen, model=model: open_model(model, chosen), options, feeds)  # type: ignore[misc]  # mypy infers no lambda with a default
-        sums.append(attribute(kernels, label(model.graph, regions), len(regions)))
-    return [Cost(before, after) for before, after in zip(*sums, strict=True)]
+def profile_both(
+    plain: ir.Model, result: ir.Model, feeds: Mapping[str, NDArray[Any]], options: SessionOptions
+) -> Kernels:
+    """Profile both models on the same inputs."""
+
+    def profiled(model: ir.Model) -> list[Kernel]:
+        return profile(lambda chosen: open_model(model, chosen), options, feeds)
+
+    return profiled(plain), profiled(result)
+
+
+def region_costs(plain: ir.Model, result: ir.Model, regions: Sequence[Region], kernels: Kernels) -> list[Cost]:
+    """Add up what belongs to each region in the profiles of both models."""
+    before, after = (
+        attribute(found, label(model.graph, regions), len(regions))
+        for model, found in zip((plain, result), kernels, strict=True)
+    )
+    return [Cost(*both) for both in zip(before, after, strict=True)]
 
 
 def attribute(kernels: Sequence[Kernel], labels: Mapping[str, int], count: int) -> list[float]:
@@ -51,15 +60,51 @@ def attribute(kernels: Sequence[Kernel], labels: Mapping[str, int], count: int) 
     belongs to what ran before it.
     """
     totals = [0.0] * (count + 1)  # the last one is nobody's
-    known = sorted((name for name in labels if name), key=len, reverse=True)
-    last = -1
-    for kernel in kernels:
-        name = kernel.name if kernel.name in labels else _prefix(kernel.name, known)
-        last = last if name is None else labels[name]
-        totals[last] += 1e3 * kernel.seconds
+    for kernel, owner in zip(kernels, owners(kernels, labels), strict=True):
+        totals[owner] += 1e3 * kernel.seconds
     return totals[:-1]
+
+
+def owners(kernels: Sequence[Kernel], labels: Mapping[str, int]) -> list[int]:
+    """The label of each kernel, -1 for none."""
+    known = sorted((name for name in labels if name), key=len, reverse=True)
+    found, last = [], -1
+    for kernel in kernels:
+        called = kernel.name.removeprefix(_MERGED)
+        name = called if called in labels else _prefix(called, known)
+        last = last if name is None else labels[name]
+        found.append(last)
+    return found
 
 
 def _prefix(name: str, known: Sequence[str]) -> str | None:
     """The longest known name that ``name`` starts with, up to a mark that the runtime puts behind it."""
     return next((start for start in known if name.startswith(start) and name[len(start)] in "_/:"), None)
+
+
+_CONVOLUTIONS = {"Conv", "FusedConv", "NhwcFusedConv", "ConvInteger", "QLinearConv"}
+_PRODUCTS = {"MatMul", "FusedMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul"}
+_PRODUCTS |= {"Gemm", "FusedGemm", "QGemm", "MatMulNBits", "MatMulBnb4"}
+
+
+def flops(kernel: Kernel, weight: Sequence[int] = ()) -> float:
+    """Multiplications and additions of a product or a convolution; 0 for everything else, and where sizes are unknown.
+
+    One output element of a product takes K of each, one of a convolution as many as its kernel has weights.
+
+    Args:
+        kernel: With the shapes of what it read and made.
+        weight: Shape of the weight, which runtimes mostly do not tell; convolutions need it.
+    """
+    if not kernel.inputs or not kernel.outputs:
+        return 0.0
+    made, read = kernel.outputs[0], kernel.inputs[0]
+    if kernel.op in _PRODUCTS:
+        # whether the first factor is transposed is not told: M times K is its last two axes in either order
+        inner = math.prod(read[-2:]) / max(made[-2], 1) if min(len(made), len(read)) > 1 else math.prod(read[-1:])
+        return 2.0 * math.prod(made) * inner
+    if len(weight) == len(made) and kernel.op in _CONVOLUTIONS:
+        return 2.0 * math.prod(made) * math.prod(weight[1:])
+    if len(weight) == len(made) and kernel.op == "ConvTranspose":
+        return 2.0 * math.prod(read) * math.prod(weight[1:])
+    return 0.0

@@ -26,6 +26,7 @@ from qexport.exporter.precision.excerpt import Excerpt
 from qexport.exporter.precision.layers import measure_groups
 from qexport.exporter.precision.probe import Probe
 from qexport.passes.base import Decision, Outcome, Pass
+from qexport.passes.numbers.notes import ERROR_KEY
 from qexport.passes.pipeline import run
 from qexport.passes.quantize import STAY_KEY, Quantize
 from qexport.passes.target import find_target
@@ -67,6 +68,8 @@ class Triage(Pass):
         found = dominant(errors, self.share if self.share is not None else SHARES[half], self.most)
         decisions = []
         for node in model.graph:
+            if node.name in errors:
+                node.meta[ERROR_KEY] = errors[node.name]
             if node.name in found:
                 node.meta[STAY_KEY] = OUTWEIGHS
                 told = f"{OUTWEIGHS}: {found[node.name]:.0%} of the sum"

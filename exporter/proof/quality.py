@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -16,9 +17,11 @@ from qexport.calibration.reading.spec import static_batch
 from qexport.calibration.reading.tasks import Fold, Metric
 from qexport.calibration.running.execute import open_model
 from qexport.errors import DataInvalid, GateFailed, QexportError
-from qexport.exporter.outcome.result import LayerQuality, OutputQuality, Quality, TaskScore
+from qexport.exporter.outcome.result import LayerQuality, OutputQuality, Quality, SampleQuality, TaskScore
 from qexport.exporter.proof.layout import Feeds, Layout, Vectors, fill, find_layout
 from qexport.exporter.proof.marks import without_marks
+from qexport.passes.match import constant
+from qexport.passes.placement import CHANNEL_AXIS
 from qexport.passes.target import Target
 from qexport.runtime.backends.ort import OrtSession
 from qexport.runtime.session import SessionOptions
@@ -26,6 +29,8 @@ from qexport.runtime.session import SessionOptions
 LAYER_SAMPLES = 16
 TIMED_BATCH = 8
 TIMED_SAMPLES = 256
+WORST = 8
+FOLLOWED = 4  # operators between a layer and the first value that both models name alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,12 @@ class _Tally:
             max_error=self.max_error,
         )
 
+    def spread(self) -> tuple[tuple[SampleQuality, ...], tuple[float, ...]]:
+        """The worst samples, and the deciles of all cosines."""
+        worst = sorted(self.cosines, key=lambda index: (self.cosines[index], index))[:WORST]
+        deciles = np.quantile(list(self.cosines.values()), np.linspace(0, 1, 11))
+        return tuple(SampleQuality(index=i, cosine=self.cosines[i]) for i in worst), tuple(map(float, deciles))
+
 
 def compare(
     reference: ir.Model, result: ir.Model, judge: Judge, target: Target, advance: Callable[[int], None] = lambda n: None
@@ -102,6 +113,7 @@ def compare(
         advance(len(indices))
     outputs = {name: tally.summary() for name, tally in tallies.items()}
     main = _main(layout, tallies, outputs)
+    worst, deciles = tallies[main].spread()
     return Quality(
         data=judge.data.name,
         held_out=judge.held_out,
@@ -110,6 +122,8 @@ def compare(
         **outputs[main].model_dump(),
         task=None if task is None else _score(task, tallies[main]),
         outputs=outputs,
+        worst=worst,
+        deciles=deciles,
     )
 
 
@@ -160,13 +174,14 @@ def layer_quality(
     """SQNR of the first output of each named node against the float model, noise of all earlier layers included.
 
     ``reference`` is the model before its numbers were changed; values that both models hold under the same name and in
-    the same size are compared on a few samples, unpadded, with the result run as in ``compare``. Those that have lost
-    units cannot be.
+    the same size are compared on a few samples, unpadded, with the result run as in ``compare``. Where the result has
+    merged a layer with its bias and what follows, what that makes is compared. Layers that have lost units cannot be.
     """
     names = set(nodes)
-    outputs = {node.outputs[0].name or "": node.name or "" for node in reference.graph if node.name in names}
-    held = {value.name for node in result.graph for value in node.outputs}
-    tensors = [name for name in outputs if name in held]
+    held = {value.name or "" for node in result.graph for value in node.outputs if _is_float(value)}
+    found_at = {node.name or "": _named_alike(node, held) for node in reference.graph if node.name in names}
+    outputs = {tensor: node for node, tensor in found_at.items() if tensor is not None}
+    tensors = list(outputs)
     if not tensors:
         return ()
     rows = static_batch(input_specs(reference))
@@ -174,12 +189,38 @@ def layer_quality(
     left, right = open_model(reference, taps=tensors), open_model(result, _as_built(target), tensors)
     for feeds in take(samples, LAYER_SAMPLES, rows):
         truth, found = left.run(feeds, tensors), right.run(feeds, tensors)
-        sums = {name: sums[name] for name in sums if truth[name].shape == found[name].shape}
+        sums = {name: sums[name] for name in sums if _alike(truth[name], found[name])}
         for name in sums:
             a, b = truth[name].astype(np.float64), found[name].astype(np.float64)
             sums[name][0] += float(np.square(a).sum())
             sums[name][1] += float(np.square(a - b).sum())
     return tuple(LayerQuality(node=outputs[name], tensor=name, sqnr=decibel(*sums[name])) for name in sums)
+
+
+def _named_alike(node: ir.Node, held: Collection[str]) -> str | None:
+    """The first value behind ``node``, its own output or what constants alone are joined with, that is in ``held``."""
+    for _ in range(FOLLOWED):
+        value = node.outputs[0]
+        if value.name in held:
+            return value.name
+        users = set(value.consumers())
+        if len(users) != 1 or value.is_graph_output():
+            return None
+        (node,) = users
+        if node.op_type in CHANNEL_AXIS:
+            return None
+        if any(other is not value and other is not None and constant(other) is None for other in node.inputs):
+            return None
+    return None
+
+
+def _alike(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    integers = {one.dtype.kind, other.dtype.kind} & set("iub")
+    return one.shape == other.shape and not integers
+
+
+def _is_float(value: ir.Value) -> bool:
+    return value.dtype is None or value.dtype.is_floating_point()
 
 
 def take(samples: Iterable[Sample], count: int, rows: int | None = None) -> Iterator[Feeds]:

@@ -46,7 +46,7 @@ class Node:
         error: Relative squared error of the model's output with this layer alone quantized.
         ms_before: Milliseconds in the float model, by the runtime's profile.
         ms_after: The same in the result.
-        bytes_before: Of the initializers that it reads.
+        bytes_before: Of the initializers that it reads, before anything was cut or quantized.
         bytes_after: The same in the result.
         why: What the steps decided, in their order.
     """
@@ -74,8 +74,8 @@ class Node:
 class Candidate:
     """A range that a method would have chosen.
 
-    ``clipped`` is the share of the values that are not 0 outside of it, from 0 to 1; ``noise`` the squared error of the
-    values over their squares.
+    ``clipped`` is the share of the values outside of it, from 0 to 1; ``noise`` the squared error of the values over
+    their squares.
     """
 
     method: str
@@ -164,8 +164,7 @@ class Point:
         measured: Whether it was built and judged; else it is estimated.
         fits: Whether it holds the gates.
         chosen: Whether it is what was published.
-        pareto: Whether no other point of its unit is better in both loss and time, or in both loss and size where times
-            are missing.
+        pareto: Whether no other measured point of its unit is as good in loss, size and time, and better in one.
     """
 
     label: str
