@@ -10,7 +10,7 @@ from qexport.errors import printable
 from qexport.exporter.outcome.report import code, table, text
 from qexport.exporter.outcome.result import Result
 from qexport.exporter.outcome.summary import counts, human_bytes
-from qexport.exporter.report.html.words import name
+from qexport.exporter.report.html.words import many, name
 from qexport.exporter.report.tree import Report
 
 LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt"}
@@ -81,7 +81,7 @@ def _numbers(result: Result, report: Report) -> Iterator[str]:
         yield ""
     if latency is not None and not latency.foreign:
         interval = f"{latency.speedup:.2f}x ({latency.speedup_low:.2f} to {latency.speedup_high:.2f})"
-        yield f"Speed against float: {interval}, {latency.pairs} pairs, {latency.threads} threads."
+        yield f"Speed against float: {interval}, {many(latency.pairs, 'pair')}, {many(latency.threads, 'thread')}."
         yield ""
 
 
@@ -100,7 +100,7 @@ def _made(result: Result, report: Report) -> Iterator[str]:
         yield f"Gates that it passed: {', '.join(f'{code(gate)} {value:g}' for gate, value in result.gates.items())}."
         yield ""
     if result.backed_off:
-        yield f"{len(result.backed_off)} regions went back to float: {text(result.backed_off[0].reason)}."
+        yield f"{many(len(result.backed_off), 'region')} went back to float: {text(result.backed_off[0].reason)}."
         yield ""
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from qexport.exporter.outcome.result import Latency, Quality, Result, TaskScore
 from qexport.exporter.outcome.summary import human_bytes
+from qexport.exporter.report.html.words import many
 from qexport.exporter.report.tree import Verdict, Word
 
 POINTS = 0.3
@@ -137,6 +138,6 @@ def _facts(result: Result) -> Iterator[str]:
             f"{latency.reference_ms:.3g} ms → {latency.result_ms:.3g} ms on {latency.runtime}: {latency.speedup:.2f} "
             f"times the speed ({latency.speedup_low:.2f} to {latency.speedup_high:.2f})"
         )
-    yield f"{result.quantized} nodes quantized, {sum(result.skipped.values())} skipped"
+    yield f"{many(result.quantized, 'node')} quantized, {sum(result.skipped.values())} skipped"
     if result.backed_off:
-        yield f"{len(result.backed_off)} regions went back to float"
+        yield f"{many(len(result.backed_off), 'region')} went back to float"

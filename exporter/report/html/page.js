@@ -26,7 +26,9 @@
     if (target.hidden) clear();
     const folded = target.closest("details:not([open])");
     if (folded) folded.open = true;
-    if (folded || target.tagName === "TR") target.scrollIntoView({ block: "center" });
+    const show = () => target.scrollIntoView({ block: target.tagName === "TR" ? "center" : "start" });
+    show();
+    requestAnimationFrame(() => requestAnimationFrame(show)); // parts in between have their sizes only now
   };
 
   // a mark and the row of the same node light up together

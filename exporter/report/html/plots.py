@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from markupsafe import Markup
 
-from qexport.exporter.outcome.result import Latency
+from qexport.exporter.outcome.result import Latency, StepInfo
 from qexport.exporter.report.html.svg import (
     Axis,
     Scale,
@@ -31,6 +31,18 @@ from qexport.exporter.report.tree import Dot, Point, Roofline
 WIDE, HALF, CARD, SPARK = 1200, 590, 400, 240  # widths of pictures
 
 
+def spark_steps(steps: Sequence[StepInfo]) -> Markup:
+    """The seconds of all steps as one bar in pieces; empty where they took none."""
+    whole = sum(step.seconds for step in steps)
+    marks, start = [bar(0, 10, (SPARK, 10), "quiet")], 0.0
+    for step in steps if whole > 0 else ():
+        width = SPARK * step.seconds / whole
+        title = f"{middle(step.name, 40)}: {number(step.seconds)} s"
+        marks += [titled(bar(start, 10, (width, 10), "a"), title)] if width >= 1 else []
+        start += width
+    return picture((SPARK, 30), "share of each step in the time", marks, "spark") if whole > 0 else Markup("")
+
+
 def spark_size(before: int, after: int) -> Markup:
     """Both sizes as bars."""
     largest = max(before, after, 1)
@@ -44,10 +56,11 @@ def spark_speed(latency: Latency) -> Markup:
     x = covering((low, high, latency.speedup, 1.0), (2, SPARK - 2), zero=True)
     even = x.at(1)
     marks = (
-        rule((x.at(0), 22), (x.at(x.domain[1]), 22), "axis"),
-        rule((even, 4), (even, 22), "guide"),
-        rule((x.at(low), 12), (x.at(high), 12), "trace-a"),
-        dot(x.at(latency.speedup), 12, "a"),
+        rule((x.at(0), 18), (x.at(x.domain[1]), 18), "axis"),
+        rule((even, 2), (even, 18), "guide"),
+        rule((x.at(low), 9), (x.at(high), 9), "trace-a"),
+        dot(x.at(latency.speedup), 9, "a"),
+        text(even, 29, "float", "tick", "middle"),
     )
     return picture((SPARK, 30), f"{low:.2f} to {high:.2f} times the speed; the line is float", marks, "spark")
 
@@ -58,7 +71,9 @@ def spark_deciles(deciles: Sequence[float]) -> Markup:
     if not known:
         return Markup("")
     x = Scale("linear", (min(known), max(known)), (2, SPARK - 2))
-    marks = [rule((2, 22), (SPARK - 2, 22), "axis"), *(rule((x.at(v), 8), (x.at(v), 22), "trace-a") for v in known)]
+    marks = [rule((2, 18), (SPARK - 2, 18), "axis"), *(rule((x.at(v), 5), (x.at(v), 18), "trace-a") for v in known)]
+    marks.append(text(0, 29, f"{min(known):.4f}", "tick"))
+    marks.append(text(SPARK, 29, f"cosine of samples  {max(known):.4f}", "tick", "end"))
     title = f"tenths of the samples by cosine, {min(known):.4f} to {max(known):.4f}"
     return picture((SPARK, 30), title, marks, "spark")
 
@@ -127,8 +142,8 @@ def _point(x: float, y: float, point: Point) -> Markup:
     mark = dot(x, y, css, shape, 5)
     if point.chosen:
         left = x > HALF * 0.6
-        mark += dot(x, y, "ring", size=10)
-        mark += text(x + (-15 if left else 15), y + 4, middle(point.label, 28), "name", "end" if left else "start")
+        mark += dot(x, y, "ring", size=9)
+        mark += text(x + (-8 if left else 8), y - 14, middle(point.label, 28), "name", "end" if left else "start")
     kind = "measured" if point.measured else "estimated"
     facts = [f"loss {number(point.loss)} {point.unit}", f"{point.bytes / 1e6:.3g} MB"]
     facts += [f"{number(point.ms)} ms"] if point.ms is not None else []
@@ -155,7 +170,7 @@ def plot_roofline(roof: Roofline, rows: dict[str, int]) -> Markup:
         return Markup("")
     peaks = [("float", roof.flops, "roof"), ("8 bits", roof.flops_int8 or 0.0, "roof-8")]
     ridges = [peak / roof.memory for _, peak, _ in peaks if peak]
-    x = covering_log([*(d.intensity for d in dots), *ridges], (64, WIDE - 20), 2)
+    x = covering_log([*(d.intensity for d in dots), *ridges], (64, WIDE - 106), 2)
     y = covering_log([*(d.rate for d in dots), *(peak for _, peak, _ in peaks)], (330, 30), 1.8)
     marks = [axes(Axis(x, "operations per byte", 9), Axis(y, "operations per second", 9, si))]
     marks += [_roof(x, y, roof.memory, peak) for peak in peaks if peak[1]]
@@ -176,7 +191,7 @@ def _roof(x: Scale, y: Scale, memory: float, peak: tuple[str, float, str]) -> Ma
     words, height, css = peak
     ridge = max(height / memory, x.domain[0])
     path = [(x.at(ridge), y.at(height)), (x.range[1], y.at(height))]
-    label = text(x.range[1] - 2, y.at(height) - 6, f"{words}: {si(height)}/s", "tick", "end")
+    label = text(x.range[1] + 8, y.at(height) + 4, f"{words}: {si(height)}/s", "label")
     return line(path, css) + label
 
 
@@ -187,7 +202,8 @@ def _memory(x: Scale, y: Scale, memory: float, peak: float) -> Markup:
     if last <= first:
         return Markup("")
     start, stop = (x.at(first), y.at(first * memory)), (x.at(last), y.at(last * memory))
-    return line([start, stop], "roof") + text(start[0] + 10, start[1] - 8, f"memory: {si(memory)}B/s", "tick")
+    middle_of = (start[0] * 0.4 + stop[0] * 0.6 - 10, start[1] * 0.4 + stop[1] * 0.6 - 4)
+    return line([start, stop], "roof") + text(*middle_of, f"memory: {si(memory)}B/s", "label", "end")
 
 
 def _operator(found: Dot, x: Scale, y: Scale, longest: float, row: int | None) -> Markup:

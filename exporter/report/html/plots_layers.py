@@ -12,7 +12,6 @@ from markupsafe import Markup
 from qexport.exporter.report.html.shown import Shown
 from qexport.exporter.report.html.svg import (
     Axis,
-    Place,
     Scale,
     axes,
     bar,
@@ -52,8 +51,10 @@ def plot_sqnr(shown: Shown) -> Markup:
     marks = [_bands(layers, x, y), axes(Axis(x, "", 0), Axis(y, "SQNR, dB"))]
     if y.domain[0] < AUDIBLE < y.domain[1]:
         level = y.at(AUDIBLE)
-        marks.append(titled(rule((52, level), (WIDE - 12, level), "guide"), "20 dB: noise of 1 % of the power"))
-        marks.append(text(WIDE - 14, level - 5, "noise 1 % of the power", "tick", "end"))
+        marks.append(
+            titled(rule((52, level), (WIDE - 12, level), "guide"), "20 dB: the noise has 1 % of the signal's power")
+        )
+        marks.append(text(WIDE - 14, level - 5, "noise: 1 % of the power", "tick", "end"))
     together = [(x.at(i), y.at(n.sqnr)) for i, (_, n) in enumerate(layers) if n.sqnr is not None]
     marks.append(line(together, "trace-b"))
     marks += [_layer_marks(x.at(i), y, row, size) for i, row in enumerate(layers)]
@@ -112,7 +113,8 @@ def _bands(layers: Sequence[Row], x: Scale, y: Scale) -> Markup:
         left, right = x.at(first - 0.5), x.at(last - 0.5)
         marks += [bar(left, top, (right - left, floor - top), "band")] if i % 2 else []
         room = int((right - left) / CHARACTER)
-        marks += [text((left + right) / 2, floor + 17, middle(label, room), "tick", "middle")] if room > 3 else []
+        if len(label) <= room or room >= 12:
+            marks.append(text((left + right) / 2, floor + 17, middle(label, room), "tick", "middle"))
     return join(marks)
 
 
@@ -207,11 +209,6 @@ def plot_boxes(weights: Weights, channels: int) -> Markup:
         five = [y.at(v) for v in (channel.low, channel.q25, channel.q50, channel.q75, channel.high)]
         title = f"channel {channel.index}: {number(channel.low)} to {number(channel.high)}"
         marks.append(titled(box(x.at(i), 6.5, five, "box"), title))
-    marks.append(_ends(shown[0].index, shown[-1].index, (x.at(0), x.at(len(shown) - 1))))
+    marks.append(text(x.range[0], 157, f"channel {shown[0].index}", "tick"))
+    marks.append(text(x.range[1], 157, f"{len(shown)} channels, the largest first", "tick", "end"))
     return picture((CARD, 164), f"Largest channels of {middle(weights.node, 60)}", marks)
-
-
-def _ends(first: int, last: int, places: Place) -> Markup:
-    """Numbers of the first and the last channel under their boxes."""
-    marks = text(places[0] - 4, 157, f"ch. {first}", "tick")
-    return marks if first == last else marks + text(places[1] + 4, 157, f"ch. {last}", "tick", "end")

@@ -7,13 +7,13 @@ onto paper. A mark that belongs to a node is a link to its row.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from markupsafe import Markup
 
-from qexport.exporter.report.html.words import number
+from qexport.exporter.report.html import words
 
 Place = tuple[float, float]  # x to the right, y down, in units of the picture
 MANTISSAS = (1, 2, 5)
@@ -156,11 +156,9 @@ def dot(x: float, y: float, css: str, shape: str = "circle", size: float = 4) ->
     return line([(x, y - wide), (x + wide, y), (x, y + wide), (x - wide, y)], css, closed=True)
 
 
-def text(x: float, y: float, words: str, css: str = "", anchor: str = "start") -> Markup:
+def text(x: float, y: float, told: str, css: str = "", anchor: str = "start") -> Markup:
     """One line of text; ``anchor`` is start, middle or end."""
-    return Markup('<text class="{}" x="{}" y="{}" text-anchor="{}">{}</text>').format(
-        css, num(x), num(y), anchor, words
-    )
+    return Markup('<text class="{}" x="{}" y="{}" text-anchor="{}">{}</text>').format(css, num(x), num(y), anchor, told)
 
 
 def titled(mark: Markup, title: str) -> Markup:
@@ -181,12 +179,21 @@ def linked(mark: Markup, row: int | None, title: str) -> Markup:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """A scale with what is written at it: the quantity with its unit, how many ticks, and how numbers look."""
+    """A scale with what is written at it: what it counts, how many ticks, and how numbers look if not as usual."""
 
     scale: Scale
     label: str
     count: int = 6
-    words: Callable[[float], str] = number
+    words: Callable[[float], str] | None = None
+
+    def ticks(self) -> Iterator[tuple[float, str]]:
+        """Places and words of the ticks."""
+        found = self.scale.ticks(self.count) if self.count else ()
+        if self.words is not None:
+            told = [self.words(tick) for tick in found]
+        else:
+            told = [words.ticks([t])[0] for t in found] if self.scale.kind == "log" else words.ticks(found)
+        yield from zip(map(self.scale.at, found), told, strict=True)
 
 
 def axes(x: Axis, y: Axis) -> Markup:
@@ -194,13 +201,11 @@ def axes(x: Axis, y: Axis) -> Markup:
     left, right = x.scale.range
     bottom, top = y.scale.range
     marks = []
-    for tick in y.scale.ticks(y.count) if y.count else ():
-        place = y.scale.at(tick)
-        marks += [rule((left, place), (right, place), "grid"), text(left - 8, place + 4, y.words(tick), "tick", "end")]
-    for tick in x.scale.ticks(x.count) if x.count else ():
-        place = x.scale.at(tick)
+    for place, told in y.ticks():
+        marks += [rule((left, place), (right, place), "grid"), text(left - 8, place + 4, told, "tick", "end")]
+    for place, told in x.ticks():
         marks.append(rule((place, bottom), (place, bottom + 4), "axis"))
-        marks.append(text(place, bottom + 17, x.words(tick), "tick", "middle"))
+        marks.append(text(place, bottom + 17, told, "tick", "middle"))
     marks += [rule((left, bottom), (right, bottom), "axis")]
     marks += [text(left, top - 10, y.label, "label")] if y.label else []
     marks += [text(right, bottom + 33, x.label, "label", "end")] if x.label else []
@@ -216,4 +221,4 @@ def picture(size: tuple[int, int], title: str, marks: Iterable[Markup], css: str
 def legend(entries: Iterable[tuple[Markup, str]]) -> Markup:
     """What the marks mean; each is drawn around (7, 7)."""
     item = Markup('<li><svg class="key" aria-hidden="true" viewBox="0 0 14 14" width="14" height="14">{}</svg>{}</li>')
-    return Markup('<ul class="legend">{}</ul>').format(join(item.format(mark, words) for mark, words in entries))
+    return Markup('<ul class="legend">{}</ul>').format(join(item.format(mark, told) for mark, told in entries))

@@ -56,8 +56,7 @@ class Row:
 def _weight_scale(node: Node) -> str:
     if node.weight_scale is None:
         return BLANK
-    low, high = node.weight_scale
-    return f"w {number(low, 2)}" if low == high else f"w {number(low, 2)} … {number(high, 2)}"
+    return f"w {number(node.weight_scale[1], 2)}"
 
 
 def _bytes(value: float) -> str:
@@ -71,7 +70,7 @@ def _stored(count: int) -> float | None:
 COLUMNS = (
     Column(
         "scale",
-        "Step of the activation; w: of the weight, smallest and largest",
+        "Step of the activation; w: of the weight, the largest of its channels",
         lambda n: n.scale,
         number,
         _weight_scale,
@@ -89,8 +88,8 @@ COLUMNS = (
     ),
     Column("ms float", "Milliseconds in the float model", lambda n: n.ms_before, lambda v: fixed(v, 3)),
     Column("ms result", "Milliseconds in the result", lambda n: n.ms_after, lambda v: fixed(v, 3)),
-    Column("float", "Bytes of its weights in the float model", lambda n: _stored(n.bytes_before), _bytes),
-    Column("result", "Bytes of its weights in the result", lambda n: _stored(n.bytes_after), _bytes),
+    Column("bytes float", "Bytes of its weights in the float model", lambda n: _stored(n.bytes_before), _bytes),
+    Column("bytes result", "Bytes of its weights in the result", lambda n: _stored(n.bytes_after), _bytes),
 )
 
 

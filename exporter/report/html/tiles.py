@@ -10,8 +10,8 @@ from markupsafe import Markup
 
 from qexport.exporter.outcome.result import Latency, Quality, Result, TaskScore
 from qexport.exporter.outcome.summary import LOSS, cut_line, human_bytes
-from qexport.exporter.report.html.plots import spark_deciles, spark_size, spark_speed
-from qexport.exporter.report.html.words import count, fixed, number, shape
+from qexport.exporter.report.html.plots import spark_deciles, spark_size, spark_speed, spark_steps
+from qexport.exporter.report.html.words import count, fixed, many, number, shape
 from qexport.exporter.report.tree import Report
 from qexport.exporter.report.verdict import broken, growth, pace
 
@@ -77,9 +77,9 @@ def _quality_lines(quality: Quality, gates: dict[str, float]) -> Iterator[str]:
 def _size(result: Result) -> Tile:
     before, after, way = result.bytes_before, result.bytes_after, growth(result)
     change = {-1: f"{number(before / max(after, 1), 2)}× smaller", 0: "as large", 1: "LARGER"}[way]
-    lines = [f"{count(result.quantized)} nodes quantized, {count(sum(result.skipped.values()))} skipped"]
+    lines = [f"{many(result.quantized, 'node')} quantized, {count(sum(result.skipped.values()))} skipped"]
     if result.backed_off:
-        lines.append(f"{len(result.backed_off)} regions went back to float")
+        lines.append(f"{many(len(result.backed_off), 'region')} went back to float")
     if cut := cut_line(result):
         lines.append(cut)
     lines.append(f"{count(result.source.parameters)} parameters in {count(result.source.nodes)} nodes")
@@ -105,18 +105,17 @@ def _speed(result: Result) -> Tile:
 
 def _speed_lines(latency: Latency) -> Iterator[str]:
     yield f"{latency.speedup_low:.2f} to {latency.speedup_high:.2f}× in {latency.pairs} pairs"
-    threads = "1 thread" if latency.threads == 1 else f"{latency.threads} threads"
     first = next((f", {shape(sizes)}" for sizes in latency.shapes.values()), "")
-    yield f"{latency.runtime}, {threads}{first}"
+    yield f"{latency.runtime}, {many(latency.threads, 'thread')}{first}"
 
 
 def _build(result: Result) -> Tile:
-    lines = [f"in {number(result.seconds)} s, {human_bytes(result.peak_rss_bytes)} of memory at most"]
-    recipe, engine = str(result.recipe.get("name", "?")), result.engine
+    longest = max(result.steps, key=lambda step: step.seconds, default=None)
+    lines = [f"{number(result.seconds)} s, {human_bytes(result.peak_rss_bytes)} of memory at most"]
+    lines += [f"longest step: {longest.name}, {number(longest.seconds)} s"] if longest is not None else []
+    recipe, engine, spark = str(result.recipe.get("name", "?")), result.engine, spark_steps(result.steps)
     if engine is None:
-        return Tile(
-            "Build", "", recipe, f"for {result.target}", "open", Markup(""), (*lines, "no engine was asked for")
-        )
+        return Tile("Build", "", recipe, f"for {result.target}", "open", spark, (*lines, "no engine was asked for"))
     lines.append(f"{engine.module} {engine.version}, {human_bytes(engine.bytes)}, {engine.layers} layers")
     lines.append("the engine ran here" if engine.ran else f"the engine did not run here: {engine.note or 'not tried'}")
-    return Tile("Build", "", recipe, f"engine for {result.target}", "open", Markup(""), tuple(lines))
+    return Tile("Build", "", recipe, f"engine for {result.target}", "open", spark, tuple(lines))

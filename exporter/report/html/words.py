@@ -27,7 +27,7 @@ def middle(value: object, limit: int) -> str:
     text = name(value, FULL_NAME)
     if len(text) <= limit:
         return text
-    head = (limit - 1) // 3
+    head = (limit - 1) * 2 // 5
     return f"{text[:head]}…{text[len(text) - (limit - 1 - head) :]}"
 
 
@@ -44,7 +44,7 @@ def number(value: float | None, digits: int = 3) -> str:
         return _signed(f"{value:.{places}f}")
     if abs(value) < 1e6 and abs(value) >= 1:
         return _signed(f"{value:,.0f}")
-    mantissa, exponent = f"{value:.{max(digits - 2, 0)}e}".split("e")
+    mantissa, exponent = f"{value:.1e}".split("e")
     return _signed(f"{mantissa}e{int(exponent)}").replace("e-", f"e{MINUS}")
 
 
@@ -61,17 +61,31 @@ def percent(share: float | None) -> str:
     return f"{value:.0f} %" if abs(value) >= 10 or value == 0 else f"{number(value, 2)} %"
 
 
+def ticks(values: Sequence[float]) -> list[str]:
+    """Numbers of an axis: with as many digits behind the point as the one that has most."""
+    plain = [f"{value:.10g}" for value in values]
+    if any("e" in text for text in plain):
+        return [number(value, 2) for value in values]
+    places = max((len(text.partition(".")[2]) for text in plain), default=0)
+    return [_signed(f"{value:,.{places}f}") for value in values]
+
+
 def si(value: float) -> str:
     """A rate with its prefix: ``12 G``."""
     for size, prefix in _PREFIXES:
         if abs(value) >= size * 0.9995:
-            return f"{number(value / size)} {prefix}"
-    return f"{number(value)} "
+            return f"{value / size:.3g} {prefix}"
+    return f"{value:.3g} "
 
 
 def count(value: int) -> str:
-    """A whole number with a thin space every three digits."""
-    return f"{value:,}".replace(",", "\u202f")
+    """A whole number with a comma every three digits."""
+    return f"{value:,}"
+
+
+def many(value: int, what: str) -> str:
+    """So many of something that takes an s: ``1 node``, ``2 nodes``."""
+    return f"{count(value)} {what}" if value == 1 else f"{count(value)} {what}s"
 
 
 def shape(sizes: Sequence[int]) -> str:
