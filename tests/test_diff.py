@@ -13,6 +13,7 @@ import qexport
 from qexport.errors import GateFailed, IntegrityError, UsageError
 from qexport.exporter.compare.conditions import check, parse
 from qexport.exporter.compare.metrics import METRICS, TASKS
+from qexport.exporter.compare.nodes import NodeChange
 from qexport.exporter.compare.sides import Side, open_side
 from qexport.exporter.options import BuildOptions
 from qexport.exporter.outcome.result import Latency, Quality, Result, SourceInfo, TaskScore
@@ -151,6 +152,14 @@ def test_numbers_are_the_second_minus_the_first():
     assert found["max_error"].percent is None  # of zero there is none
     assert "top1" not in found
     assert "engine_bytes" not in found
+
+
+def test_a_notebook_shows_numbers_and_nodes_and_escapes_names():
+    nodes = (NodeChange(name="<script>", kind="weights", a="1", b="2"),)
+    shown = qexport.diff(result(), result(score=79.5)).model_copy(update={"nodes": nodes})._repr_html_()
+    assert "spearman" in shown
+    assert "&lt;script&gt;" in shown
+    assert "<script>" not in shown
 
 
 def test_how_both_were_made_is_told_setting_by_setting():

@@ -86,6 +86,15 @@ class Diff(_Record):
         """Whether graphs, engines and making are equal, as far as both sides have them; measurements may differ."""
         return not (self.nodes or self.engine or self.made)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it."""
+        from qexport.exporter.report.notebook import table_html
+
+        rows = [(change.name, change.unit, change.a, change.b, change.delta) for change in self.metrics]
+        nodes = [(change.name, change.kind, change.a, change.b) for change in self.nodes]
+        tables = [table_html(("", "unit", "A:", "B:", "B - A:"), rows)]
+        return "".join([*tables, table_html(("node", "differs in", "A", "B"), nodes)] if nodes else tables)
+
 
 def diff(a: Side | Result | str | Path, b: Side | Result | str | Path) -> Diff:
     """Hold two models or builds against each other; nothing is run.
