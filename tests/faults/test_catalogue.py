@@ -17,7 +17,7 @@ def marked(case):
     return pytest.param(case, id=case.id, marks=marks)
 
 
-@pytest.mark.parametrize("case", map(marked, CASES))
+@pytest.mark.parametrize("case", [marked(case) for case in CASES])
 def test_a_fault_is_told_as_it_should_be_and_the_invariants_hold(faults, case, pytestconfig):
     if case.slow and not pytestconfig.getoption("--table", default=False):
         pytest.skip("slow: run with --table")

@@ -9,6 +9,7 @@ command. It answers requests that come over a socket, one JSON object each:
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import importlib
@@ -20,7 +21,10 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
+import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,7 @@ from typing import Any
 from faults import audit
 
 HEAVY = (
+    *("encodings.ascii", "encodings.idna", "encodings.latin_1"),  # users who cannot read the interpreter's folder
     *("numpy", "onnx", "onnx_ir", "onnxscript", "onnxslim", "pydantic", "rich.table", "safetensors.numpy"),
     *("tokenizers", "threadpoolctl", "ml_dtypes", "qexport.exporter.build", "qexport.exporter.export"),
 )
@@ -93,7 +98,24 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> None:
     if request["hook"]:
         audit.call(request["hook"], request["room"])
     sys.argv = ["qexport", *request["argv"]]
-    sys.modules["qexport.cli"].main()
+    _end(sys.modules["qexport.cli"].main)
+
+
+def _end(command: Callable[[], None]) -> None:
+    """Call it and end as an interpreter ends, but for taking everything apart, which would copy every page."""
+    code: object = 1
+    try:
+        command()
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException:  # noqa: BLE001 - the last line, as of any interpreter
+        traceback.print_exc()
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1 if code else 0)
 
 
 def _limit(limits: dict[str, int]) -> None:
