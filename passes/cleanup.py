@@ -118,6 +118,7 @@ def _steps(size_limit: int) -> tuple[Callable[[ir.Model], object], ...]:
         # The rules that hold for every opset and round nothing; others in the library's default set do not.
         RewritePass([rule for name in RULES for rule in getattr(rules, f"{name}_rule").commute()]),
         common.RemoveUnusedNodesPass(),
+        _forget_removed,
         common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]  # the library leaves its constructor so
         common.RemoveUnusedOpsetsPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
@@ -141,6 +142,18 @@ def _state(model: ir.Model) -> list[object]:
         state.append((node.domain, node.op_type, [value and value.name for value in node.inputs]))
         state.append(([facts(value) for value in node.outputs], [(a.name, a.value) for a in node.attributes.values()]))
     return state
+
+
+def _forget_removed(model: ir.Model) -> None:
+    """Take back what nodes inside of removed ones read: their values would seem to be needed for ever."""
+    nodes = set(model.graph.all_nodes())
+    values = [value for node in nodes for value in node.outputs]
+    for graph in model.graphs():
+        values += [*graph.inputs, *graph.initializers.values()]
+    for value in values:
+        for user, index in tuple(value.uses()):
+            if user not in nodes:
+                user.replace_input_with(index, None)
 
 
 def _lay_out(model: ir.Model) -> None:

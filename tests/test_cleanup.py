@@ -238,3 +238,12 @@ def test_amounts_of_padding_become_constants_and_large_fillings_do_not():
     pad = next(node for node in model.graph if node.op_type == "Pad")
     assert pad.inputs[1].const_value.numpy().tolist() == [0, 1, 0, 1]
     assert [node.op_type for node in model.graph] == ["Pad", "ConstantOfShape"]
+
+
+def test_what_only_a_removed_branch_has_read_is_removed_with_it():
+    model = model_from("""g (float[n, 2] x, bool c) => (float[n, 2] y) {
+        a = Abs(x) unused = If(c) <then_branch = t () => (float[n, 2] u) { u = Relu(a) },
+        else_branch = e () => (float[n, 2] v) { v = Neg(a) }> y = Exp(x) }""")
+    assert Cleanup()(model).modified
+    assert [node.op_type for node in model.graph] == ["Exp"]
+    assert not Cleanup()(model.clone()).modified
