@@ -155,7 +155,7 @@ def test_what_rounds_to_nothing_has_no_sign():
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"), [(0.5, "50 %"), (0.0012, "0.12 %"), (0, "0 %"), (1, "100 %"), (None, "")]
+    ("value", "expected"), [(0.5, "50 %"), (0.0012, "0.12 %"), (0, "0 %"), (1, "100 %"), (2e-7, "<0.001 %"), (None, "")]
 )
 def test_small_shares_keep_two_digits(value, expected):
     assert words.percent(value) == expected

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import PurePosixPath
 
 from qexport.errors import printable
 from qexport.exporter.outcome.report import code, table, text
 from qexport.exporter.outcome.result import Result
 from qexport.exporter.outcome.summary import counts, human_bytes
-from qexport.exporter.report.html.words import many, name
+from qexport.exporter.report.html.words import many, model_name, name
 from qexport.exporter.report.tree import Report
 
 LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt"}
@@ -28,7 +27,7 @@ def _front_matter(result: Result, report: Report) -> Iterator[str]:
     """YAML whose scalars are written as JSON, so that a name cannot end them."""
     tags = ["onnx", "qexport", _recipe(result), result.target, *(["quantized"] if result.quantized else [])]
     yield "---"
-    yield f"base_model: {_scalar(_source(result))}"
+    yield f"base_model: {_scalar(model_name(result.source.path))}"
     yield f"library_name: {_scalar(LIBRARIES.get(result.target, 'onnxruntime'))}"
     yield "tags:"
     yield from (f"  - {_scalar(tag)}" for tag in dict.fromkeys(tags))
@@ -43,18 +42,12 @@ def _scalar(value: object) -> str:
     return json.dumps(name(value), ensure_ascii=False)
 
 
-def _source(result: Result) -> str:
-    """The name of the model that was given: of its folder, where the file has the usual name."""
-    path = PurePosixPath(result.source.path)
-    return path.parent.name if path.stem == "model" and path.parent.name else path.stem or result.source.path
-
-
 def _recipe(result: Result) -> str:
     return str(result.recipe.get("name", "?"))
 
 
 def _what(result: Result, report: Report) -> Iterator[str]:
-    yield f"# {text(name(_source(result)))}, {text(_recipe(result))} for {text(result.target)}"
+    yield f"# {text(name(model_name(result.source.path)))}, {text(_recipe(result))} for {text(result.target)}"
     yield ""
     yield text(report.verdict.sentence)
     yield ""

@@ -96,6 +96,7 @@ def _environment() -> Environment:
     )
     used = (
         words.name,
+        words.model_name,
         words.full_name,
         words.middle,
         words.number,

@@ -149,7 +149,7 @@ def plot_histogram(activation: Activation) -> Markup:
     if len(activation.edges) < 2 or len(activation.edges) != len(activation.counts) + 1:
         return Markup("")
     ends = [*activation.edges, *(end for c in activation.candidates for end in (c.low, c.high))]
-    x = Scale("linear", (min(ends), max(ends)), (78, CARD - 112))
+    x = Scale("linear", (min(ends), max(ends)), (74, CARD - 124))
     floor, top = 100.0, 12.0
     peak = math.log1p(max(activation.counts) or 1)
     heights = [floor - (floor - top) * math.log1p(count) / peak for count in activation.counts]
@@ -162,7 +162,7 @@ def plot_histogram(activation: Activation) -> Markup:
     marks.append(axes(Axis(x, "", 4), Axis(Scale("linear", (0, 1), (floor, top)), "", 0)))
     lanes = activation.candidates
     if lanes:
-        heads = ((CARD - 60, "clipped"), (CARD - 2, "noise"))
+        heads = ((CARD - 58, "clipped"), (CARD - 2, "noise"))
         marks += [text(place, 134, words, "label", "end") for place, words in heads]
     marks += [_lane(candidate, x, 150 + 16 * i, chosen=not i) for i, candidate in enumerate(lanes)]
     return picture((CARD, 142 + 16 * len(lanes)), f"Histogram of {middle(activation.value, 60)}", marks)
@@ -185,10 +185,10 @@ def _lane(candidate: Candidate, x: Scale, y: float, *, chosen: bool) -> Markup:
     ends = join(rule((end, y - 4), (end, y + 4), css) for end in (low, high))
     words = "name" if chosen else "tick"
     marks = (
-        text(68, y + 4, middle(candidate.method, 10), words, "end"),
+        text(66, y + 4, middle(candidate.method, 10), words, "end"),
         rule((low, y), (high, y), css),
         ends,
-        text(CARD - 60, y + 4, percent(candidate.clipped), words, "end"),
+        text(CARD - 58, y + 4, percent(candidate.clipped), words, "end"),
         text(CARD - 2, y + 4, number(candidate.noise, 2), words, "end"),
     )
     return titled(join(marks), f"{candidate.method}: {number(candidate.low)} to {number(candidate.high)}")

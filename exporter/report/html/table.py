@@ -13,8 +13,8 @@ from qexport.exporter.report.tree import Choice, Node
 
 GLYPHS = {"quantized": "●", "float": "○", "kept": "◆", "backed off": "◇", "gone": "×"}
 """A shape for each state, so that colour is never all that tells them apart."""
-DECISIVE = {"quantized", "skipped", "kept", "pruned", "fused", "removed"}
-"""Actions that explain a node best; the last of them leads."""
+DECISIVE = {"quantized", "skipped", "kept", "pruned"}
+"""Actions that explain a node best: the last of them leads, else the last of all."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import PurePosixPath
 
 from qexport.errors import printable
 
@@ -48,6 +49,12 @@ def number(value: float | None, digits: int = 3) -> str:
     return _signed(f"{mantissa}e{int(exponent)}").replace("e-", f"e{MINUS}")
 
 
+def model_name(path: str) -> str:
+    """What a model is called: its file, or its folder where the file has the usual name."""
+    file = PurePosixPath(path)
+    return file.parent.name if file.stem == "model" and file.parent.name else file.stem or path
+
+
 def fixed(value: float | None, places: int) -> str:
     """``places`` digits behind the point, so that a column lines up."""
     return BLANK if value is None or not math.isfinite(value) else _signed(f"{value:.{places}f}")
@@ -58,6 +65,8 @@ def percent(share: float | None) -> str:
     if share is None or not math.isfinite(share):
         return BLANK
     value = 100 * share
+    if 0 < value < 0.001:
+        return "<0.001 %"
     return f"{value:.0f} %" if abs(value) >= 10 or value == 0 else f"{number(value, 2)} %"
 
 
