@@ -138,7 +138,7 @@ def test_every_file_has_the_size_and_digest_that_the_manifest_says(tmp_path, mod
     for name, told in files.items():
         data = (tmp_path / "out" / name).read_bytes()
         assert told == {"bytes": len(data), "digest": f"sha256:{hashlib.sha256(data).hexdigest()}"}
-    assert any(line.startswith("files") and "report.md" in line for line in summary_lines(result))
+    assert any(line.startswith("files") and "report.html" in line for line in summary_lines(result))
     assert result.source.digest == f"sha256:{hashlib.sha256(model.read_bytes()).hexdigest()}"
 
 

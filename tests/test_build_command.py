@@ -52,7 +52,9 @@ def test_every_shipped_recipe_builds_a_tiny_model(
     assert result["schema"] == "qexport.result/1"
     assert result["target"] == target
     assert (result["quantized"] > 0) == (recipe == "int8")
-    assert {"model.onnx", "manifest.json", "result.json", "report.md"} <= {path.name for path in out.iterdir()}
+    assert {"model.onnx", "manifest.json", "result.json", "report.md", "report.html", "README.md"} <= {
+        path.name for path in out.iterdir()
+    }
     assert model.read_bytes() == before
 
 

@@ -159,7 +159,7 @@ def test_the_summary_never_exceeds_its_lines_and_counts_the_warnings_it_drops(co
     assert len(lines) <= MAX_LINES
     told = [line for line in lines if "trouble" in line]
     dropped = count - len(told)
-    assert (f"and {dropped} more in report.md" in " ".join(lines)) == (dropped > 0)
+    assert (f"and {dropped} more in report.html" in " ".join(lines)) == (dropped > 0)
     assert lines[-1].startswith("next")
 
 

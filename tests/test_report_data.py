@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import functools
+import hashlib
 import io
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -338,6 +340,15 @@ def test_a_build_that_was_profiled_has_times_and_a_roofline(build, monkeypatch):
     assert {"/layer/h", "/layer/k"} <= {row.name for row in timed}
 
 
+def test_the_page_and_the_card_lie_beside_the_model_with_their_digests(build):
+    out = build("plain")
+    files = json.loads((out / "manifest.json").read_bytes())["files"]
+    for name in ("report.html", "README.md", "report.json", "report-nodes.parquet"):
+        assert files[name]["digest"] == f"sha256:{hashlib.sha256((out / name).read_bytes()).hexdigest()}"
+    assert "/layer/h" in (out / "report.html").read_text("utf-8")
+    assert (out / "README.md").read_text("utf-8").startswith("---\n")
+
+
 def test_panels_without_data_say_why(build):
     _, report = load_report(build("int8-weights", "tensorrt-rtx"))
     assert report.roofline is None
@@ -439,4 +450,6 @@ def test_triage_leaves_the_errors_of_layers_for_the_tornado(build):
     rows = rows_of(load_report(out)[1])
     assert rows["/layer/h"].error > 0
     assert rows["/layer/k"].error > 0
+    kept = {d.node for step in load_report(out)[0].steps if step.name == "triage" for d in step.decisions}
+    assert {name for name, row in rows.items() if row.state == "kept"} == kept  # what stays in float32 is none of them
     assert ERROR_KEY not in ir.from_proto(onnx.load(out / "model.onnx")).graph[0].meta

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 MODEL = "model.onnx"
 RESULT, REPORT = "result.json", "report.md"
+PAGE, CARD = "report.html", "README.md"
 RESULT_SCHEMA: Literal["qexport.result/1"] = "qexport.result/1"
 
 
@@ -49,6 +50,7 @@ class Facts:
     calibration: str | None
     warnings: tuple[str, ...]
     seconds: float
+    replay: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +126,19 @@ def write_artefact(
     )
     stage.write_json(RESULT, finite(result.model_dump(mode="json", by_alias=True)))
     stage.write_text(REPORT, report_markdown(result))
-    write_report(stage, tell(result))
+    report = tell(result)
+    write_report(stage, report)
+    _write_pages(stage, result, report)
     stage.write_json(MANIFEST, _manifest(stage, result, facts))
     return result
+
+
+def _write_pages(stage: Stage, result: Result, report: Report) -> None:
+    from qexport.exporter.report.card import model_card
+    from qexport.exporter.report.html.page import render
+
+    stage.write_text(PAGE, render(result, report))
+    stage.write_text(CARD, model_card(result, report))
 
 
 def _manifest(stage: Stage, result: Result, facts: Facts) -> dict[str, Any]:
@@ -138,6 +150,7 @@ def _manifest(stage: Stage, result: Result, facts: Facts) -> dict[str, Any]:
         "source": result.source.model_dump(),
         "calibration": facts.calibration,
         "recipe": result.recipe,
+        "replay": facts.replay,
         "decisions": [d.model_dump() for step in facts.steps for d in step.decisions],
         "engine": None if result.engine is None else result.engine.model_dump(mode="json"),
         "tools": tool_versions(),

@@ -152,7 +152,7 @@ def _facts(result: Result) -> Iterator[tuple[str, str]]:
         yield "note", latency.note
     if result.engine:
         yield "engine", engine_line(result.engine)
-    yield "files", f"{result.directory}: {', '.join(result.files)}; how good it is and why: report.md"
+    yield "files", f"{result.directory}: {', '.join(result.files)}; how good it is and why: report.html"
 
 
 def _told(note: str, warnings: tuple[str, ...]) -> bool:
@@ -164,4 +164,4 @@ def _warnings(warnings: tuple[str, ...], room: int) -> Iterator[tuple[str, str]]
     for warning in shown:
         yield "warning", warning
     if len(shown) < len(warnings):
-        yield "warning", f"and {len(warnings) - len(shown)} more in report.md"
+        yield "warning", f"and {len(warnings) - len(shown)} more in report.html"

@@ -24,6 +24,7 @@ from qexport.passes.numbers.range import SQNR_KEY
 from qexport.passes.quantize import KEPT
 
 SERVING = {*PAIR, "DynamicQuantizeLinear"}
+CHOOSERS = ("triage",)  # steps that leave layers in float because of what they measured
 GRAPHS = ("graph", "Graph")  # what decisions about a whole graph have for an operator
 
 
@@ -169,7 +170,8 @@ def _state(told: list[Choice], *, off: bool) -> State:
         return "backed off"
     if any(choice.action == "quantized" for choice in told):
         return "quantized"
-    return "kept" if any(choice.action == "kept" or choice.reason == KEPT for choice in told) else "float"
+    chosen = any(choice.step in CHOOSERS and choice.action == "kept" for choice in told)
+    return "kept" if chosen or any(choice.reason == KEPT for choice in told) else "float"
 
 
 def _milliseconds(graph: ir.Graph, kernels: object) -> dict[str, float]:
