@@ -183,7 +183,7 @@ def _lane(candidate: Candidate, x: Scale, y: float, *, chosen: bool) -> Markup:
     """One method: its range on the scale of the histogram, what it clips, how much noise it makes."""
     low, high, css = x.at(candidate.low), x.at(candidate.high), "chosen" if chosen else "lane"
     ends = join(rule((end, y - 4), (end, y + 4), css) for end in (low, high))
-    words = "name" if chosen else "tick"
+    words = "label" if chosen else "tick"
     marks = (
         text(66, y + 4, middle(candidate.method, 10), words, "end"),
         rule((low, y), (high, y), css),
