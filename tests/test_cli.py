@@ -35,6 +35,9 @@ FLAGS = {
     "--cache": ["cache"],
     "--no-cache": [],
     "--allow-nonfinite": [],
+    "--strict-cache": [],
+    "--limit-memory": ["4G"],
+    "--limit-time": ["900"],
     "--json": [],
     "--debug": [],
 }

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from qexport.errors import DataInvalid
+from qexport.errors import BuildFailed, DataInvalid, QexportError, ResourceExhausted
 from qexport.runtime.session import Array, Buffer, Shape
 
+_SPENT = re.compile("bad_alloc|out of memory|failed to allocate|pthread_create|resource temporarily", re.IGNORECASE)
 _CPU, _CUDA, _PINNED = 1, 2, 3  # DLDeviceType
 
 
@@ -44,6 +46,13 @@ class HostMemory:
 
 
 HOST = HostMemory()
+
+
+def failure(what: str) -> QexportError:
+    """What a runtime said when it failed: of memory or threads that the system did not give, or of the model."""
+    if _SPENT.search(what):
+        return ResourceExhausted(what, hint="give it less at once, end other programs, or take a larger machine")
+    return BuildFailed(what)
 
 
 def device_of(value: object) -> int | None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from qexport.errors import BuildFailed, DataInvalid, EnvironmentMismatch, QexportError, UsageError
-from qexport.runtime.backends.host import HOST, as_array, as_arrays
+from qexport.errors import DataInvalid, EnvironmentMismatch, QexportError, UsageError
+from qexport.runtime.backends.host import HOST, as_array, as_arrays, failure
 from qexport.runtime.backends.ort_cuda import CUDA, DeviceBinding, DeviceMemory, device_values
 from qexport.runtime.session import (
     Array,
@@ -89,7 +89,7 @@ class OrtSession:
             raise
         except Exception as error:
             shapes = {name: np.shape(array) for name, array in feeds.items()}
-            raise BuildFailed(f"onnxruntime failed on inputs of shape {shapes}: {error}") from error
+            raise failure(f"onnxruntime failed on inputs of shape {shapes}: {error}") from error
         return dict(zip(names, arrays, strict=True))
 
     def run_dlpack(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class OrtSession:
         try:
             return ort.InferenceSession(source, settings, providers=providers, disabled_optimizers=disabled)
         except Exception as error:
-            raise BuildFailed(f"onnxruntime cannot load the model: {error}") from error
+            raise failure(f"onnxruntime cannot load the model: {error}") from error
 
     def _run(self, names: list[str], given: Mapping[str, Any]) -> Sequence[Array]:
         session = self._opened()
@@ -185,7 +185,7 @@ class HostBinding:
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
-            raise BuildFailed(f"onnxruntime failed on bound arrays: {error}") from error
+            raise failure(f"onnxruntime failed on bound arrays: {error}") from error
 
     def close(self) -> None:
         """Let go of the arrays."""

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from qexport.errors import BuildFailed, DataInvalid
-from qexport.runtime.backends.host import HOST, as_array, device_of
+from qexport.errors import DataInvalid
+from qexport.runtime.backends.host import HOST, as_array, device_of, failure
 from qexport.runtime.session import Array, Buffer, SessionOptions, Shape
 
 CUDA = "CUDAExecutionProvider"
@@ -114,7 +114,7 @@ class DeviceBinding:
             for value, array in self._fetched:
                 array[...] = value.numpy()
         except Exception as error:
-            raise BuildFailed(f"onnxruntime failed on bound arrays: {error}") from error
+            raise failure(f"onnxruntime failed on bound arrays: {error}") from error
 
     def close(self) -> None:
         """Give back the graph that was recorded and the room on the GPU."""
@@ -145,7 +145,7 @@ def device_values(
     try:
         session.run_with_iobinding(binding, run)
     except Exception as error:
-        raise BuildFailed(f"onnxruntime failed: {error}") from error
+        raise failure(f"onnxruntime failed: {error}") from error
     return dict(zip(names, binding.get_outputs(), strict=True))
 
 

@@ -14,12 +14,15 @@ import threading
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import click
 
 from qexport import __version__
-from qexport.errors import QexportError, ResourceExhausted, UsageError, printable
+from qexport.cli.bundle import write_bundle
+from qexport.cli.supervise import Death, read_limits, supervise, told_stage
+from qexport.errors import NativeCrash, QexportError, ResourceExhausted, UsageError, printable
 from qexport.runtime.memory import return_freed_blocks
 
 COMMANDS = (
@@ -37,6 +40,7 @@ COMMANDS = (
     "diff",
     "verify",
     "recipe",
+    "cache",
     "doctor",
     "completion",
 )
@@ -44,6 +48,9 @@ COMMANDS = (
 
 INTERRUPTED, CLOSED, TERMINATED = 130, 141, 143  # as of programs that SIGINT, SIGPIPE and SIGTERM ended
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SPENT = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
+_WORDS = {130: "interrupted", 143: "terminated", 129: "hung up"}
+_RAISE = "end other programs, or raise the limits of this one (ulimit -a)"
 ERROR_SCHEMA = "qexport.error/1"
 
 
@@ -86,8 +93,11 @@ def cli() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and leave with its exit code."""
-    sys.exit(run(sys.argv[1:] if arguments is None else list(arguments)))
+    """Run the command line in a process of its own and leave with its exit code."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    flags = _flags(given)
+    found = supervise(lambda: run(given), read_limits(flags))
+    sys.exit(found if isinstance(found, int) else _report_death(found, given, flags))
 
 
 def run(arguments: list[str]) -> int:
@@ -95,10 +105,9 @@ def run(arguments: list[str]) -> int:
     _survive_encodings()
     return_freed_blocks()
     logging.getLogger("onnxscript").addHandler(logging.NullHandler())  # its notes are for its own developers
-    flags = arguments[: arguments.index("--")] if "--" in arguments else arguments
     _end_by_exception(signal.SIGTERM)
     try:
-        return _run(arguments, flags)
+        return _run(arguments, _flags(arguments))
     except _ClosedError:
         _forget_stdout()
         return CLOSED
@@ -121,8 +130,12 @@ def _run(arguments: list[str], flags: list[str]) -> int:
         _report(failure, type(failure).__name__, as_json="--json" in flags)
         return failure.exit_code
     except Exception as error:  # noqa: BLE001 - the last line: whatever is left becomes one line and exit code 1
-        return _report_crash(error, flags)
+        return _report_crash(error, arguments, flags)
     return code or 0
+
+
+def _flags(arguments: list[str]) -> list[str]:
+    return arguments[: arguments.index("--")] if "--" in arguments else arguments
 
 
 def _end_by_exception(number: signal.Signals) -> None:
@@ -144,19 +157,40 @@ def _as_ours(error: click.ClickException | QexportError) -> QexportError:
     return UsageError(message[:1].lower() + message[1:], where=path, hint=f"see {path} --help")
 
 
-def _report_crash(error: Exception, flags: list[str]) -> int:
-    """Tell a failure that has no class of ours; running out of memory is not a bug."""
+def _report_crash(error: Exception, arguments: list[str], flags: list[str]) -> int:
+    """Tell a failure that has no class of ours; running out of something is not a bug."""
     if "--debug" in flags:
         traceback.print_exc()
     if isinstance(error, MemoryError):
         failure: QexportError = ResourceExhausted("out of memory", hint="give it less at once, or a larger machine")
     elif isinstance(error, OSError) and error.errno in _FULL:
         failure = ResourceExhausted(f"cannot be written: {error.strerror}", where=str(error.filename or "stdout"))
+    elif isinstance(error, OSError) and error.errno in _SPENT:
+        failure = ResourceExhausted(f"the system gives no more: {error.strerror}", hint=_RAISE)
+    elif isinstance(error, RuntimeError) and str(error) == "can't start new thread":
+        failure = ResourceExhausted("the system gives no more threads", hint=_RAISE)
     else:
         what = f"a bug in qexport, nothing was published: {type(error).__name__}: {error}"
-        failure = QexportError(what, hint="run again with --debug and report what it prints")
+        bundle = write_bundle(arguments, told_stage(), what, "".join(traceback.format_exception(error)))
+        failure = QexportError(what, hint=f"run again with --debug and report what it prints{_and(bundle)}")
     _report(failure, type(error).__name__, as_json="--json" in flags)
     return failure.exit_code
+
+
+def _report_death(death: Death, arguments: list[str], flags: list[str]) -> int:
+    """Tell what a signal did to the process that did the work."""
+    failure = death.failure
+    if failure is None:
+        return _report_end(_WORDS[death.code], death.code, as_json="--json" in flags)
+    if isinstance(failure, NativeCrash):
+        bundle = write_bundle(arguments, death.stage, failure.what, death.stack)
+        failure = NativeCrash(failure.what, where=failure.where, hint=f"report it{_and(bundle)}")
+    _report(failure, type(failure).__name__, as_json="--json" in flags)
+    return failure.exit_code
+
+
+def _and(bundle: Path | None) -> str:
+    return "" if bundle is None else f", with {bundle}"
 
 
 def _report_end(word: str, code: int, *, as_json: bool) -> int:

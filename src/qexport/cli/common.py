@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from qexport.cli.supervise import MEMORY, TIME, parse_bytes
 from qexport.errors import printable
 from qexport.safe_io import finite
 
@@ -24,13 +25,32 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def shared_flags(command: F) -> F:
-    """Add ``--json`` and ``--debug``, which ``main`` reads from the command line itself."""
+    """Add ``--json``, ``--debug`` and limits, which ``main`` reads from the command line itself."""
     command = click.option("--debug", is_flag=True, expose_value=False, help="Print the traceback of a failure.")(
         command
     )
+    command = click.option(
+        TIME,
+        metavar="SECONDS",
+        type=click.FloatRange(0, min_open=True),
+        expose_value=False,
+        help="End it, with exit code 9, when it takes longer.",
+    )(command)
+    command = click.option(
+        MEMORY,
+        metavar="SIZE",
+        callback=_demand_size,
+        expose_value=False,
+        help="The same when it takes more memory, such as 800M or 4G.  [default: nine tenths of what there is]",
+    )(command)
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")(
         command
     )
+
+
+def _demand_size(context: click.Context, option: click.Parameter, text: str | None) -> None:
+    if text is not None and parse_bytes(text) is None:
+        raise click.BadParameter(f"{text!r} is no size, expected such as 800M or 4G", context, option)
 
 
 def default_cache() -> Path:

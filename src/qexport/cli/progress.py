@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qexport.cli.common import make_console
+from qexport.cli.supervise import tell_stage
 from qexport.exporter.options import Advance
 
 
@@ -39,6 +40,7 @@ class RichProgress:
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
         """Show one stage until the block ends; stages may nest."""
+        tell_stage(name)
         if not self._live:
             amount = "" if total is None else f" ({total})"
             line = f"[{time.monotonic() - self._start:7.1f} s] {name}{amount}"
