@@ -169,6 +169,7 @@ def test_a_draft_without_numbers_is_told(folders, tmp_path, capsys):
         (("--samples", str(10**12)), "samples is 1000000000000, expected 1 to 10000000"),
         (("--rows", str(10**12)), "rows is 1000000000000, expected 1 to 1024"),
         (("--threads", "9999"), "threads is 9999, expected 0 to 1024"),
+        (("--backend", "ort-cqu"), "ort-cqu"),
     ],
 )
 def test_options_that_leave_nothing_to_test_are_refused(folders, wrong, told, capsys):

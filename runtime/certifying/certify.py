@@ -98,6 +98,8 @@ class CertifyOptions:
         level: The chance of a false alarm, of all tests together.
         seed: The first of all seeds.
         threads: Threads inside one operator; 0 lets onnxruntime choose.
+        backend: What runs the target; ``None`` for what fits.
+        draft_backend: The same of the draft.
         grain: How finely joint distributions are told apart.
         arms: Whose joint distributions are tested.
         long: How long texts are decoded.
@@ -111,6 +113,8 @@ class CertifyOptions:
     level: float = 1e-3
     seed: int = 0
     threads: int = 0
+    backend: str | None = None
+    draft_backend: str | None = None
     grain: Grain = GRAIN
     arms: tuple[Arm, ...] = ARMS
     long: tuple[Way, ...] = LONG
@@ -166,8 +170,12 @@ def certify(
         GateFailed: The loop does not end.
     """
     began = time.perf_counter()
-    settings = SessionOptions(threads=options.threads)
-    models = [Model(path, settings) for path in (target, draft) if path is not None]
+    asked = ((target, options.backend), (draft, options.draft_backend))
+    models = [
+        Model(path, SessionOptions(threads=options.threads, backend=backend))
+        for path, backend in asked
+        if path is not None
+    ]
     if draft is not None:
         demand_pair(*models)
     decoders = [model.decoder() for model in models for _ in range(2)]

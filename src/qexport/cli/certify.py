@@ -24,6 +24,8 @@ class Asked(TypedDict):
     length: int
     level: float
     threads: int
+    backend: str | None
+    draft_backend: str | None
 
 
 @click.command()
@@ -41,6 +43,8 @@ class Asked(TypedDict):
 )
 @click.option("--prompts", type=_PATH, metavar="FILE", help="One prompt per line.  [default: eight of its own]")
 @click.option("--threads", type=int, metavar="N", default=0, help="Threads; all processors when not given.")
+@click.option("--backend", metavar="NAME", help="ort-cpu, ort-cuda, tensorrt-rtx, tensorrt.  [default: what fits]")
+@click.option("--draft-backend", metavar="NAME", help="The same for the draft.  [default: what fits]")
 @click.option("-o", "--output", type=_PATH, metavar="DIR", help="Folder for the certificate and the replay log.")
 @shared_flags
 def certify(
