@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from qexport.calibration.reading.given import Data
 from qexport.calibration.reading.spec import keeps_cache
 from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.admit import Limits, admit_file
@@ -42,8 +43,8 @@ def build(
     model: str | Path,
     *,
     recipe: str | Path | Recipe = "int8",
-    calib: str | Path | None = None,
-    eval: str | Path | None = None,
+    calib: Data | None = None,
+    eval: Data | None = None,
     target: str | None = None,
     options: BuildOptions | None = None,
 ) -> Result:
@@ -52,7 +53,8 @@ def build(
     Args:
         model: An .onnx file or a Hugging Face folder; it is never changed.
         recipe: Name of a shipped recipe, path of a TOML file, or a loaded one.
-        calib: Calibration data; recipes that quantize need it.
+        calib: Calibration data; recipes that quantize need it. A path, or a function that returns samples (dictionaries
+            of arrays without a batch axis), the same ones at every call.
         eval: Held-out data to judge by; with labels it gives a task metric.
         target: Backend the result is for; the recipe's when not given.
         options: Overrides, gates, output folder, progress.
@@ -69,7 +71,7 @@ def build(
     row = find_target(chosen.export.target)
     output = asked.output or Path(f"{Path(model).resolve().stem}-{chosen.name}")
     stages = asked.progress
-    with publish(output, inputs=[path for path in (model, calib, eval) if path is not None]) as stage:
+    with publish(output, inputs=[path for path in (model, calib, eval) if isinstance(path, str | Path)]) as stage:
         with stages.stage("load"):
             limits = Limits(allow_nonfinite=asked.allow_nonfinite)
             source = load_source(model, limits, cached=chosen.export.cached)
