@@ -311,7 +311,13 @@ class Drawn:
 @st.composite
 def graphs(draw, ops=OPS, depth=12, *, subgraphs=False, functions=False, quantized=False):
     """A model of opset 20 with up to ``depth`` operators, that onnxruntime runs."""
-    rows = [*ops, *[branch, loop] * subgraphs, *[called] * functions, *[quantizers] * quantized]
+    # onnxruntime 1.31 loses a value between two Casts that a subgraph reads.
+    rows = [
+        *(op for op in ops if not (subgraphs and op is cast)),
+        *[branch, loop] * subgraphs,
+        *[called] * functions,
+        *[quantizers] * quantized,
+    ]
     shape = draw(st.sampled_from(SHAPES))
     g = Graph(draw, np.random.default_rng(draw(st.integers(0, 2**16))), [Value("x", shape)])
     with_constant(g, g.values[0])  # so that there always is a weight
