@@ -20,6 +20,7 @@ from qexport.exporter.load import Source, load_source
 from qexport.exporter.onnx_file import save_onnx
 from qexport.exporter.options import Advance, BuildOptions, Progress
 from qexport.exporter.outcome.artefact import MODEL, Evidence, summarize, write_artefact
+from qexport.exporter.outcome.receipt import kept_by_step, replay_section
 from qexport.exporter.outcome.result import EngineInfo, Result
 from qexport.exporter.outcome.speed import keep_profile, runs_on_processor
 from qexport.exporter.precision.backoff import settle
@@ -89,6 +90,7 @@ def build(
         engine = build_plan(found.product.model, chosen, samples, stage, stages)
         unmeasured = keep_profile(stage, found.product.model) if runs_on_processor(row) else ()
         facts = summarize(chosen, found.product, samples, time.perf_counter() - started)
+        again = replay_section(asked, source, samples, (calib, eval), kept_by_step(product, found.kept))
         evidence = Evidence(
             found.quality, found.latency, engine, found.backed_off, (*found.remarks, *unmeasured), found.tried
         )
@@ -100,7 +102,7 @@ def build(
                     Material(source, row, found.product, result, samples, bench, Cache(asked.cache), show_samples=show)
                 )
 
-        return write_artefact(stage, output, source, facts, evidence, tell)
+        return write_artefact(stage, output, source, replace(facts, replay=again), evidence, tell)
 
 
 def choose_recipe(recipe: str | Path | Recipe, asked: BuildOptions) -> Recipe:
