@@ -21,6 +21,7 @@ from qexport.safe_io import read_bytes
 
 LETTERS = 200
 SIDE = 64  # of a picture
+MOST = 1 << 32  # tokens are numbered below that
 
 
 def worst_samples(worst: Iterable[SampleQuality], data: Iterable[Inputs], tokenizer: Path | None) -> tuple[Sample, ...]:
@@ -59,7 +60,8 @@ def _sample(index: int, cosine: float, inputs: Inputs, tokenizer: Tokenizer | No
     pictures = (picture(array) for array in inputs.values())
     text = ""
     if tokenizer is not None and IDS in inputs:
-        text = tokenizer.inner.decode([int(i) for i in inputs[IDS].reshape(-1)], skip_special_tokens=True)[:LETTERS]
+        ids = [i for i in map(int, inputs[IDS].reshape(-1)) if 0 <= i < MOST]  # data may hold anything
+        text = tokenizer.inner.decode(ids, skip_special_tokens=True)[:LETTERS]
     return Sample(index, cosine, text, shapes, next((found for found in pictures if found), ""))
 
 
