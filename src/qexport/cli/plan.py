@@ -1,4 +1,4 @@
-"""``qexport plan``: which layers to leave in float to stay inside a budget, as a recipe."""
+"""``qexport plan``: what a build would do; and with a budget, which layers to leave in float, as a recipe."""
 
 from __future__ import annotations
 
@@ -8,30 +8,32 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 import click
 
 from qexport.cli.common import default_cache, make_console, make_table, print_json, shared_flags
+from qexport.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from qexport.exporter.forecast.forecast import Forecast
     from qexport.exporter.precision.plan import Plan, Point
 
 
 class Asked(TypedDict):
     """The options of ``plan`` as click hands them over."""
 
-    calib: str
+    calib: str | None
     evaluation: str | None
     max_drop: float | None
     min_cosine: float | None
     recipe: str
     target: str | None
     samples: int
-    output: Path
+    output: Path | None
     as_json: bool
 
 
 @click.command()
 @click.argument("model", type=click.Path())
-@click.option("--calib", metavar="DATA", required=True, help="Calibration data, as for build.")
+@click.option("--calib", metavar="DATA", help="Calibration data, as for build.")
 @click.option("--eval", "evaluation", metavar="DATA", help="Held-out data, with labels for --max-drop.")
 @click.option("--max-drop", type=float, metavar="POINTS", help="How much of the task metric may be lost.")
 @click.option("--min-cosine", type=float, metavar="COSINE", help="How close outputs must stay, without labels.")
@@ -43,30 +45,57 @@ class Asked(TypedDict):
     "--output",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    default=Path("plan.toml"),
-    show_default=True,
-    help="Where the recipe goes.",
+    help="Where the recipe of a budget goes; plan.toml when not given.",
 )
 @shared_flags
 def plan(model: str, **asked: Unpack[Asked]) -> None:
-    """Choose what stays in float so that MODEL loses no more than it may.
+    """Tell what a build of MODEL would do, or choose what stays in float.
 
-    Layers are measured one by one; then mixtures of int8 and float are built, judged on all evaluation data and timed.
-    The best one inside the budget is written as a recipe for qexport build --recipe.
+    Without a budget this is a dry run: what would be quantized, and about how many bytes, seconds and how much memory
+    that would take. It needs no data and writes nothing.
+
+    With --max-drop or --min-cosine, layers are measured one by one; then mixtures of int8 and float are built, judged
+    on all evaluation data and timed. The best one inside the budget is written as a recipe for qexport build --recipe.
     """
+    dry = asked["max_drop"] is None and asked["min_cosine"] is None
+    if dry and asked["output"] is not None:
+        hint = "leave out -o, or give a budget: --max-drop POINTS or --min-cosine COSINE"
+        raise UsageError("without a budget there is no recipe to write", where="--output", hint=hint)
+
     from qexport.cli.progress import RichProgress
     from qexport.exporter.options import BuildOptions
     from qexport.exporter.precision.lab import Question
-    from qexport.exporter.precision.plan import with_budget
-    from qexport.exporter.precision.publish import publish_plan
 
     options = BuildOptions(target=asked["target"], cache=default_cache(), progress=RichProgress())
     question = Question(model, asked["recipe"], asked["calib"], asked["evaluation"], options, asked["samples"])
-    found = publish_plan(with_budget(question, asked["max_drop"], asked["min_cosine"]), asked["output"])
+    if dry:
+        from qexport.exporter.forecast.forecast import forecast
+
+        told = forecast(question)
+        _tell(told, as_json=asked["as_json"])
+        return
+
+    from qexport.exporter.precision.plan import with_budget
+    from qexport.exporter.precision.publish import publish_plan
+
+    output = asked["output"] or Path("plan.toml")
+    found = publish_plan(with_budget(question, asked["max_drop"], asked["min_cosine"]), output)
     if asked["as_json"]:
         print_json(found)
         return
-    _print(make_console(), found, asked["output"])
+    _print(make_console(), found, output)
+
+
+def _tell(told: Forecast, *, as_json: bool) -> None:
+    from qexport.exporter.forecast.words import rows
+
+    if as_json:
+        print_json(told)
+        return
+    console = make_console()
+    console.print(make_table(("a build would", ""), rows(told)))
+    for warning in told.warnings:
+        console.print(f"warning: {warning}")
 
 
 def _print(console: Console, found: Plan, output: Path) -> None:
