@@ -142,11 +142,14 @@ def stream(model: ir.Model, taps: Sequence[str], work: Iterator[Work], *, litera
         index, digest, sample = item
         return index, digest, session.run({name: np.stack([array] * batch) for name, array in sample.items()}, taps)
 
-    with ThreadPoolExecutor(workers()) as pool:
+    pool = ThreadPoolExecutor(workers())
+    try:
         running = deque(pool.submit(run, item) for item in chain([first], islice(work, workers())))
         while running:
             yield running.popleft().result()
             running.extend(pool.submit(run, item) for item in islice(work, 1))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # who interrupts it does not wait for what runs
 
 
 def numbered(

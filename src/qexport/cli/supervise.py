@@ -120,8 +120,9 @@ def supervise(work: Callable[[], int], limits: Limits) -> int | Death:
     heard = [number for number in ENDS if signal.getsignal(number) is not signal.SIG_IGN]
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [*heard, signal.SIGCHLD])
-    page, stack, parent = mmap.mmap(-1, _STAGE), os.memfd_create("qexport-stack"), os.getpid()
+    parent = os.getpid()
     try:
+        page, stack = mmap.mmap(-1, _STAGE), os.memfd_create("qexport-stack")
         child = os.fork()
     except OSError:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

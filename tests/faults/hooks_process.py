@@ -1,0 +1,148 @@
+"""What goes wrong inside of calibration, where native code runs: signals, deaths, hangs, memory."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+AT = 40  # the sample that it happens at
+
+
+def _at_sample(act: Callable[[], object]) -> None:
+    """Let something happen while a sample runs."""
+    from qexport.runtime.backends.ort import OrtSession
+
+    run, calls = OrtSession.run, []
+
+    def counted(self, feeds, outputs=None):
+        calls.append(1)
+        if len(calls) == AT:
+            act()
+        return run(self, feeds, outputs)
+
+    OrtSession.run = counted
+
+
+def _hang() -> None:
+    """As native code does: nothing in Python runs before it ends."""
+    ctypes.PyDLL(None).usleep(60_000_000)
+
+
+def interrupted(root: str) -> None:
+    """Somebody presses Ctrl-C, as it reaches one process: the one that was started."""
+    _at_sample(lambda: (os.kill(os.getppid(), signal.SIGINT), time.sleep(60)))
+
+
+def terminated(root: str) -> None:
+    """A service is stopped."""
+    _at_sample(lambda: (os.kill(os.getppid(), signal.SIGTERM), time.sleep(60)))
+
+
+def terminated_in_native_code(root: str) -> None:
+    """The same while nothing in Python can hear it."""
+    _at_sample(lambda: (os.kill(os.getppid(), signal.SIGTERM), _hang()))
+
+
+def interrupted_twice(root: str) -> None:
+    """The second one does not ask."""
+
+    def act() -> None:
+        for _ in range(2):
+            os.kill(os.getppid(), signal.SIGINT)
+            _pause(0.3)
+        _hang()
+
+    _at_sample(act)
+
+
+def _pause(seconds: float) -> None:
+    ctypes.PyDLL(None).usleep(int(1e6 * seconds))
+
+
+def terminated_while_the_engine_is_built(root: str) -> None:
+    """Somewhere else than in calibration."""
+    import qexport.exporter.build as builder
+
+    def act(*_, **__):
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(60)
+
+    builder.save_onnx = act
+
+
+def takes_memory(root: str) -> None:
+    """Touched page by page, and held."""
+    _at_sample(lambda: (b"x" * (700 << 20), time.sleep(60)))
+
+
+def killed_for_memory(root: str) -> None:
+    """As the kernel does it."""
+    _at_sample(lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def segfault(root: str) -> None:
+    """A real one."""
+    _at_sample(lambda: ctypes.string_at(0))
+
+
+def shrinking_weights(root: str) -> None:
+    """A file is cut while it is mapped."""
+
+    def act() -> None:
+        with tempfile.TemporaryFile() as file:
+            file.truncate(1 << 20)
+            held = mmap.mmap(file.fileno(), 0)
+            file.truncate(0)
+            sys.stderr.write(str(held[5]))
+
+    _at_sample(act)
+
+
+def hangs(root: str) -> None:
+    """For good, with a child of its own."""
+    import subprocess
+
+    def act() -> None:
+        code = "import ctypes, time; ctypes.CDLL(None).prctl(1, 9); time.sleep(60)"
+        subprocess.Popen([sys.executable, "-c", code])
+        _hang()
+
+    _at_sample(act)
+
+
+def bad_alloc(root: str) -> None:
+    """What onnxruntime says when the system gives no memory."""
+    import onnxruntime
+
+    def run(*_, **__):
+        raise RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : std::bad_alloc")
+
+    onnxruntime.InferenceSession.run = onnxruntime.InferenceSession.run_with_iobinding = run
+
+
+def no_threads(root: str) -> None:
+    """What Python says when the system gives none."""
+    import qexport.exporter.build as builder
+
+    def act(*_, **__):
+        raise RuntimeError("can't start new thread")
+
+    builder.save_onnx = act
+
+
+def crowded(root: str) -> None:
+    """All descriptors but a few are taken."""
+    import resource
+
+    soft = 64
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, soft))
+    while len(os.listdir("/proc/self/fd")) < soft:
+        os.dup(0)
+    assert Path(root).is_dir()
