@@ -19,7 +19,7 @@ WALL, RSS = 20, 1000
 
 LEFTOVER = re.compile(r"\.(stage|old|tmp)-|\.lock$")
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-ANYWHERE = re.compile(r"/dev/(null|tty|shm(/.*)?)|/proc/.*")
+ANYWHERE = re.compile(r"/dev/(null|full|tty|shm(/.*)?)|/proc/.*")
 HERE = re.compile(r"127\.0\.0\.1|::1|localhost|/")
 SCHEMA = "qexport.error/1"
 

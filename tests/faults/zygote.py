@@ -15,6 +15,7 @@ import gc
 import importlib
 import json
 import os
+import pkgutil
 import resource
 import select
 import signal
@@ -32,7 +33,9 @@ from typing import Any
 from faults import audit
 
 HEAVY = (
-    *("encodings.ascii", "encodings.idna", "encodings.latin_1"),  # users who cannot read the interpreter's folder
+    # for users who cannot read the interpreter's folder
+    *("encodings.ascii", "encodings.cp437", "encodings.idna", "encodings.latin_1", "encodings.cp437"),
+    *("jinja2", "importlib.readers", "importlib.resources.readers", "ssl"),
     *("numpy", "onnx", "onnx_ir", "onnxscript", "onnxslim", "pydantic", "rich.table", "safetensors.numpy"),
     *("tokenizers", "threadpoolctl", "ml_dtypes", "qexport.exporter.build", "qexport.exporter.export"),
 )
@@ -46,9 +49,10 @@ def serve(channel: socket.socket) -> None:
     for name in HEAVY:
         importlib.import_module(name)
     importlib.import_module("qexport.runtime.session").load_onnxruntime()
-    commands = importlib.import_module("qexport.cli").COMMANDS
-    for name in commands:
-        importlib.import_module(f"qexport.cli.{name}")
+    for found in pkgutil.walk_packages(importlib.import_module("qexport").__path__, "qexport."):
+        if not found.name.endswith("__main__"):
+            with suppress(ImportError):  # what needs packages that are not there
+                importlib.import_module(found.name)
     ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     assert len(os.listdir("/proc/self/task")) == 1, "a fork has one thread alone, and waits for the others at its end"
     gc.collect()

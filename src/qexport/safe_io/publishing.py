@@ -117,12 +117,14 @@ def publish(directory: str | os.PathLike[str], *, inputs: Iterable[str | os.Path
     with translated(directory):
         target = _named(directory)
         made = [folder for folder in target.parents if not folder.exists()]
+        inputs = list(inputs)
+        _demand_ours(target, inputs)  # before anything is made
     stage, lock = beside(target, "stage"), None
     try:
         with translated(directory):
             _make(made)
             lock = _open_stage(target, stage)
-        _demand_ours(target, inputs)
+        _demand_ours(target, inputs)  # again: an old folder may have come back
         yield Stage(stage)
         with translated(directory):
             sync_folder(stage)
