@@ -23,12 +23,17 @@ class Known:
     Attributes:
         shape: Its shape; ``None`` where not even the rank is known.
         bits: Bits of an element at least.
-        array: Its elements, for small constants.
+        read: Returns its elements, for small constants.
     """
 
     shape: Shape | None = None
     bits: int = 1
-    array: NDArray[Any] | None = None
+    read: Callable[[], NDArray[Any]] | None = None
+
+    @property
+    def array(self) -> NDArray[Any] | None:
+        """Its elements, for small constants."""
+        return None if self.read is None else self.read()
 
     @property
     def nbytes(self) -> int:
@@ -70,8 +75,14 @@ class Call:
 Rule: TypeAlias = Callable[[Call], Shape]
 
 
+_ONE: tuple[Shape, ...] = ((), (1,))
+
+
 def broadcast(*shapes: Shape | None) -> Shape:
     """Numpy's rule; where a rank is not known, what the others ask for at least."""
+    first = shapes[0]
+    if first and all(shape == first or shape in _ONE for shape in shapes):
+        return first
     columns = zip_longest(*(reversed(shape) for shape in shapes if shape is not None), fillvalue=1)
     return tuple(_widest(sizes) for sizes in columns)[::-1]
 
@@ -123,7 +134,7 @@ def _resized(call: Call) -> Shape:
     axes = call.attribute("axes") or list(range(len(shape)))
     place = 1 if call.node.op_type == "Upsample" or len(call.node.input) == 2 else 2
     found = list(shape)
-    if len(call.inputs) > 3 and call.inputs[3].array is not None:
+    if len(call.inputs) > 3 and call.inputs[3].read is not None:
         sizes = call.numbers(3)
     else:
         scales = call.attribute("scales") or call.numbers(place)

@@ -7,9 +7,10 @@ long computations tell are for the limits of the process that runs the model.
 from __future__ import annotations
 
 import math
-from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,10 +27,11 @@ from qexport.exporter.admit.shapes import RULES, SMALL, UNKNOWN, Call, Known, Sh
 from qexport.exporter.admit.subject import Body, Subject, place, quoted, standard
 from qexport.exporter.admit.tensors import FORMATS, needed_bytes
 
-Names: TypeAlias = ChainMap[str, Known]
+Names: TypeAlias = dict[str, Known]
 
 _DEEPEST = 64  # bodies in bodies, calls included; admission allows 32 of each kind
 _NUMBERS = {TensorProto.INT64, TensorProto.INT32, TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.BOOL}
+_LOGICAL = frozenset({"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Not"})
 _UNTOLD = (LookupError, ValueError, TypeError, ArithmeticError)  # a shape that is not known, or a node used wrongly
 
 
@@ -40,7 +42,7 @@ def check_sizes(subject: Subject) -> None:
     for index, body in enumerate(subject.bodies):
         if body.parent is not None:
             inner.setdefault((body.parent, body.owner), []).append(index)
-    _Walk(subject, orders, inner, known(subject)).visit(0, ChainMap(), 0)
+    _Walk(subject, orders, inner, known(subject)).visit(0, {}, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,41 +54,43 @@ class _Walk:
     inner: Mapping[tuple[int, int], list[int]]
     functions: Mapping[Key, int]
 
-    def visit(self, index: int, outer: Names, depth: int) -> Names:
-        """Judge the values of a body; returns what is known of them."""
-        body, names = self.subject.bodies[index], outer.new_child()
+    def visit(self, index: int, names: Names, depth: int) -> None:
+        """Judge the values of a body and put into ``names`` what is known of them.
+
+        Subgraphs share the names of what is around them, as no name is written again inside.
+        """
+        body, limit = self.subject.bodies[index], self.subject.limits.max_value_bytes
         names.update(_given(body, self.subject.root))
+        nodes = list(body.proto.node)
         for position in self.orders[index]:
-            node = body.proto.node[position]
+            node = nodes[position]
             if depth < _DEEPEST:
                 for child in self.inner.get((index, position), ()):
                     self.visit(child, names, depth + 1)
-            names.update(zip(node.output, self._written(node, names, depth), strict=False))
-            self._judge(node, names, body)
-        return names
+            written = self._written(node, names, depth)
+            for name, found in zip_longest(node.output, written[: len(node.output)], fillvalue=UNKNOWN):
+                names[str(name)] = found
+                if found is not UNKNOWN and found.nbytes > limit and name:
+                    raise _too_large(f"the value {quoted(name)} would take {found.nbytes} bytes", limit, node, body)
 
     def _written(self, node: onnx.NodeProto, names: Names, depth: int) -> list[Known]:
-        inputs = tuple(names.get(name, UNKNOWN) if name else UNKNOWN for name in node.input)
-        called = self.functions.get((standard(node.domain), node.op_type, node.overload))
+        inputs = tuple([names.get(name, UNKNOWN) if name else UNKNOWN for name in node.input])
+        domain = standard(node.domain)
+        called = self.functions.get((domain, node.op_type, node.overload)) if self.functions else None
         if called is None:
-            return [_result(Call(node, inputs))] if standard(node.domain) == "" else []
+            return [_result(Call(node, inputs))] if domain == "" else []
         if depth >= _DEEPEST:
             return []
         function = self.subject.model.functions[called - 1]
-        inside = self.visit(called, ChainMap(dict(zip(function.input, inputs, strict=False))), depth + 1)
+        inside: Names = dict(zip(function.input, inputs, strict=False))
+        self.visit(called, inside, depth + 1)
         return [inside.get(name, UNKNOWN) for name in function.output]
 
-    def _judge(self, node: onnx.NodeProto, names: Names, body: Body) -> None:
-        limit = self.subject.limits.max_value_bytes
-        for name in node.output:
-            found = names.get(name, UNKNOWN)
-            if name and found.nbytes > limit:
-                inside = "" if body.where == "graph" else f"{body.where}, "
-                raise ResourceExhausted(
-                    f"the value {quoted(name)} would take {found.nbytes} bytes, the limit is {limit}",
-                    where=f"{inside}{place(node)}",
-                    hint="the shape is a constant of the model: export it again with a smaller one",
-                )
+
+def _too_large(what: str, limit: int, node: onnx.NodeProto, body: Body) -> ResourceExhausted:
+    inside = "" if body.where == "graph" else f"{body.where}, "
+    hint = "the shape is a constant of the model: export it again with a smaller one"
+    return ResourceExhausted(f"{what}, the limit is {limit}", where=f"{inside}{place(node)}", hint=hint)
 
 
 def _given(body: Body, root: Path | None) -> Iterator[tuple[str, Known]]:
@@ -109,10 +113,9 @@ def _declared(kind: onnx.TypeProto.Tensor) -> Known:
 
 
 def _constant(tensor: TensorProto, root: Path | None) -> Known:
-    shape, array = tuple(tensor.dims), None
-    if tensor.data_type in _NUMBERS and math.prod(shape) <= SMALL:
-        array = _elements(tensor, root)
-    return Known(shape, FORMATS[tensor.data_type].bits, array)
+    shape = tuple(tensor.dims)
+    small = tensor.data_type in _NUMBERS and math.prod(shape) <= SMALL
+    return Known(shape, FORMATS[tensor.data_type].bits, cache(partial(_elements, tensor, root)) if small else None)
 
 
 def _elements(tensor: TensorProto, root: Path | None) -> NDArray[Any]:
@@ -130,7 +133,7 @@ def _result(call: Call) -> Known:
             return _written_out(call)
         array = _folded(call)
         if array is not None:
-            return Known(array.shape, 8 * array.itemsize, array)
+            return _known(array)
         rule = RULES.get(call.node.op_type)
         return UNKNOWN if rule is None else Known(rule(call), _bits(call))
     except _UNTOLD:
@@ -142,7 +145,11 @@ def _written_out(call: Call) -> Known:
     if attribute.name == "value":
         return _constant(attribute.t, None) if attribute.t.data_location != TensorProto.EXTERNAL else UNKNOWN
     array = np.asarray(onnx.helper.get_attribute_value(attribute))
-    return Known(array.shape, 8, array if array.size <= SMALL and array.dtype.kind in "if" else None)
+    return _known(array) if array.size <= SMALL and array.dtype.kind in "if" else Known(array.shape, 8)
+
+
+def _known(array: NDArray[Any]) -> Known:
+    return Known(array.shape, 8 * array.itemsize, lambda: array)
 
 
 def _bits(call: Call) -> int:
@@ -153,7 +160,7 @@ def _bits(call: Call) -> int:
     if kind == "ConstantOfShape":
         value = call.attribute("value")
         return 32 if value is None else FORMATS[value.data_type].bits
-    if kind in ("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "And", "Or", "Xor", "Not"):
+    if kind in _LOGICAL:
         return 8
     source = {"OneHot": 2, "Where": 1}.get(kind, 0)
     return call.inputs[source].bits if source < len(call.inputs) else 1
@@ -161,12 +168,13 @@ def _bits(call: Call) -> int:
 
 def _folded(call: Call) -> NDArray[Any] | None:
     """The output of the few operators that shapes are computed with, on small constants; ``None`` for all others."""
-    kind, arrays = call.node.op_type, [known.array for known in call.inputs]
+    kind = call.node.op_type
     if kind == "Shape":
         return _shape_of(call)
     fold = FOLDS.get(kind)
-    if fold is None or any(array is None for array in arrays):
+    if fold is None or any(known.read is None for known in call.inputs):
         return None
+    arrays = [known.array for known in call.inputs]
     try:
         with np.errstate(all="ignore"):
             found = np.asarray(fold(call, *arrays))
