@@ -207,7 +207,7 @@ def test_nodes_written_for_another_belong_to_its_row():
 
 
 def test_on_a_processor_every_quantized_layer_has_a_cumulative_sqnr(build):
-    result, report = load_report(build("int8"))
+    result, report = load_report(build("plain"))
     quantized = [row for row in report.nodes if row.state == "quantized"]
     assert {layer.node for layer in result.quality.layers} == {row.name for row in quantized}
     assert all(row.sqnr is not None and row.sqnr_own is not None for row in quantized)

@@ -40,7 +40,7 @@ def test_a_sketch_is_the_histogram_within_a_bucket(array):
     assert (small.low, small.high, small.zeros, small.total) == (whole.low, whole.high, whole.zeros, array.size)
     assert np.all(np.diff(values) >= 0)
     mine, theirs = np.repeat(values, counts), np.repeat(exact, exact_counts)
-    assert np.all(np.abs(mine - theirs) <= WIDTH * np.abs(theirs) + 1e-30)
+    assert np.all(np.abs(mine - theirs) <= WIDTH / 2 * np.abs(theirs) + 1e-30)
 
 
 @given(ARRAYS, ARRAYS)
@@ -87,7 +87,7 @@ def test_bins_are_those_of_numpy_within_the_width_of_a_bucket():
         assert abs(found - wanted) <= np.sum(np.abs(array - edge) <= reach) + small.zeros + 1
 
 
-@pytest.mark.parametrize(("method", "kind"), [*itertools.product(METHODS, ["int8", "uint8"]), ("mse", "fp8")])
+@pytest.mark.parametrize(("method", "kind"), list(itertools.product(METHODS, ["int8", "uint8"])))
 def test_every_method_finds_nearly_the_range_that_it_finds_in_the_histogram(method, kind):
     whole = counted(np.random.default_rng(3).standard_t(5, 1_000_000))
     exact, found = METHODS[method](whole, kind), METHODS[method](sketch(whole), kind)
