@@ -18,6 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import qexport
+from qexport.calibration.reading.given import Data, name_of
 from qexport.errors import DataInvalid, IntegrityError, ModelInvalid, UsageError
 from qexport.exporter.admit import Limits
 from qexport.exporter.build import build
@@ -42,8 +43,8 @@ class Inputs:
     """Where inputs are now, if not where they were."""
 
     model: str | Path | None = None
-    calib: str | Path | None = None
-    eval: str | Path | None = None
+    calib: Data | None = None
+    eval: Data | None = None
 
 
 class FileCheck(BaseModel):
@@ -92,8 +93,8 @@ def verify(
     folder: str | Path,
     *,
     model: str | Path | None = None,
-    calib: str | Path | None = None,
-    eval: str | Path | None = None,
+    calib: Data | None = None,
+    eval: Data | None = None,
     files: bool = False,
     progress: Progress | None = None,
 ) -> Replayed:
@@ -102,7 +103,7 @@ def verify(
     Args:
         folder: What ``build`` wrote; it is only read.
         model: Where the source is now; where the manifest says, when not given.
-        calib: Where the calibration data is now, likewise.
+        calib: Where the calibration data is now, likewise; a function that gave samples is given again.
         eval: Where the evaluation data is now, likewise; it is not needed, as it does not shape the bytes.
         files: Check the files alone.
         progress: Who hears about stages.
@@ -247,21 +248,34 @@ def _find_inputs(info: ReplayInfo, now: Inputs) -> tuple[Inputs, tuple[str, ...]
     """Where the inputs are; evaluation data that is gone is left out, and that is told."""
     notes: tuple[str, ...] = ()
     evaluation = _place("eval", info.eval, now.eval)
-    if now.eval is None and evaluation is not None and not os.path.exists(evaluation):
-        told = f"the evaluation data {str(evaluation)!r} is not there; the bytes do not depend on it"
+    if now.eval is None and evaluation is not None and not _is_there(evaluation):
+        told = f"the evaluation data is not there ({_name(evaluation)}); the bytes do not depend on it"
         evaluation, notes = None, (told,)
-    found = Inputs(_place("model", info.model, now.model), _place("calib", info.calib, now.calib), evaluation)
-    for option, path in (("model", found.model), ("calib", found.calib), ("eval", found.eval)):
-        if path is not None and not os.path.exists(path):
-            hint = f"say where it is with --{option} PATH"
-            raise UsageError("what the build was given is not there", where=str(path) or option, hint=hint)
-    return found, notes
+    calib = _place("calib", info.calib, now.calib)
+    model = info.model.path if now.model is None else now.model
+    for option, path in (("model", model), ("calib", calib), ("eval", evaluation)):
+        if path is not None and not _is_there(path):
+            what = f"what the build was given as {option} is not there"
+            raise UsageError(what, where=_name(path), hint=f"say where it is with --{option} PATH")
+    return Inputs(model, calib, evaluation), notes
 
 
-def _place(option: str, given: Given | None, now: str | Path | None) -> str | Path | None:
+def _place(option: str, given: Given | None, now: Data | None) -> Data | None:
     if given is None and now is not None:
-        raise UsageError(f"the build was not given any --{option}", where=f"--{option} {now}", hint="leave it out")
+        raise UsageError(
+            f"the build was not given any --{option}", where=f"--{option} {_name(now)}", hint="leave it out"
+        )
     return now if now is not None or given is None else given.path
+
+
+def _is_there(data: Data) -> bool:
+    return callable(data) or os.path.exists(data)
+
+
+def _name(data: Data) -> str:
+    if callable(data):
+        return name_of(data)
+    return str(data) or "a function of Python"
 
 
 def _check_inputs(info: ReplayInfo, inputs: Inputs, recipe: Recipe) -> None:
@@ -271,14 +285,14 @@ def _check_inputs(info: ReplayInfo, inputs: Inputs, recipe: Recipe) -> None:
         limits = Limits(allow_nonfinite=info.allow_nonfinite)
         source = load_source(inputs.model or "", limits, cached=recipe.export.cached)
         _demand(source.info.digest, info.model, reading)
-        reading = str(inputs.calib or inputs.eval)
+        reading = _name(inputs.calib or inputs.eval or "")
         samples = open_samples(source, recipe, inputs.calib, inputs.eval)
     except (ModelInvalid, DataInvalid) as error:
         raise IntegrityError(f"{_DIFFERENT}: {error.what}", where=error.where or reading) from error
     if samples.calibration is not None:
-        _demand(samples.calibration.digest, info.calib, str(inputs.calib))
+        _demand(samples.calibration.digest, info.calib, reading)
     if samples.judge is not None and inputs.eval is not None:
-        _demand(samples.judge.data.digest, info.eval, str(inputs.eval))
+        _demand(samples.judge.data.digest, info.eval, _name(inputs.eval))
 
 
 def _demand(digest: str, given: Given | None, where: str) -> None:

@@ -189,6 +189,19 @@ def test_inputs_that_have_moved_are_asked_for(room):
     assert "evaluation data" in found.notes[0]
 
 
+def test_samples_that_a_function_gave_are_given_again(room):
+    def samples():
+        return [{"x": row} for row in np.load(room / "calib.npz")["x"]]
+
+    build(room, "given", calib=samples, eval=None)
+    with pytest.raises(UsageError, match=r"a function of Python.*not there.*--calib"):
+        qexport.verify(room / "given")
+    assert qexport.verify(room / "given", calib=samples).same
+    assert qexport.verify(room / "given", calib=room / "calib.npz").same
+    with pytest.raises(IntegrityError, match="not what the build was given"):
+        qexport.verify(room / "given", calib=lambda: samples()[1:])
+
+
 def test_an_input_that_the_build_did_not_have_is_refused(room):
     edit(room / "out", lambda manifest: manifest["replay"].update(eval=None))
     with pytest.raises(UsageError, match="was not given any --eval"):
