@@ -143,7 +143,8 @@ def _point(x: float, y: float, point: Point) -> Markup:
     if point.chosen:
         left = x > HALF * 0.6
         mark += dot(x, y, "ring", size=9)
-        mark += text(x + (-8 if left else 8), y - 14, middle(point.label, 28), "name", "end" if left else "start")
+        level = y + 23 if y < 70 else y - 14  # clear of the label of the axis
+        mark += text(x + (-8 if left else 8), level, middle(point.label, 28), "name", "end" if left else "start")
     kind = "measured" if point.measured else "estimated"
     facts = [f"loss {number(point.loss)} {point.unit}", f"{point.bytes / 1e6:.3g} MB"]
     facts += [f"{number(point.ms)} ms"] if point.ms is not None else []

@@ -86,8 +86,18 @@ COLUMNS = (
         lambda n: n.error,
         lambda v: number(v, 2),
     ),
-    Column("ms float", "Milliseconds in the float model", lambda n: n.ms_before, lambda v: fixed(v, 3)),
-    Column("ms result", "Milliseconds in the result", lambda n: n.ms_after, lambda v: fixed(v, 3)),
+    Column(
+        "ms float",
+        "Milliseconds in the float model; blank where the runtime ran it as part of another one",
+        lambda n: n.ms_before or None,
+        lambda v: fixed(v, 3),
+    ),
+    Column(
+        "ms result",
+        "Milliseconds in the result; blank where the runtime ran it as part of another one",
+        lambda n: n.ms_after or None,
+        lambda v: fixed(v, 3),
+    ),
     Column("bytes float", "Bytes of its weights in the float model", lambda n: _stored(n.bytes_before), _bytes),
     Column("bytes result", "Bytes of its weights in the result", lambda n: _stored(n.bytes_after), _bytes),
 )

@@ -93,7 +93,7 @@ def _speed(result: Result) -> Tile:
     if latency is None:
         return Tile("Speed", "", "not measured", "", "open", Markup(""), ())
     if latency.foreign:
-        line = f"{latency.runtime}: {latency.reference_ms:.3g} → {latency.result_ms:.3g} ms, laid out for another"
+        line = f"{latency.reference_ms:.3g} → {latency.result_ms:.3g} ms on {latency.runtime}, which it is not made for"
         words = f"{result.target} was not here to run it"
         return Tile("Speed", "", "not measured", words, "open", Markup(""), (line,))
     way = pace(latency)
