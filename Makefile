@@ -83,6 +83,7 @@ bench: $(READY) $(MINILM_READY)
 	$(BIN)/python benchmarks/speculation.py
 	$(BIN)/python benchmarks/copying.py
 	$(BIN)/python benchmarks/embed.py
+	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/readme.py
 
 clean:

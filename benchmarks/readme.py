@@ -6,7 +6,7 @@ import re
 
 import measure
 
-PAGES = ("README.md", "docs/benchmarks.md", "docs/export.md", "docs/runtime.md")
+PAGES = ("README.md", "docs/benchmarks.md", "docs/export.md", "docs/report.md", "docs/runtime.md", "docs/looking.md")
 BLOCK = re.compile(r"(<!-- bench:(\w+) -->\n).*?(<!-- /bench:\2 -->)", re.DOTALL)
 
 
