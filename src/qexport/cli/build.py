@@ -8,6 +8,7 @@ from typing import TypedDict, Unpack
 import click
 
 from qexport.cli.common import default_cache, make_console, print_json, shared_flags
+from qexport.cli.completion import complete_recipe, complete_target
 from qexport.errors import UsageError
 
 
@@ -32,12 +33,22 @@ class Asked(TypedDict):
 @click.command()
 @click.argument("model", type=click.Path())
 @click.option("--int8", is_flag=True, help="The same as --recipe int8, which is what happens without either.")
-@click.option("--recipe", metavar="FILE", help="A recipe file, or the name of a shipped one (qexport recipe list).")
+@click.option(
+    "--recipe",
+    metavar="FILE",
+    shell_complete=complete_recipe,
+    help="A recipe file, or the name of a shipped one (qexport recipe list).",
+)
 @click.option(
     "--calib", metavar="DATA", help="Calibration data: npz, npy, safetensors, jsonl, csv, txt, folder of images."
 )
 @click.option("--eval", "evaluation", metavar="DATA", help="Held-out data, with labels where there is a task.")
-@click.option("--target", metavar="NAME", help="Backend: tensorrt-rtx, tensorrt, ort-cpu, ort-cuda.")
+@click.option(
+    "--target",
+    metavar="NAME",
+    shell_complete=complete_target,
+    help="Backend: tensorrt-rtx, tensorrt, ort-cpu, ort-cuda.",
+)
 @click.option("--set", "settings", multiple=True, metavar="STEP.OPTION=VALUE", help="Override one option; repeatable.")
 @click.option("--max-drop", type=float, metavar="POINTS", help="Fail when the task metric loses more than this.")
 @click.option(

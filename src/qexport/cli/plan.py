@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 import click
 
 from qexport.cli.common import default_cache, make_console, make_table, print_json, shared_flags
+from qexport.cli.completion import complete_recipe, complete_target
 from qexport.errors import UsageError
 
 if TYPE_CHECKING:
@@ -37,8 +38,20 @@ class Asked(TypedDict):
 @click.option("--eval", "evaluation", metavar="DATA", help="Held-out data, with labels for --max-drop.")
 @click.option("--max-drop", type=float, metavar="POINTS", help="How much of the task metric may be lost.")
 @click.option("--min-cosine", type=float, metavar="COSINE", help="How close outputs must stay, without labels.")
-@click.option("--recipe", metavar="FILE", default="int8", show_default=True, help="The recipe to extend.")
-@click.option("--target", metavar="NAME", help="Backend: tensorrt-rtx, tensorrt, ort-cpu, ort-cuda.")
+@click.option(
+    "--recipe",
+    metavar="FILE",
+    shell_complete=complete_recipe,
+    default="int8",
+    show_default=True,
+    help="The recipe to extend.",
+)
+@click.option(
+    "--target",
+    metavar="NAME",
+    shell_complete=complete_target,
+    help="Backend: tensorrt-rtx, tensorrt, ort-cpu, ort-cuda.",
+)
 @click.option("--samples", type=int, default=64, show_default=True, help="How many samples layers are measured on.")
 @click.option(
     "-o",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from qexport.cli.common import make_console, print_json, shared_flags
+from qexport.cli.completion import complete_recipe
 
 
 @click.group()
@@ -28,7 +29,7 @@ def list_(*, as_json: bool) -> None:
 
 
 @recipe.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_recipe)
 @click.option("--set", "settings", multiple=True, metavar="STEP.OPTION=VALUE", help="Override one option; repeatable.")
 @shared_flags
 def show(name: str, *, settings: tuple[str, ...], as_json: bool) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 import click
 
 from qexport.cli.common import default_cache, make_console, make_table, print_json, shared_flags
+from qexport.cli.completion import complete_recipe, complete_target
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,8 +33,20 @@ class Asked(TypedDict):
 @click.argument("model", type=click.Path())
 @click.option("--calib", metavar="DATA", required=True, help="Calibration data, as for build.")
 @click.option("--eval", "evaluation", metavar="DATA", help="Held-out data, with labels where there is a task.")
-@click.option("--recipe", metavar="FILE", default="int8", show_default=True, help="A recipe that quantizes.")
-@click.option("--target", metavar="NAME", help="Backend: tensorrt-rtx, tensorrt, ort-cpu, ort-cuda.")
+@click.option(
+    "--recipe",
+    metavar="FILE",
+    shell_complete=complete_recipe,
+    default="int8",
+    show_default=True,
+    help="A recipe that quantizes.",
+)
+@click.option(
+    "--target",
+    metavar="NAME",
+    shell_complete=complete_target,
+    help="Backend: tensorrt-rtx, tensorrt, ort-cpu, ort-cuda.",
+)
 @click.option("--samples", type=int, default=64, show_default=True, help="How many samples to measure on.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder for plots and JSON.")
 @shared_flags
