@@ -142,7 +142,7 @@ def test_a_command_line_that_cannot_be_parsed_with_json_is_one_object_too(capsys
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    def fail() -> None:
+    def fail(*_: object) -> None:
         raise error
 
     monkeypatch.setattr("qexport.exporter.doctor.diagnose", fail)
