@@ -64,7 +64,8 @@ def _gate(gates: dict[str, float], name: str, sign: str) -> str:
 
 def _quality_lines(quality: Quality, gates: dict[str, float]) -> Iterator[str]:
     if quality.task is not None:
-        yield f"cosine: mean {fixed(quality.least_mean, 4)}, worst {fixed(quality.least, 4)}"
+        of = "cosine, worst output" if len(quality.outputs) > 1 else "cosine"
+        yield f"{of}: mean {fixed(quality.least_mean, 4)}, worst {fixed(quality.least, 4)}"
         if quality.task.unchanged is not None:
             yield f"{quality.task.unchanged:.1%} of predictions unchanged"
     kind = "held-out" if quality.held_out else "not held-out"
