@@ -144,8 +144,8 @@ class Case:
     """``name`` of a function of ``faults/hooks.py`` or ``module:name`` of one of ``faults/module.py``: called as
     ``hook(root)``, ``root`` the room's folder, in the command's own process before the command."""
     limits: Mapping[str, int] = field(default_factory=dict)
-    """Of the command's process: RLIMIT_* without the prefix (``FSIZE``), ``uid`` (of whoever is not root; stays as it
-    is where the tests are not run by root), ``umask``; ``wall`` (seconds, default 20) and ``rss`` (MB, default 1000)."""
+    """Of the command's process: RLIMIT_* without the prefix (``FSIZE``), ``uid`` (of whoever is not root; the
+    tests' own where root does not run them), ``umask``; ``wall`` (seconds, default 20), ``rss`` (MB, default 1000)."""
     env: Mapping[str, str] = field(default_factory=dict)
     """More environment."""
     way: Way = "warm"

@@ -91,11 +91,12 @@ def same_inputs(run: Run) -> None:
 def nothing_elsewhere(run: Run) -> None:
     """I3: nothing outside of out, cache and tmp is there that was not, or was touched meanwhile."""
     _demand_same(run, "I3", lambda name: name.split("/")[0] not in (*FREE, "inputs", "good"))
-    free = tuple(f"{folder}{end}" for folder in map(run.room.root.joinpath, FREE) for end in ("", "/"))
+    env = {"HOME": str(run.room.home), "XDG_CACHE_HOME": "/", **run.case.env}
+    folders = [*map(run.room.root.joinpath, FREE), *([] if env["XDG_CACHE_HOME"] else [env["HOME"]])]
     for event, *args in run.ended.log:
         written = args[:1] if event == "open" and args[1:] == ["write"] else args if event in CHANGES else []
         for path in written:
-            outside = os.path.isabs(path) and not path.startswith((free[1::2])) and path not in free
+            outside = os.path.isabs(path) and not any(f"{path}/".startswith(f"{folder}/") for folder in folders)
             run.demand(not outside or ANYWHERE.fullmatch(path), "I3", f"{event} {path}")
 
 

@@ -25,7 +25,7 @@ __all__ = ["Broken", "Session", "run"]
 
 TESTS = Path(__file__).resolve().parents[1]
 QUICK = 0.5  # seconds up to which a case runs both plain and with --json
-_ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
 class Session:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from faults import hooks, runner
 from faults.case import Case
 from faults.runner import Broken, run, run_once
@@ -67,9 +68,9 @@ def test_both_ways_record_what_a_command_opens_and_end_the_same(faults, way):
 @pytest.mark.parametrize("way", ["warm", "cold"])
 def test_a_hook_and_limits_reach_the_command_either_way(faults, way):
     case = Case("M00_way", check_good, way=way, hook="touch_an_input")
-    with pytest.raises(Broken, match="^I2: "):
+    with pytest.raises(Broken, match=r"^I2: "):
         run_once(faults, case, as_json=False)
-    with pytest.raises(Broken, match="^exit code|^I5|^I7"):
+    with pytest.raises(Broken, match=r"^exit code|^I5|^I7"):
         run_once(faults, Case("M00_way", check_good, way=way, limits={"AS": 64 << 20}), as_json=False)
 
 

@@ -35,7 +35,7 @@ from faults import audit
 HEAVY = (
     # for users who cannot read the interpreter's folder
     *("encodings.ascii", "encodings.cp437", "encodings.idna", "encodings.latin_1", "encodings.cp437"),
-    *("jinja2", "importlib.readers", "importlib.resources.readers", "ssl"),
+    *("jinja2", "ssl", "importlib.readers", "importlib.resources.readers", "ssl"),
     *("numpy", "onnx", "onnx_ir", "onnxscript", "onnxslim", "pydantic", "rich.table", "safetensors.numpy"),
     *("tokenizers", "threadpoolctl", "ml_dtypes", "qexport.exporter.build", "qexport.exporter.export"),
 )
