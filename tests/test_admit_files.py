@@ -66,6 +66,8 @@ FILES = [
     ("M04_npy", 3, b"\x93NUMPY\1\0", "a NumPy array"),
     ("M04_tar_gz", 3, b"\x1f\x8b\x08\0", "an archive"),
     ("P01_name_not_utf8", 3, PLAIN.replace(b"n", b"\xff"), "is not UTF-8"),
+    ("P01_domain_not_utf8", 3, PLAIN + b"\x42\x05\x0a\x01\xff\x10\x01", "is not UTF-8"),
+    ("P01_metadata_not_utf8", 3, PLAIN + b"\x72\x03\x0a\x01\xff", "is not UTF-8"),
     ("P02_nothing_but_a_version", 3, b"\x08\x0a", "has no graph"),
 ]
 

@@ -6,6 +6,8 @@ import heapq
 from collections.abc import Iterator, Sequence
 
 import onnx
+from google.protobuf.descriptor import FieldDescriptor  # type: ignore[import-untyped]  # protobuf ships no types
+from google.protobuf.message import Message  # type: ignore[import-untyped]  # the same
 
 from qexport.errors import ModelInvalid
 from qexport.exporter.admit.subject import Body, Subject, place, quoted
@@ -16,35 +18,21 @@ Needs = list[list[int]]  # of each node, the nodes it waits for
 
 
 def check_text(subject: Subject) -> None:
-    """Text is UTF-8; protobuf hands anything else over as bytes."""
-    model = subject.model
-    for text in (model.producer_name, model.producer_version, model.domain, model.doc_string):
+    """Text is UTF-8, wherever it is; protobuf hands anything else over as bytes."""
+    for text in _texts(subject.model):
         if not isinstance(text, str):
             raise ModelInvalid(f"the text {quoted(text)} is not UTF-8")
-    for body in subject.bodies:
-        for name in _names(body):
-            if not isinstance(name, str):
-                raise ModelInvalid(f"the text {quoted(name)} is not UTF-8", where=body.where)
 
 
-def _names(body: Body) -> Iterator[object]:
-    proto = body.proto
-    yield from (proto.name, proto.doc_string)
-    values = list(proto.value_info)
-    if isinstance(proto, onnx.GraphProto):
-        values += [*proto.input, *proto.output]
-        yield from (tensor.name for tensor in proto.initializer)
-    else:
-        yield from (proto.domain, *proto.input, *proto.output, *proto.attribute)
-    for value in values:
-        yield value.name
-        yield from (dim.dim_param for dim in value.type.tensor_type.shape.dim)
-    for node in proto.node:
-        yield from (node.name, node.op_type, node.domain, node.overload, node.doc_string, *node.input, *node.output)
-        yield from (attribute.name for attribute in node.attribute)
-    for message in (proto, *values, *proto.node):
-        for entry in message.metadata_props:
-            yield from (entry.key, entry.value)
+def _texts(model: onnx.ModelProto) -> Iterator[object]:
+    """Every text of the message and of those inside, without recursion."""
+    messages: list[Message] = [model]
+    while messages:
+        for field, value in messages.pop().ListFields():
+            if field.type == FieldDescriptor.TYPE_STRING:
+                yield from (value,) if isinstance(value, str | bytes) else value
+            elif field.type == FieldDescriptor.TYPE_MESSAGE:
+                messages.extend((value,) if isinstance(value, Message) else value)
 
 
 def check_interface(subject: Subject) -> None:
