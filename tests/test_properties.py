@@ -11,10 +11,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from graph_faults import FAULTS, broken
 from helpers import session
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from strategies import FAULTS, broken, graphs, names
+from strategies import graphs, names
 
 from qexport.errors import QexportError
 from qexport.exporter.admit import admit_proto, parse
