@@ -327,8 +327,8 @@ READING = [
     Case("D09_raises", good(), 5, r"failing\(\): sample 3: .* raised OSError: the database went away",
          hook="rows_d:give_failing"),
     Case("D09_never_ends", good(), 9, "more than 500 samples.*data.max_samples", hook="rows_d:give_endless"),
-    Case("D09_never_ends_but_is_capped", good("--set", "data.max_samples=20"), after=warned("quality was measured on samples"),
-         hook="rows_d:give_endless"),
+    Case("D09_never_ends_but_is_capped", good("--set", "data.max_samples=20"), hook="rows_d:give_endless",
+         after=warned("quality was measured on samples")),
 ]  # fmt: skip
 
 
