@@ -186,12 +186,20 @@ def _own_attributes(holder: ir.Node | ir.Function, mapped: _Mapped) -> None:
 
 def _sort(model: ir.Model) -> Sequence[str]:
     """Put nodes after what they read; admission proved that there is an order."""
-    before = [node for body in _bodies(model) for node in body]
-    model.graph.sort()
-    for function in model.functions.values():
-        function.sort()
-    moved = before != [node for body in _bodies(model) for node in body]
-    return ("the nodes were not in order and have been sorted",) if moved else ()
+    unsorted = [body for body in (model.graph, *model.functions.values()) if not _is_sorted(body)]
+    for body in unsorted:
+        body.sort()
+    return ("the nodes were not in order and have been sorted",) if unsorted else ()
+
+
+def _is_sorted(body: ir.Graph | ir.Function) -> bool:
+    """Whether every node, those in subgraphs included, comes after what it reads."""
+    seen: set[ir.Node | None] = {None}
+    for node in body.all_nodes():
+        if any(value is not None and value.producer() not in seen for value in node.inputs):
+            return False
+        seen.add(node)
+    return True
 
 
 def _name_nodes(model: ir.Model) -> None:
