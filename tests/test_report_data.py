@@ -1,44 +1,23 @@
-"""What the report says of nodes, scales, tensors, weights, tries and samples, against the files and by hand."""
+"""What the report of a whole build says, against the files and the data."""
 
 from __future__ import annotations
 
-import base64
 import functools
 import hashlib
-import io
 import json
-from dataclasses import replace
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from helpers import model_from
-from PIL import Image
-from report_trees import make_result, tiny
 
 import qexport
-from qexport.calibration.running.execute import open_model
 from qexport.exporter.options import BuildOptions
-from qexport.exporter.outcome.result import DecisionInfo, SampleQuality, Tried
 from qexport.exporter.precision import backoff
-from qexport.exporter.precision.costs import flops
-from qexport.exporter.precision.tried import Remembering
-from qexport.exporter.proof.quality import layer_quality
-from qexport.exporter.recipe import GatesSpec
 from qexport.exporter.report import roofline
 from qexport.exporter.report.files import load_report
-from qexport.exporter.report.nodes import Graphs, bytes_of, find_rows, node_rows
-from qexport.exporter.report.points import points
-from qexport.exporter.report.roofline import peaks
-from qexport.exporter.report.samples import picture, worst_samples
-from qexport.exporter.report.weights import weight_rows
 from qexport.passes.numbers.notes import ERROR_KEY
-from qexport.passes.target import find_target
 from qexport.runtime.accounting.machine import Machine, fingerprint
-from qexport.runtime.profile import Kernel, profile
-from qexport.runtime.session import SessionOptions
-from qexport.safe_io import Cache
 
 MODEL = """<ir_version: 10, opset_import: ["" : 20]>
 g (float[n, 32] x) => (float[n, 32] y) { h = MatMul(x, w)  c = Add(h, b)  t = Tanh(c)  k = MatMul(t, v)
@@ -153,15 +132,6 @@ def test_the_bytes_of_all_rows_are_those_of_the_files_initializers(build, recipe
     assert sum(row.bytes_after for row in report.nodes) == held > 0
 
 
-def test_a_table_that_is_read_by_two_nodes_counts_for_the_first():
-    model = model_from(
-        "g (float[2] x) => (float[2] y, float[2] z) { y = Add(x, c)  z = Mul(x, c) }", c=np.ones(2, np.float32)
-    )
-    for node in model.graph:
-        node.name = node.op_type
-    assert bytes_of(model.graph) == {"Add": 8}
-
-
 def test_every_row_says_what_was_decided_about_it_and_why(build):
     _, report = load_report(build("plain"))
     rows = rows_of(report)
@@ -171,39 +141,10 @@ def test_every_row_says_what_was_decided_about_it_and_why(build):
     assert rows["/layer/h"].block == "/layer"
 
 
-def test_what_was_decided_about_and_is_not_there_any_more_is_gone():
-    text = "g (float[n, 4] x) => (float[n, 4] y) { a = Relu(x)  b = Add(a, c)  y = Neg(b) }"
-    before, after = (model_from(text, c=np.ones(4, np.float32)) for _ in range(2))
-    for model in (before, after):
-        for node in model.graph:
-            node.name = node.op_type
-    ir.convenience.replace_all_uses_with(after.graph[1].outputs[0], after.graph[0].outputs[0])
-    after.graph.remove(after.graph[1], safe=True)
-    del after.graph.initializers["c"]
-    result, _ = tiny()
-    decided = [DecisionInfo(node=name, op="?", action="folded", reason="r") for name in ("Add", "somewhere else")]
-    step = result.steps[0].model_copy(update={"decisions": tuple(decided)})
-    rows = node_rows(Graphs(before, before, after), result.model_copy(update={"steps": (step,)}), None)
-    assert [(row.name, row.state, row.bytes_before) for row in rows] == [
-        ("Relu", "float", 0), ("Neg", "float", 0), ("Add", "gone", 16),
-    ]  # fmt: skip
-    assert rows[2].why[0].reason == "r"
-
-
 def test_what_is_kept_by_name_is_kept(build):
     rows = rows_of(load_report(build("kept"))[1])
     assert rows["/layer/k"].state == "kept"
     assert (rows["/layer/k"].activation, rows["/layer/k"].weight) == ("float32", "float32")
-
-
-def test_nodes_written_for_another_belong_to_its_row():
-    text = "g (float[n, 4] x) => (float[n, 4] y) { a = Relu(x)  b = Neg(a)  c = Exp(b)  y = Abs(c) }"
-    model = model_from(text)
-    names = ["/a/MatMul/MatMulInteger", "/a/MatMul/deep/Cast", "/a/MatMul2", "/a/Add"]
-    for node, name in zip(model.graph, names, strict=True):
-        node.name = name
-    rows = find_rows(model.graph, {"/a/MatMul", "/a/Add"}, {"/a/MatMul"})
-    assert [row.name for row in rows] == ["/a/MatMul", "/a/MatMul2", "/a/Add"]
 
 
 def test_on_a_processor_every_quantized_layer_has_a_cumulative_sqnr(build):
@@ -211,36 +152,6 @@ def test_on_a_processor_every_quantized_layer_has_a_cumulative_sqnr(build):
     quantized = [row for row in report.nodes if row.state == "quantized"]
     assert {layer.node for layer in result.quality.layers} == {row.name for row in quantized}
     assert all(row.sqnr is not None and row.sqnr_own is not None for row in quantized)
-
-
-def test_a_layer_that_was_merged_with_its_bias_is_compared_behind_the_bias():
-    w = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32)
-    long = model_from(
-        "g (float[n, 4] x) => (float[n, 4] z) { y = MatMul(x, w)  s = Add(y, b)  z = MatMul(s, w) }",
-        w=w, b=np.ones(4, np.float32),
-    )  # fmt: skip
-    for node in long.graph:
-        node.name = node.outputs[0].name
-    short = model_from(
-        "g (float[n, 4] x) => (float[n, 4] z) { s = Gemm(x, w, b)  z = MatMul(s, w) }",
-        w=1.1 * w,
-        b=np.ones(4, np.float32),
-    )
-    data = [{"x": np.full(4, 0.5, np.float32)}]
-    layers = layer_quality(long, short, ["y", "z"], data, find_target("ort-cpu"))
-    assert [(layer.node, layer.tensor) for layer in layers] == [("y", "s"), ("z", "z")]
-    truth, found = 0.5 * w.sum(axis=0) + 1, 0.55 * w.sum(axis=0) + 1
-    assert layers[0].sqnr == pytest.approx(10 * np.log10((truth**2).sum() / ((truth - found) ** 2).sum()), abs=1e-3)
-
-
-def test_a_layer_is_not_mistaken_for_the_next_one():
-    w = np.eye(4, dtype=np.float32)
-    model = model_from("g (float[n, 4] x) => (float[n, 4] z) { y = MatMul(x, w)  z = MatMul(y, w) }", w=w)
-    for node in model.graph:
-        node.name = node.outputs[0].name
-    one = model_from("g (float[n, 4] x) => (float[n, 4] z) { z = MatMul(x, w) }", w=w)
-    layers = layer_quality(model, one, ["y", "z"], [{"x": np.ones(4, np.float32)}], find_target("ort-cpu"))
-    assert [layer.node for layer in layers] == ["z"]
 
 
 def test_activations_have_the_values_of_the_data_and_the_chosen_range_first(build):
@@ -255,76 +166,6 @@ def test_activations_have_the_values_of_the_data_and_the_chosen_range_first(buil
     for candidate in row.candidates:
         outside = np.mean((candidate.low > X) | (candidate.high < X))
         assert candidate.clipped == pytest.approx(outside, abs=0.02)
-
-
-def test_weights_are_those_of_numpy_worst_channels_first():
-    rng = np.random.default_rng(0)
-    kernel = rng.standard_normal((16, 64)).astype(np.float32)
-    kernel[:, 5] *= 20
-    model = model_from("g (float[n, 16] x) => (float[n, 64] y) { y = MatMul(x, w) }", w=kernel)
-    model.graph[0].name = "product"
-    assert weight_rows(model, ["other"]) == ()
-    (row,) = weight_rows(model, ["product"])
-    reach = np.abs(kernel).max(axis=0)
-    assert (row.axis, row.channels, len(row.worst), row.worst[0].index) == (1, 64, 32, 5)
-    assert row.spread == pytest.approx(np.quantile(reach, [0, 0.25, 0.5, 0.75, 1]).tolist())
-    assert row.outlier == pytest.approx(reach.max() / np.median(reach))
-    box = row.worst[0]
-    assert (box.low, box.q25, box.q50, box.q75, box.high) == pytest.approx(
-        np.quantile(kernel[:, 5], [0, 0.25, 0.5, 0.75, 1]).tolist()
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "shape", "weight", "expected"),
-    [
-        ("y = MatMul(x, w)", (4, 8), (8, 16), 2 * 4 * 8 * 16),
-        ("y = MatMul(x, w)", (3, 4, 8), (8, 16), 3 * 2 * 4 * 8 * 16),
-        ("y = MatMul(x, w)", (3, 4, 8), (3, 8, 16), 3 * 2 * 4 * 8 * 16),
-        ("y = Gemm(x, w)", (4, 8), (8, 16), 2 * 4 * 8 * 16),
-        ("y = Gemm <transB = 1> (x, w)", (4, 8), (16, 8), 2 * 4 * 8 * 16),
-        ("y = Gemm <transA = 1> (x, w)", (8, 4), (8, 16), 2 * 4 * 8 * 16),
-        ("y = Conv <pads = [1, 1, 1, 1]> (x, w)", (1, 16, 6, 7), (32, 16, 3, 3), 2 * 32 * 6 * 7 * 16 * 9),
-        ("y = Conv <group = 4> (x, w)", (1, 16, 6, 6), (32, 4, 1, 1), 2 * 32 * 36 * 4),
-        ("y = ConvTranspose(x, w)", (1, 4, 5, 5), (4, 6, 2, 2), 2 * 4 * 25 * 6 * 4),
-    ],
-)  # fmt: skip
-def test_operations_and_bytes_of_a_kernel_are_those_of_its_definition(text, shape, weight, expected):
-    rng = np.random.default_rng(0)
-    sizes = ", ".join(map(str, shape))
-    axes = ", ".join("abcd"[: len(shape)])
-    graph = f"g (float[{sizes}] x) => (float[{axes}] y) {{ {text} }}"
-    model = model_from(graph, w=rng.standard_normal(weight).astype(np.float32))
-    kernels = profile(
-        lambda options: open_model(model, options), SessionOptions(threads=1), {"x": np.ones(shape, np.float32)}
-    )
-    (work,) = (kernel for kernel in kernels if flops(kernel, weight))
-    assert flops(work, weight) == expected
-    assert work.bytes == 4 * (np.prod(shape) + np.prod(work.outputs[0]))
-
-
-def test_operations_of_integer_kernels_are_counted_too():
-    shapes = {"MatMulIntegerToFloat": ((4, 8), (8, 16)), "QLinearMatMul": ((4, 8), (1,), (1,), (8, 16))}
-    for op, inputs in shapes.items():
-        assert flops(Kernel("k", op, 1.0, inputs, ((4, 16),))) == 2 * 4 * 8 * 16
-    convolution = Kernel("k", "QLinearConv", 1.0, ((1, 16, 6, 7), (1,), (1,)), ((1, 32, 6, 7),))
-    assert flops(convolution, (32, 16, 3, 3)) == 2 * 32 * 6 * 7 * 16 * 9
-    assert flops(convolution) == 0
-    assert flops(Kernel("k", "Softmax", 1.0, ((4, 8),), ((4, 8),))) == 0
-    assert flops(Kernel("k", "MatMul", 1.0)) == 0  # a runtime that tells no shapes
-
-
-def test_the_machine_is_measured_once_where_there_is_a_cache(tmp_path, monkeypatch):
-    known = Machine(fingerprint(), 1, ((1, 2.0), (2, 1.0)), 3.0, 4.0)
-    monkeypatch.setattr(roofline, "_measured", lambda: known)
-    cache = Cache(tmp_path / "cache")
-    assert peaks(cache) == known
-    monkeypatch.setattr(roofline, "_measured", lambda: pytest.fail("measured again"))
-    assert peaks(cache) == known
-    (stored,) = (path for path in (tmp_path / "cache").rglob("*") if path.is_file())
-    stored.write_bytes(stored.read_bytes()[:-3])
-    monkeypatch.setattr(roofline, "_measured", lambda: replace(known, flops=5.0))
-    assert peaks(cache).flops == 5.0
 
 
 def test_a_build_that_was_profiled_has_times_and_a_roofline(build, monkeypatch):
@@ -356,82 +197,6 @@ def test_panels_without_data_say_why(build):
     assert "sensitivity" in report.missing["tornado"]
     assert not report.activations
     assert "activations" in report.missing
-
-
-def test_every_try_but_the_chosen_one_is_kept():
-    class Fake:
-        def judge(self, product):
-            return make_result().quality
-
-        def time(self, product):
-            return make_result().latency
-
-    class Product:
-        model = model_from("g (float[2] x) => (float[2] y) { y = Add(x, c) }", c=np.ones(2, np.float32))
-
-        def __init__(self, *names):
-            self.quantized = names
-
-    first, second = Product("a", "b"), Product("a")
-    bench = Remembering(Fake())
-    bench.judge(first)
-    bench.time(second)
-    bench.judge(second)
-    (tried,) = bench.tried(first, second, GatesSpec(max_drop=0.1))
-    assert tried == Tried(kept=0, loss=0.32, unit="points", bytes=8, fits=False)
-    (tried,) = bench.tried(first, first, GatesSpec(max_drop=1.0))
-    assert (tried.kept, tried.ms, tried.speedup, tried.fits) == (1, 5.0, 2.0, True)
-
-
-def test_points_hold_float_the_tries_and_the_result_and_tell_who_is_beaten():
-    result, report = tiny()
-    found = points(result, report.nodes, 23_900_000)
-    float_, tried, chosen = (point for point in found if point.measured)
-    assert (float_.label, float_.loss, float_.ms, float_.bytes) == ("float", 0.0, 10.0, 90_900_000)
-    assert (tried.kept, tried.bytes, tried.fits) == (0, 23_100_000, False)
-    assert (chosen.chosen, chosen.loss, chosen.ms) == (True, 0.32, 5.0)
-    assert all(point.pareto for point in (float_, tried, chosen))
-    slower = result.model_copy(update={"tried": (result.tried[0].model_copy(update={"ms": 6.0, "bytes": 10**9}),)})
-    assert [p.pareto for p in points(slower, report.nodes, 23_900_000) if p.measured] == [True, False, True]
-    assert points(result.model_copy(update={"quality": None}), report.nodes, 0) == ()
-
-
-def test_estimates_fall_with_the_errors_that_are_left_and_have_exact_sizes():
-    result, report = tiny()
-    row = report.nodes[0]
-    nodes = tuple(replace(row, name=str(i), error=0.1 * (i + 1)) for i in range(4))
-    guessed = [point for point in points(result, nodes, 0) if not point.measured]
-    assert [point.kept for point in guessed] == [1, 2, 4]
-    assert [point.loss for point in guessed] == pytest.approx([0.32 * 0.6, 0.32 * 0.3, 0])
-    assert [point.bytes - result.bytes_after for point in guessed] == [n * (589_824 - 148_992) for n in (1, 2, 4)]
-
-
-def test_the_worst_samples_are_read_again_and_no_further_than_needed():
-    def data():
-        for i in range(10):
-            assert i <= 7, "read on behind the last sample that is wanted"
-            yield {"x": np.full(3, i, np.float32)}
-
-    worst = [SampleQuality(index=7, cosine=0.5), SampleQuality(index=2, cosine=0.6)]
-    found = worst_samples(worst, data(), None)
-    assert [(sample.index, sample.cosine, sample.shapes) for sample in found] == [(7, 0.5, "x [3]"), (2, 0.6, "x [3]")]
-
-
-@pytest.mark.parametrize("shape", [(1, 5, 7), (3, 5, 7), (5, 7, 3), (3, 200, 100)])
-def test_pictures_are_the_pixels_between_their_extremes(shape):
-    array = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    read = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture(array)))))
-    pixels = np.moveaxis(array, 0, 2) if shape[0] in (1, 3) else array
-    pixels = pixels[::4, ::4] if max(shape) == 200 else pixels
-    wanted = (pixels - pixels.min()) / (pixels.max() - pixels.min()) * 255
-    assert np.abs(read.reshape(wanted.shape) - wanted).max() <= 0.5 + 1e-3
-
-
-@pytest.mark.parametrize(
-    "array", [np.zeros((4, 5, 7), np.float32), np.zeros(8, np.float32), np.zeros((3, 4, 4), np.int64)]
-)
-def test_what_is_no_picture_is_none(array):
-    assert picture(array) == ""
 
 
 def test_the_worst_sample_of_a_build_is_shown_unless_the_recipe_says_no(build):

@@ -82,9 +82,9 @@ def _prefix(name: str, known: Sequence[str]) -> str | None:
     return next((start for start in known if name.startswith(start) and name[len(start)] in "_/:"), None)
 
 
-_CONVOLUTIONS = {"Conv", "FusedConv", "NhwcFusedConv", "ConvInteger", "QLinearConv"}
-_PRODUCTS = {"MatMul", "FusedMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul"}
-_PRODUCTS |= {"Gemm", "FusedGemm", "QGemm", "MatMulNBits", "MatMulBnb4"}
+CONVOLUTIONS = {"Conv", "FusedConv", "NhwcFusedConv", "ConvInteger", "QLinearConv", "ConvTranspose"}
+PRODUCTS = {"MatMul", "FusedMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul"}
+PRODUCTS |= {"Gemm", "FusedGemm", "QGemm", "MatMulNBits", "MatMulBnb4"}
 
 
 def flops(kernel: Kernel, weight: Sequence[int] = ()) -> float:
@@ -99,12 +99,10 @@ def flops(kernel: Kernel, weight: Sequence[int] = ()) -> float:
     if not kernel.inputs or not kernel.outputs:
         return 0.0
     made, read = kernel.outputs[0], kernel.inputs[0]
-    if kernel.op in _PRODUCTS:
+    if kernel.op in PRODUCTS:
         # whether the first factor is transposed is not told: M times K is its last two axes in either order
         inner = math.prod(read[-2:]) / max(made[-2], 1) if min(len(made), len(read)) > 1 else math.prod(read[-1:])
         return 2.0 * math.prod(made) * inner
-    if len(weight) == len(made) and kernel.op in _CONVOLUTIONS:
-        return 2.0 * math.prod(made) * math.prod(weight[1:])
-    if len(weight) == len(made) and kernel.op == "ConvTranspose":
-        return 2.0 * math.prod(read) * math.prod(weight[1:])
+    if kernel.op in CONVOLUTIONS and len(weight) == len(made):
+        return 2.0 * math.prod(read if kernel.op == "ConvTranspose" else made) * math.prod(weight[1:])
     return 0.0

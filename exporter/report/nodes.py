@@ -15,9 +15,10 @@ import onnx_ir as ir
 from qexport.exporter.element_types import element_types
 from qexport.exporter.inspect import LAYERS
 from qexport.exporter.outcome.result import Result
-from qexport.exporter.precision.costs import Kernels, attribute
+from qexport.exporter.precision.costs import Kernels
 from qexport.exporter.precision.regions import PAIR, Region, label
 from qexport.exporter.report.scales import INTEGER, Scales, scale_of
+from qexport.exporter.report.times import milliseconds
 from qexport.exporter.report.tree import Choice, Node, State
 from qexport.passes.numbers.notes import ERROR_KEY
 from qexport.passes.numbers.range import SQNR_KEY
@@ -54,6 +55,11 @@ class _Row:
     @property
     def region(self) -> Region:
         return Region(tuple(n.name or "" for n in self.members), tuple(n.op_type for n in self.members))
+
+    def sum_of(self, spent: Mapping[str, float]) -> float | None:
+        """The sum over the members; ``None`` where none of them has a number."""
+        found = [spent[name] for name in self.region.nodes if name in spent]
+        return sum(found) if found else None
 
 
 def node_rows(graphs: Graphs, result: Result, kernels: Kernels | None) -> tuple[Node, ...]:
@@ -123,13 +129,12 @@ class _Facts:
         self._before = source | {node.name or "": node for node in graphs.plain.graph}
         came, plain = bytes_of(graphs.source.graph), bytes_of(graphs.plain.graph)
         self._bytes_before = {name: max(came.get(name, 0), plain.get(name, 0)) for name in came.keys() | plain.keys()}
-        self._ms_before = _milliseconds(graphs.plain.graph, kernels and kernels[0])
+        self._ms_before = milliseconds(graphs.plain.graph, kernels[0]) if kernels is not None else {}
+        spent = milliseconds(graphs.result.graph, kernels[1]) if kernels is not None else {}
+        self._ms_after = {row.name: row.sum_of(spent) for row in rows}
         labels = label(graphs.result.graph, [row.region for row in rows])
         self._bytes_after = bytes_by_label(graphs.result.graph, labels)
-        place = {row.name: number for number, row in enumerate(rows)}
-        spent = attribute(kernels[1], labels, len(rows)) if kernels is not None else []
-        self._ms_after = {name: spent[number] for name, number in place.items()} if spent else {}
-        self._place = place
+        self._place = {row.name: number for number, row in enumerate(rows)}
         self._types = element_types(graphs.result)
 
     def row(self, row: _Row, choices: Mapping[str, list[Choice]]) -> Node:
@@ -172,15 +177,6 @@ def _state(told: list[Choice], *, off: bool) -> State:
         return "quantized"
     chosen = any(choice.step in CHOOSERS and choice.action == "kept" for choice in told)
     return "kept" if chosen or any(choice.reason == KEPT for choice in told) else "float"
-
-
-def _milliseconds(graph: ir.Graph, kernels: object) -> dict[str, float]:
-    """What each node takes by itself, by name."""
-    if not isinstance(kernels, list):
-        return {}
-    regions = [Region((node.name or "",), (node.op_type,)) for node in graph if node.name]
-    spent = attribute(kernels, label(graph, regions), len(regions))
-    return {region.nodes[0]: time for region, time in zip(regions, spent, strict=True)}
 
 
 def bytes_of(graph: ir.Graph) -> dict[str, int]:

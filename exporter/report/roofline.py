@@ -11,8 +11,8 @@ from typing import Literal
 import onnx_ir as ir
 from pydantic import TypeAdapter, ValidationError
 
-from qexport.exporter.precision.costs import Kernels, flops, owners
-from qexport.exporter.precision.regions import Region, label
+from qexport.exporter.precision.costs import Kernels, flops
+from qexport.exporter.report.times import nodes_of
 from qexport.exporter.report.tree import Dot, Roofline
 from qexport.passes.match import constant, producer
 from qexport.runtime.accounting.machine import Machine, fingerprint, measure_machine
@@ -61,17 +61,15 @@ def _measured() -> Machine:
 
 
 def _dots(model: Literal["float", "result"], graph: ir.Graph, kernels: Sequence[Kernel]) -> Iterator[Dot]:
-    named = [node for node in graph if node.name]
-    labels = label(graph, [Region((node.name or "",), (node.op_type,)) for node in named])
-    for kernel, owner in zip(kernels, owners(kernels, labels), strict=True):
-        if owner < 0:
+    for kernel, node in zip(kernels, nodes_of(graph, kernels), strict=True):
+        if node is None:
             continue
-        weights = _weights(named[owner])
+        weights = _weights(node)
         largest = max(weights, key=lambda tensor: tensor.nbytes, default=None)
         work = flops(kernel, () if largest is None else largest.shape.numpy())
         moved = kernel.bytes + sum(tensor.nbytes for tensor in weights)
         if work and moved and kernel.seconds > 0:
-            yield Dot(named[owner].name or "", model, work / moved, work / kernel.seconds, 1e3 * kernel.seconds)
+            yield Dot(node.name or "", model, work / moved, work / kernel.seconds, 1e3 * kernel.seconds)
 
 
 def _weights(node: ir.Node) -> list[ir.TensorProtocol]:

@@ -53,14 +53,15 @@ def scale_of(node: ir.Node, types: ElementTypes) -> Scales:
         first, second = factors_of(node)
         places = ((first, None, None), (second, None, None))
     if places is None:
-        names = (_type(value, types) for value in (*node.inputs[:1], *node.outputs[:1]))
-        return Scales(next((name for name in names if name), ""))
+        places = ((0, None, None), (len(node.inputs), None, None))
     (x, s, z), (w, ws, _) = places
+    if not _is_stored(_at(node, w)):
+        w, ws = len(node.inputs), None  # a second activation
     scale, zero = _numbers(node, x, s, z)
     weight_scale, _ = _numbers(node, w, ws, None)
     one = scale is not None and scale.size == 1
     return Scales(
-        _type(_at(node, x), types),
+        _type(_at(node, x), types) or _type(node.outputs[0], types),
         _weight_type(node, w, types),
         float(scale.reshape(-1)[0]) if one and scale is not None else None,
         int(zero.reshape(-1)[0].astype(np.float32)) if one and zero is not None and zero.size == 1 else None,
@@ -113,6 +114,12 @@ def _dequantizer(value: ir.Value | None) -> ir.Node | None:
     while node is not None and node.op_type in MOVING and node.inputs and node.inputs[0] is not None:
         node = node.inputs[0].producer()
     return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+
+def _is_stored(value: ir.Value | None) -> bool:
+    """Whether a value is a constant, or what one is dequantized to."""
+    found = None if value is None else _dequantizer(value)
+    return value is not None and constant(value if found is None else found.inputs[0]) is not None
 
 
 def _type(value: ir.Value | None, types: ElementTypes) -> str:
