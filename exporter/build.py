@@ -81,6 +81,7 @@ def build(
             refuse_newer(source, row)
             samples = open_samples(source, chosen, calib, eval)
             check_judge(samples, chosen.gates)
+            check_profiles(source, chosen, samples)
         product = run_recipe(source, chosen, samples, asked)
         bench = BuildBench(source, product, samples, row, stages)
         found = settle(product, bench, chosen.gates, never_worse=chosen.export.never_worse)
@@ -126,6 +127,12 @@ def choose_recipe(recipe: str | Path | Recipe, asked: BuildOptions) -> Recipe:
             hint=f"set {target.opset} or lower, or leave it out",
         )
     return chosen
+
+
+def check_profiles(source: Source, recipe: Recipe, samples: Samples) -> None:
+    """Raise ``UsageError`` before the work where a profile that the recipe writes does not fit the model."""
+    if recipe.export.profiles is not None and recipe.export.engine and find_target(recipe.export.target).engine:
+        engine_shapes(source.model, recipe, samples)
 
 
 def build_plan(model: ir.Model, recipe: Recipe, samples: Samples, stage: Stage, stages: Progress) -> EngineInfo | None:

@@ -206,6 +206,8 @@ def _unsqueezed(call: Call) -> Shape:
 
 def _squeezed(call: Call) -> Shape:
     shape = call.shape(0)
+    if len(call.node.input) == 1 and call.attribute("axes") is None:
+        return tuple(size for size in shape if size != 1)
     gone = {axis % len(shape) for axis in _axes(call)}
     return tuple(size for axis, size in enumerate(shape) if axis not in gone)
 

@@ -195,7 +195,8 @@ def _cast(call: Call, array: NDArray[Any]) -> NDArray[Any]:
 
 
 def _axes(call: Call, axes: NDArray[Any] | None) -> tuple[int, ...]:
-    return tuple(call.attribute("axes") or np.asarray(axes).reshape(-1).tolist())
+    told = call.attribute("axes") if axes is None else axes.reshape(-1).tolist()
+    return tuple(told or ())
 
 
 FOLDS: Mapping[str, Callable[..., Any]] = {
@@ -214,7 +215,7 @@ FOLDS: Mapping[str, Callable[..., Any]] = {
     "Concat": lambda call, *x: np.concatenate(x, axis=call.attribute("axis", 1)),
     "Gather": lambda call, x, i: np.take(x, i, axis=call.attribute("axis", 0)),
     "Unsqueeze": lambda call, x, axes=None: np.expand_dims(x, _axes(call, axes)),
-    "Squeeze": lambda call, x, axes=None: np.squeeze(x, _axes(call, axes)),
+    "Squeeze": lambda call, x, axes=None: np.squeeze(x, _axes(call, axes) or None),
     "Reshape": lambda call, x, shape=None: x.reshape(call.attribute("shape") or shape.tolist()),
     "ReduceProd": lambda _, x, *axes: np.prod(x).reshape((1,) * x.ndim),
     "ConstantOfShape": lambda call, shape: np.full(_small(shape), _fill(call)),

@@ -383,8 +383,3 @@ CASES = [
     Case("M36_string_input", lambda room: room.build_of(planted(room, WORDS), *FLOAT),
          after=warned("'x' cannot be fed")),
 ]  # fmt: skip
-
-KNOWN = {f"M35_{id}": "a written profile is looked at after the work, not before" for id in PROFILES}
-KNOWN |= {
-    f"M32_check_{id}": "sizes that are computed from constants are not followed so far" for id in ("range", "one_hot")
-}
