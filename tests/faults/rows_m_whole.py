@@ -49,7 +49,7 @@ def damaged(name: str, git: bool) -> Callable[[Room], list[str]]:
         snapshot = hub(room, git)
         blob = (snapshot / name).resolve()
         data = blob.read_bytes()
-        blob.write_bytes(data[:-1] + b"\x0a" if name.endswith("json") else data[:-1] + bytes([data[-1] ^ 1]))
+        blob.write_bytes(data + b" " if name.endswith("json") else data[:-1] + bytes([data[-1] ^ 1]))
         return ["check", str(snapshot)]
 
     return plant
