@@ -190,7 +190,7 @@ def test_a_chip_shows_the_nodes_of_its_state_and_two_chips_those_of_both(browser
 
 
 def test_a_click_on_a_mark_leads_to_its_row_even_where_that_was_searched_away(browser, pages):
-    at = "(() => { const box = document.querySelector('.nodes tr:target').getBoundingClientRect(); return box.top })()"
+    row = "document.querySelector('.nodes tr:target')"
     with browser.open(pages["tiny"]) as page:
         page.click("#search")
         page.type("softmax")
@@ -198,7 +198,8 @@ def test_a_click_on_a_mark_leads_to_its_row_even_where_that_was_searched_away(br
         assert page.evaluate("location.hash") == "#n" + page.evaluate(
             "document.querySelector('#layers svg a[data-node]').dataset.node"
         )
-        assert 0 <= page.evaluate(at) < page.evaluate("innerHeight")
+        assert page.evaluate(f"{row}.checkVisibility()")
+        assert 0 <= page.evaluate(f"{row}.getBoundingClientRect().top") < page.evaluate("innerHeight")
 
 
 def test_a_row_under_the_mouse_lights_its_marks_and_no_others(browser, pages):
@@ -238,9 +239,13 @@ def test_a_narrow_screen_needs_no_scrolling_to_the_side(browser, pages):
 
 def test_paper_gets_all_of_it_in_dark_on_white(browser, pages):
     with browser.open(pages["tiny"], dark=True) as page:
+        page.click("#theme")
+        page.click("#theme")
+        assert page.evaluate("document.documentElement.dataset.theme") == "dark"
         assert sheets(page.pdf()) > 1
         page.emulate(dark=True, media="print")
         assert lightness(page) == 1
+        assert [entry for entry in page.evaluate(CONTRASTS) if entry[0] < 4.5] == []
         assert page.evaluate("document.querySelector('.tools').checkVisibility()") is False
 
 
