@@ -299,11 +299,6 @@ def test_the_time_of_merged_and_new_operators_is_found():
     assert attribute(kernels, labels, 2) == [2 + 4, 8 + 16 + 32]
 
 
-def test_a_product_that_the_runtime_has_given_a_bias_is_found_by_its_name():
-    kernels = [Kernel("first", "?", 1e-3), Kernel("fused /l/h/MatMulAddFusion", "Gemm", 2e-3)]
-    assert attribute(kernels, {"first": 0, "/l/h": 1}, 2) == pytest.approx([1, 2])
-
-
 def test_a_quantizer_costs_what_reads_it_and_an_integer_kernel_goes_by_the_output_it_swallowed():
     text = """g (float[n, 4] x) => (float[n, 4] b) { a = MatMul(x, w)
         q = QuantizeLinear(a, s, zero)  d = DequantizeLinear(q, s, zero)  b = MatMul(d, w) }"""

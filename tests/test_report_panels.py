@@ -16,7 +16,7 @@ from report_trees import make_result, tiny
 from qexport.calibration.running.execute import open_model
 from qexport.exporter.element_types import element_types
 from qexport.exporter.outcome.result import DecisionInfo, SampleQuality, Tried
-from qexport.exporter.precision.costs import flops
+from qexport.exporter.precision.costs import attribute, flops
 from qexport.exporter.precision.tried import Remembering
 from qexport.exporter.proof.quality import layer_quality
 from qexport.exporter.recipe import GatesSpec
@@ -188,6 +188,11 @@ def test_what_the_runtime_merged_counts_for_the_product_or_convolution_it_began_
     ]
     assert working == ["/l/h", "/l/k"]
     assert {"/l/h", "/l/k"} <= set(milliseconds(model.graph, kernels)) <= {"/l/h", "/l/k", "/l/z", "/l/r", "/l/s"}
+
+
+def test_a_product_that_the_runtime_has_given_a_bias_is_found_by_its_name():
+    kernels = [Kernel("first", "?", 1e-3), Kernel("fused /l/h/MatMulAddFusion", "Gemm", 2e-3)]
+    assert attribute(kernels, {"first": 0, "/l/h": 1}, 2) == pytest.approx([1, 2])
 
 
 def test_a_second_activation_is_no_weight():
