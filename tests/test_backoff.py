@@ -318,8 +318,7 @@ def test_the_profile_of_real_models_tells_the_slow_region_from_the_fast_one():
     )
     regions = [Region(("a",), ("MatMul",)), Region(("z",), ("MatMul",))]
     feeds = {"x": rng.standard_normal((64, 256)).astype(np.float32)}
-    kernels = profile_both(light, heavy, feeds, SessionOptions(threads=1))
-    costs = region_costs(light, heavy, regions, kernels)
+    costs = region_costs(light, heavy, regions, profile_both(light, heavy, feeds, SessionOptions(threads=1)))
     assert costs[1].ratio > 3 * costs[0].ratio > 0
 
 
