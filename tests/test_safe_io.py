@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,7 +33,9 @@ from qexport.safe_io import (
     write_bytes,
     write_json,
     write_text,
+    writing,
 )
+from qexport.safe_io.locking import locked_folder
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -332,9 +335,33 @@ def test_a_folder_that_somebody_holds_is_not_waited_for_for_ever(tmp_path, monke
     monkeypatch.setattr(locking, "PATIENCE", 0.1)
     holder = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(holder, fcntl.LOCK_EX)
-    for attempt in (lambda: write_bytes(tmp_path / "a", b"x"), lambda: publish(tmp_path / "out").__enter__()):
-        with pytest.raises(Busy, match=r"another process holds the lock, for more than 0\.1 s"):
-            attempt()
+    with pytest.raises(Busy, match=r"another process holds the lock, for more than 0\.1 s"):
+        publish(tmp_path / "out").__enter__()
     os.close(holder)
     assert not content(tmp_path)
     write_bytes(tmp_path / "a", b"x")
+
+
+def test_a_file_is_written_into_a_folder_that_somebody_holds(tmp_path):
+    with locked_folder(tmp_path):
+        began = time.monotonic()
+        write_bytes(tmp_path / "engine.plan", b"plan")
+    assert time.monotonic() - began < 5
+    assert (tmp_path / "engine.plan").read_bytes() == b"plan"
+
+
+def test_a_file_that_was_taken_for_a_dead_one_before_it_was_locked_is_made_anew(tmp_path, monkeypatch):
+    made = []
+
+    def collected(path, mode=0o666, create=writing.create):
+        fd = create(path, mode)
+        made.append(path)
+        if len(made) == 1:
+            path.unlink()
+        return fd
+
+    monkeypatch.setattr(writing, "create", collected)
+    write_bytes(tmp_path / "a", b"whole")
+    assert len(made) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"whole"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qexport.errors import UsageError
-from qexport.safe_io.locking import locked_folder, try_lock
+from qexport.safe_io.locking import try_lock
 from qexport.safe_io.points import reach
 from qexport.safe_io.translate import translated
 
@@ -128,8 +128,7 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 @contextmanager
 def replacing(target: Path, mode: int = 0o666) -> Iterator[Sink]:
     """``replace_file`` of a name that is no link, with what the umask leaves of ``mode``; raises ``OSError``."""
-    temporary = beside(target, "tmp")
-    fd = _open_temporary(temporary, target, mode)
+    temporary, fd = _open_temporary(target, mode)
     try:
         try:
             sink = Sink(fd, target)
@@ -146,14 +145,20 @@ def replacing(target: Path, mode: int = 0o666) -> Iterator[Sink]:
     sync_folder(target.parent)
 
 
-def _open_temporary(temporary: Path, target: Path, mode: int) -> int:
-    """Make and lock a file; the lock tells the living from the dead, whose files are removed first."""
-    with locked_folder(target.parent):
-        with suppress(OSError):  # what cannot be removed does not stop the work
-            _collect(target)
+def _open_temporary(target: Path, mode: int) -> tuple[Path, int]:
+    """Make and lock a file; the lock tells the living from the dead, whose files are removed first.
+
+    Who collects may have taken it for a dead one in the moment before the lock: then there is another one. The folder
+    is not locked for that, as it may be a stage, which its owner locks for as long as it lives.
+    """
+    with suppress(OSError):  # what cannot be removed does not stop the work
+        _collect(target)
+    while True:
+        temporary = beside(target, "tmp")
         fd = create(temporary, mode)
-        try_lock(fd)
-    return fd
+        if try_lock(fd) is not False and os.path.exists(temporary):
+            return temporary, fd
+        os.close(fd)
 
 
 def _collect(target: Path) -> None:
