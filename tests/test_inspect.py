@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from helpers import call
 
 from qexport.exporter.inspect import inspect_model
 
@@ -114,3 +118,17 @@ def test_layers_in_subgraphs_are_counted() -> None:
     found = inspect_model(parse(text, w=np.ones((32, 8), np.float32)))
     assert found.ops == {"MatMul": 2, "If": 1}
     assert found.precision == {"float32 x float32": 2}
+
+
+def test_check_tells_what_was_done_about_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "g (float[n, 2] x) => (float[n, 2] y) { h = Relu(x)\n y = Neg(h) }"
+    proto = ir.to_proto(parse(text))
+    proto.graph.node.reverse()
+    path = tmp_path / "m.onnx"
+    path.write_bytes(proto.SerializeToString())
+    code, out, _ = call(capsys, "check", str(path))
+    assert code == 0
+    assert "warning: the nodes were not in order" in out
+    told = json.loads(call(capsys, "check", str(path), "--json")[1])
+    assert told["warnings"] == ["the nodes were not in order and have been sorted"]
+    assert (told["nodes"], told["opsets"], told["quantized"]) == (2, {"": 21}, False)

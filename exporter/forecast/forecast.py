@@ -153,7 +153,7 @@ def _told(
         seconds=stages(pace, amounts, target, engine=engine),
         disk=amounts.bytes + (built or 0) + REPORT_BYTES + kept,
         memory=build_memory(sum(tensor.nbytes for tensor in _tensors(source.model))),
-        warnings=tuple(_warnings(question, recipe, samples, found)),
+        warnings=(*source.notes, *_warnings(question, recipe, samples, found)),
     )
 
 

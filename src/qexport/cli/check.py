@@ -20,14 +20,19 @@ def check(model: Path, *, as_json: bool) -> None:
     """
     from qexport.errors import printable
     from qexport.exporter.inspect import facts_of
-    from qexport.exporter.load import load_model
+    from qexport.exporter.load import load_source
 
-    facts = facts_of(load_model(model))
+    source = load_source(model)
+    facts = facts_of(source.model)
     if as_json:
         told = {name: getattr(facts, name) for name in ("opsets", "nodes", "parameters", "quantized")}
-        print_json({"schema": "qexport.check/1", "ok": True, "path": str(model), **told})
+        print_json(
+            {"schema": "qexport.check/1", "ok": True, "path": str(model), **told, "warnings": list(source.notes)}
+        )
         return
     opset = facts.opsets.get("", 0)
     quantized = ", quantized" if facts.quantized else ""
     line = f"ok: {model}: opset {opset}, {facts.nodes} nodes, {facts.parameters} parameters{quantized}"
     make_console().print(printable(line))
+    for note in source.notes:
+        make_console().print(printable(f"warning: {note}"))
