@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,12 @@ from qexport.calibration.reading.given import Data
 from qexport.calibration.reading.spec import keeps_cache
 from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.admit import Limits, admit_file
+from qexport.exporter.caches import cache_of
 from qexport.exporter.engines.child import build_in_child
 from qexport.exporter.engines.engine import EngineOptions
+from qexport.exporter.engines.kept import plan_once
 from qexport.exporter.engines.shapes import engine_shapes
+from qexport.exporter.journal import Journal, open_journal
 from qexport.exporter.load import Source, load_source
 from qexport.exporter.onnx_file import save_onnx
 from qexport.exporter.options import Advance, BuildOptions, Progress
@@ -25,6 +29,7 @@ from qexport.exporter.outcome.result import EngineInfo, Result
 from qexport.exporter.outcome.speed import keep_profile, runs_on_processor
 from qexport.exporter.precision.backoff import settle
 from qexport.exporter.precision.bench import BuildBench
+from qexport.exporter.precision.recalled import RecallingBench
 from qexport.exporter.product import run_recipe
 from qexport.exporter.proof.gates import check_judge
 from qexport.exporter.recipe import Recipe, load_recipe, override
@@ -36,8 +41,7 @@ from qexport.exporter.steps import find_pass
 from qexport.passes.portable import PAST
 from qexport.passes.quantize import quantized_nodes
 from qexport.passes.target import Target, find_target
-from qexport.runtime.backends.artefact import PLAN
-from qexport.safe_io import Cache, Stage, publish
+from qexport.safe_io import Stage, publish
 
 
 def build(
@@ -72,7 +76,10 @@ def build(
     row = find_target(chosen.export.target)
     output = asked.output or Path(f"{Path(model).resolve().stem}-{chosen.name}")
     stages = asked.progress
-    with publish(output, inputs=[path for path in (model, calib, eval) if isinstance(path, str | Path)]) as stage:
+    with (
+        publish(output, inputs=[path for path in (model, calib, eval) if isinstance(path, str | Path)]) as stage,
+        ExitStack() as held,
+    ):
         with stages.stage("load"):
             limits = Limits(allow_nonfinite=asked.allow_nonfinite)
             source = load_source(model, limits, cached=chosen.export.cached)
@@ -82,25 +89,27 @@ def build(
             samples = open_samples(source, chosen, calib, eval)
             check_judge(samples, chosen.gates)
             check_profiles(source, chosen, samples)
-        product = run_recipe(source, chosen, samples, asked)
+        journal = held.enter_context(open_journal(cache_of(asked), source, chosen, samples, asked))
+        product = run_recipe(source, chosen, samples, asked, journal.cache)
         bench = BuildBench(source, product, samples, row, stages)
-        found = settle(product, bench, chosen.gates, never_worse=chosen.export.never_worse)
+        found = settle(product, RecallingBench(bench, journal), chosen.gates, never_worse=chosen.export.never_worse)
         with stages.stage("write"):
             save_onnx(found.product.model, stage, MODEL)
             admit_file(stage.path / MODEL, Limits(allow_nonfinite=asked.allow_nonfinite))
-        engine = build_plan(found.product.model, chosen, samples, stage, stages)
+        engine = build_plan(found.product.model, chosen, samples, stage, stages, journal)
         unmeasured = keep_profile(stage, found.product.model) if runs_on_processor(row) else ()
         facts = summarize(chosen, found.product, samples, time.perf_counter() - started)
         again = replay_section(asked, source, samples, (calib, eval), kept_by_step(product, found.kept))
+        remarks = (*found.remarks, *unmeasured, *journal.doubts(product.warnings))
         evidence = Evidence(
-            found.quality, found.latency, engine, found.backed_off, (*found.remarks, *unmeasured), found.tried
+            found.quality, found.latency, engine, found.backed_off, remarks, found.tried, tuple(journal.resumed)
         )
 
         def tell(result: Result) -> Report:
             show = chosen.data.report_samples
             with stages.stage("report"):
                 return gather(
-                    Material(source, row, found.product, result, samples, bench, Cache(asked.cache), show_samples=show)
+                    Material(source, row, found.product, result, samples, bench, journal.cache, show_samples=show)
                 )
 
         return write_artefact(stage, output, source, replace(facts, replay=again), evidence, tell)
@@ -135,7 +144,9 @@ def check_profiles(source: Source, recipe: Recipe, samples: Samples) -> None:
         engine_shapes(source.model, recipe, samples)
 
 
-def build_plan(model: ir.Model, recipe: Recipe, samples: Samples, stage: Stage, stages: Progress) -> EngineInfo | None:
+def build_plan(
+    model: ir.Model, recipe: Recipe, samples: Samples, stage: Stage, stages: Progress, journal: Journal
+) -> EngineInfo | None:
     """Build the engine for targets that have one, from the file that was just written, in a child process."""
     target = find_target(recipe.export.target)
     if target.engine is None or not recipe.export.engine:
@@ -151,9 +162,7 @@ def build_plan(model: ir.Model, recipe: Recipe, samples: Samples, stage: Stage, 
             progress=_percent(advance),
             frozen=shapes.frozen,
         )
-        info = build_in_child(stage.path / MODEL, target.engine, options, stage.path / PLAN)
-        stage.adopt(PLAN)
-    return info
+        return plan_once(journal, stage, target.engine, options, build_in_child)
 
 
 def _percent(advance: Advance) -> Callable[[str, float], None]:

@@ -44,8 +44,9 @@ class BuildOptions:
         set: Overrides such as ``smooth.alpha=0.6``, applied in order.
         max_drop: Gate: how many points of the task metric may be lost; replaces the recipe's.
         output: Folder of the artefact; derived from the model's name when not given.
-        cache: Folder where measured statistics are kept for the next build; nothing is kept when not given.
+        cache: Folder where what took long is kept for the next build; nothing is kept when not given.
         strict_cache: Whether what is damaged in the cache ends the build; else it is computed again, with a warning.
+        lock_timeout: Seconds to wait for an equal build that is under way.
         allow_nonfinite: Whether weights may hold NaN or infinity.
         progress: Who hears about stages.
     """
@@ -56,6 +57,7 @@ class BuildOptions:
     output: Path | None = None
     cache: Path | None = None
     strict_cache: bool = False
+    lock_timeout: float = 3600.0
     allow_nonfinite: bool = False
     progress: Progress = field(default_factory=Silent)
 

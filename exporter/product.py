@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from qexport.calibration.statistics.store import Store
-from qexport.exporter.caches import cache_of
+from qexport.exporter.caches import Cache, cache_of
 from qexport.exporter.load import Source
 from qexport.exporter.options import BuildOptions
 from qexport.exporter.proof.equality import EqualityProof
@@ -82,12 +82,17 @@ class _Watch:
         """Nothing to do."""
 
 
-def run_recipe(source: Source, recipe: Recipe, samples: Samples, asked: BuildOptions) -> Product:
-    """Run the passes over a clone, each exact one followed by its proof of equality."""
+def run_recipe(
+    source: Source, recipe: Recipe, samples: Samples, asked: BuildOptions, cache: Cache | None = None
+) -> Product:
+    """Run the passes over a clone, each exact one followed by its proof of equality.
+
+    ``cache`` is the one of the build, if it has one already.
+    """
     proof, watch = EqualityProof(samples.proof, samples.made_up), _Watch()
     size = 0 if samples.calibration is None else len(samples.calibration)
     total = sum(min(size, asked_for) for asked_for in calibration_passes(recipe)) or None
-    threads, store = OneThread(), Store(cache_of(asked))
+    threads, store = OneThread(), Store(cache or cache_of(asked))
     with asked.progress.stage("recipe", total) as advance, threads:
         steps = instantiate(recipe, {"data": samples.calibration, "advance": advance, "store": store})
         model, records = run(source.model, steps, [proof, watch, threads])

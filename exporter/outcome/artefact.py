@@ -55,7 +55,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """How good, how fast and how large the result is, and what had to stay in float for it."""
+    """How good, how fast and how large the result is, what had to stay in float for it, what was known before."""
 
     quality: Quality | None
     latency: Latency | None
@@ -63,6 +63,7 @@ class Evidence:
     backed_off: tuple[BackedOff, ...] = ()
     remarks: tuple[str, ...] = ()
     tried: tuple[Tried, ...] = ()
+    resumed: tuple[str, ...] = ()
 
 
 def summarize(recipe: Recipe, product: Product, samples: Samples, seconds: float) -> Facts:
@@ -121,6 +122,7 @@ def write_artefact(
         tried=evidence.tried,
         gates={k: v for k, v in facts.recipe.gates.model_dump().items() if v is not None},
         warnings=(*_idle(facts), *facts.warnings, *evidence.remarks, *_late_warnings(quality, latency), *_tables()),
+        resumed=evidence.resumed,
         seconds=facts.seconds,
         peak_rss_bytes=peak_memory(),
     )

@@ -214,7 +214,7 @@ class EngineInfo(_Record):
 
 
 class Result(_Record):
-    """Everything a build found out."""
+    """Everything a build found out; ``resumed`` names the stages that an equal build had done already."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
@@ -237,6 +237,7 @@ class Result(_Record):
     tried: tuple[Tried, ...] = ()
     gates: dict[str, float]
     warnings: tuple[str, ...]
+    resumed: tuple[str, ...] = ()
     seconds: float
     peak_rss_bytes: int
 

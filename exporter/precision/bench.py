@@ -76,7 +76,7 @@ class BuildBench:
             excerpt = take_excerpt(self.samples.judge, EXCERPT, static_batch(input_specs(self.source.model)))
             probe = open_probe(self.first, excerpt, self.target)
             scores = measure_groups(probe, [region.nodes for region in regions], advance)
-        self._note([(region, score.error) for region, score in zip(regions, scores, strict=True)])
+        self.note([(region, score.error) for region, score in zip(regions, scores, strict=True)])
         return [score.error for score in scores]
 
     def kernels(self, product: Product) -> Kernels | None:
@@ -92,7 +92,7 @@ class BuildBench:
         self.profiles[product.quantized] = kernels
         return region_costs(plain, product.model, regions, kernels)
 
-    def _note(self, errors: Sequence[tuple[Region, float]]) -> None:
+    def note(self, errors: Sequence[tuple[Region, float]]) -> None:
         """Leave the errors of single nodes on the model that all products start from, where nobody else did."""
         known = {region.nodes[0]: error for region, error in errors if len(region.nodes) == 1}
         if self.first.snapshot is not None:

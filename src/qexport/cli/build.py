@@ -26,6 +26,7 @@ class Asked(TypedDict):
     cache: Path | None
     no_cache: bool
     strict_cache: bool
+    lock_timeout: float
     allow_nonfinite: bool
     as_json: bool
 
@@ -58,9 +59,17 @@ class Asked(TypedDict):
     metavar="DIR",
     help="Folder of the result; MODEL-RECIPE here when not given.",
 )
-@click.option("--cache", type=click.Path(path_type=Path), metavar="DIR", help="Keep calibration statistics there.")
-@click.option("--no-cache", is_flag=True, help="Neither read nor keep calibration statistics.")
+@click.option("--cache", type=click.Path(path_type=Path), metavar="DIR", help="Keep there what took long to find out.")
+@click.option("--no-cache", is_flag=True, help="Neither read nor keep what took long to find out.")
 @click.option("--strict-cache", is_flag=True, help="Fail where the cache is damaged, instead of computing it again.")
+@click.option(
+    "--lock-timeout",
+    metavar="SECONDS",
+    type=click.FloatRange(0),
+    default=3600.0,
+    show_default=True,
+    help="Fail, with exit code 10, after waiting so long for an equal build.",
+)
 @click.option("--allow-nonfinite", is_flag=True, help="Let in weights that hold NaN or infinity.")
 @shared_flags
 def build(model: str, **asked: Unpack[Asked]) -> None:
@@ -84,6 +93,7 @@ def build(model: str, **asked: Unpack[Asked]) -> None:
         output=asked["output"],
         cache=None if asked["no_cache"] else asked["cache"] or default_cache(),
         strict_cache=asked["strict_cache"],
+        lock_timeout=asked["lock_timeout"],
         allow_nonfinite=asked["allow_nonfinite"],
         progress=RichProgress(),
     )

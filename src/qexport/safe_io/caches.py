@@ -96,11 +96,14 @@ class Cache:
             Busy: Others held it all the time.
             UnsafeInput: The folder is not ours alone.
         """
-        fd = self._lock(self.folder / kind / key, seconds, waiting) if self.folder else None
+        folder = self.folder / kind / key if self.folder else None
+        fd = self._lock(folder, seconds, waiting) if folder else None
         try:
             yield
         finally:
-            if fd is not None:
+            if folder and fd is not None:
+                with suppress(OSError):  # it has something in it
+                    folder.rmdir()
                 os.close(fd)
 
     def entries(self) -> tuple[Kept, ...]:
