@@ -81,9 +81,12 @@ def _change(change: Change) -> tuple[str, str, str]:
     if change.delta is None:
         return "not comparable" if change.note else "", "", ""
     percent = "" if change.percent is None or not change.delta else f"{change.percent:+.2f} %"
-    if not change.delta or not change.better:
-        return f"{change.delta:+.6g}" if change.delta else "=", percent, ""
-    return f"{change.delta:+.6g}", percent, "better" if (change.delta > 0) == (change.better == "higher") else "worse"
+    if not change.delta:
+        return "=", "", ""
+    delta = ("+" if change.delta > 0 else "") + _number(change.delta)
+    if not change.better:
+        return delta, percent, ""
+    return delta, percent, "better" if (change.delta > 0) == (change.better == "higher") else "worse"
 
 
 def _cut(text: str) -> str:
