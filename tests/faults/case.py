@@ -23,6 +23,8 @@ class Ended:
     """Seconds from the start of the command; of a forked interpreter, so without the imports."""
     rss: int
     """Peak resident bytes of the largest process of its tree."""
+    cpu: float = 0.0
+    """Seconds of processor that its tree took, which other programs on the machine do not change."""
     log: tuple[tuple[str, ...], ...] = ()
     """Audit events of all its processes: name and arguments, folders of descriptors resolved; see ``audit.py``."""
     left: tuple[str, ...] = ()
@@ -145,7 +147,8 @@ class Case:
     ``hook(root)``, ``root`` the room's folder, in the command's own process before the command."""
     limits: Mapping[str, int] = field(default_factory=dict)
     """Of the command's process: RLIMIT_* without the prefix (``FSIZE``), ``uid`` (of whoever is not root; the
-    tests' own where root does not run them), ``umask``; ``wall`` (seconds, default 20), ``rss`` (MB, default 1000)."""
+    tests' own where root does not run them), ``umask``; ``wall`` (seconds, default 20), ``cpu``
+    (seconds) and ``rss`` (MB, default 1000)."""
     env: Mapping[str, str] = field(default_factory=dict)
     """More environment."""
     way: Way = "warm"

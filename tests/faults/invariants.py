@@ -124,6 +124,8 @@ def ends_by_itself(run: Run) -> None:
 def within_limits(run: Run) -> None:
     """I6: in time, and in memory."""
     wall, rss = run.case.limits.get("wall", WALL), run.case.limits.get("rss", RSS)
+    cpu = run.case.limits.get("cpu", run.ended.cpu)
+    run.demand(run.ended.cpu <= cpu, "I6", f"took {run.ended.cpu:.2f} s of processor, allowed are {cpu}")
     run.demand(run.ended.wall <= wall, "I6", f"took {run.ended.wall:.2f} s, allowed are {wall}")
     run.demand(run.ended.rss <= rss << 20, "I6", f"took {run.ended.rss >> 20} MB, allowed are {rss}")
 
