@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qexport.errors import Busy, IntegrityError, UnsafeInput
-from qexport.safe_io import Cache
+from qexport.safe_io import Cache, caches
 from qexport.safe_io.caches import KINDS
 
 DATA = b"measured" * 100
@@ -267,6 +267,21 @@ def test_k05_when_the_holder_is_killed_the_next_one_goes_on(cache, holder):
     begun = time.monotonic()
     with cache.hold("builds", "0a", 10):
         assert time.monotonic() - begun < 2
+
+
+def test_a_folder_that_was_removed_while_somebody_waited_for_it_is_made_anew(cache, monkeypatch):
+    locked = []
+
+    def lock(fd, where, *rest):
+        locked.append(where)
+        if len(locked) == 1:
+            os.rmdir(where)
+        return True
+
+    monkeypatch.setattr(caches, "lock", lock)
+    with cache.hold("builds", "0a"):
+        assert (cache.folder / "builds/0a").is_dir()
+    assert len(locked) == 2
 
 
 def test_k06_a_file_system_without_locks_is_a_doubt(cache, monkeypatch):

@@ -178,6 +178,16 @@ def test_a_strange_file_in_an_artefact_is_never_removed(tmp_path):
         put(stage)
 
 
+def test_where_nothing_may_be_written_nothing_is_tried(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(publishing, "reach", lambda point, path: made.append(path))
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file", "/dev/null", tmp_path):
+        with pytest.raises(UsageError), publish(out):
+            pytest.fail("the block must not run")
+    assert made == []
+
+
 @pytest.mark.parametrize(
     "manifest",
     [
