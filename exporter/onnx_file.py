@@ -186,7 +186,8 @@ def _own_attributes(holder: ir.Node | ir.Function, mapped: _Mapped) -> None:
 
 def _sort(model: ir.Model) -> Sequence[str]:
     """Put nodes after what they read; admission proved that there is an order."""
-    unsorted = [body for body in (model.graph, *model.functions.values()) if not _is_sorted(body)]
+    bodies: tuple[ir.Graph | ir.Function, ...] = (model.graph, *model.functions.values())
+    unsorted = [body for body in bodies if not _is_sorted(body)]
     for body in unsorted:
         body.sort()
     return ("the nodes were not in order and have been sorted",) if unsorted else ()

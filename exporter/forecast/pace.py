@@ -44,7 +44,7 @@ WORK = {
     "observe": Work(runs=1.6),
     "extremes": Work(runs=2.0),
     "smooth": Work(units=1.5),
-    "calibrate": Work(runs=1.6, units=8.0),
+    "calibrate": Work(runs=1.6, units=12.0),
     "triage": Work(samples=16, layers=1.0, units=2.0),
     "awq": Work(runs=2.0, units=10.0),
     "gptq": Work(runs=2.0, units=10.0),
@@ -58,7 +58,7 @@ WORK = {
 }
 """By the name of the step."""
 
-JUDGED = {True: 3.0, False: 1.5}
+JUDGED = {True: 1.8, False: 1.5}
 """Runs of the float model for every sample that both models are judged on, by whether Q/DQ are taken literally."""
 
 PAIRS, PAIR_SECONDS = 17, 8.0

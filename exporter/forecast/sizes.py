@@ -10,7 +10,7 @@ import onnx_ir as ir
 INLINE = 1024
 """Bytes of a tensor from which it is counted and not written to be counted."""
 
-ENGINE_NODE = 8_000
+ENGINE_NODE = 20_000
 """Bytes that an engine of TensorRT-RTX has for every node beside the weights of the file."""
 
 REPORT_BYTES = 1_500_000
@@ -19,7 +19,7 @@ REPORT_BYTES = 1_500_000
 STATISTICS_BYTES = 1_900_000
 """Bytes that one measured value takes in the cache: a histogram, and excerpts for each step that looks at it."""
 
-BASE_MEMORY, COPIES = 450_000_000, 3
+BASE_MEMORY, COPIES = 450_000_000, 4
 """Bytes of the interpreter with all its libraries, and how often a build holds the weights of the model as it came."""
 
 
