@@ -62,6 +62,7 @@ def read_onnx(path: str | os.PathLike[str], limits: Limits | None = None) -> tup
         raise BuildFailed("sparse initializers are not supported", where=os.fspath(path), hint=hint)
     notes = [*_let_through(proto, root, limits), *_close_initializers(proto)]
     _free_negative_dims(proto)
+    _believe_inputs(proto)
     try:
         model = ir.from_proto(proto)
     except SerdeError as error:
@@ -105,6 +106,14 @@ def _free_negative_dims(proto: onnx.ModelProto) -> None:
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_value < 0:
                 dim.Clear()
+
+
+def _believe_inputs(proto: onnx.ModelProto) -> None:
+    """What is said again of an input, as an output or an inner value, is what the input says."""
+    types = {value.name: value.type for value in proto.graph.input}
+    for value in (*proto.graph.output, *proto.graph.value_info):
+        if value.name in types:
+            value.type.CopyFrom(types[value.name])
 
 
 def _let_through(proto: onnx.ModelProto, root: Path, limits: Limits | None) -> Iterator[str]:

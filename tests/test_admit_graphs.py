@@ -161,6 +161,8 @@ BAD = [
     ("P01_no_graph", 3, onnx.ModelProto(ir_version=10), "has no graph"),
     ("P02_no_outputs", 3, edited(lambda m: m.graph.ClearField("output")), "has no outputs"),
     ("P03_input_without_type", 3, edited(lambda m: m.graph.input[0].ClearField("type")), "'x' has no type"),
+    ("P03_input_of_no_known_type", 3,
+     edited(lambda m: setattr(m.graph.input[0].type.tensor_type, "elem_type", 99)), "'x' has the unknown data type 99"),
     ("P04_unnamed_input", 3, edited(lambda m: m.graph.input[0].ClearField("name")), "no name"),
 ]  # fmt: skip
 

@@ -9,6 +9,7 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 import onnxruntime
+import pytest
 from onnx import numpy_helper
 
 import qexport
@@ -73,3 +74,15 @@ def test_weights_with_nan_that_were_allowed_are_named_in_the_notes(tmp_path):
     (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
     notes = load_source(tmp_path / "m.onnx", Limits(allow_nonfinite=True)).notes
     assert notes == ("NaN or Inf in initializer 'w', which was allowed",)
+
+
+@pytest.mark.parametrize("place", ["output", "value_info"])
+def test_an_input_that_is_named_again_without_a_type_keeps_its_own(tmp_path, place):
+    text = '<ir_version: 10, opset_import: ["" : 21]> g (float[n, 4] x) => (float[n, 4] y) { y = Relu(x) }'
+    proto = onnx.parser.parse_model(text)
+    getattr(proto.graph, place).add(name="x").type.tensor_type.shape.SetInParent()
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    model = load_onnx(tmp_path / "m.onnx")
+    assert [(value.name, value.dtype, value.shape.rank()) for value in model.graph.inputs] == [
+        ("x", ir.DataType.FLOAT, 2)
+    ]

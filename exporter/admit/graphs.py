@@ -11,6 +11,7 @@ from google.protobuf.message import Message  # type: ignore[import-untyped]  # t
 
 from qexport.errors import ModelInvalid
 from qexport.exporter.admit.subject import Body, Subject, place, quoted
+from qexport.exporter.admit.tensors import FORMATS
 
 _INPUT, _INITIALIZER = -1, -2
 
@@ -43,8 +44,12 @@ def check_interface(subject: Subject) -> None:
     if not graph.output:
         raise ModelInvalid("the graph has no outputs", hint="the file is truncated or the export went wrong")
     for value in graph.input:
-        if not value.type.WhichOneof("value"):
+        kind = value.type.WhichOneof("value")
+        if not kind:
             raise ModelInvalid(f"input {quoted(value.name)} has no type", where="graph")
+        if kind == "tensor_type" and value.type.tensor_type.elem_type not in FORMATS:
+            what = f"input {quoted(value.name)} has the unknown data type {value.type.tensor_type.elem_type}"
+            raise ModelInvalid(what, where="graph")
 
 
 def check_writers(subject: Subject) -> None:

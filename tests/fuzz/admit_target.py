@@ -1,4 +1,4 @@
-"""Model files: whatever bytes come, they are refused with a reason, or admitted and then loaded and inspected."""
+"""Model files: whatever bytes come, they are refused with a reason, or loaded, inspected and admitted again."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 
 from fuzz.script import Tape, edit
 from qexport.errors import QexportError
@@ -72,8 +73,11 @@ def one_input(data: bytes) -> None:
     try:
         admit_proto(parse(content, "model"), where="model", root=root)
         (root / "model.onnx").write_bytes(content)
-        inspect_model(load_onnx(root / "model.onnx"))
+        model = load_onnx(root / "model.onnx")
     except QexportError as error:
         if error.exit_code == 1:
             raise
         demand_shown(error)
+        return
+    inspect_model(model)
+    admit_proto(parse(ir.to_proto(model).SerializeToString(), "again"), where="again")
