@@ -132,6 +132,22 @@ def test_what_a_build_refuses_is_refused_alike(folder, tmp_path):
         forecast(replace(asked(folder), model=tmp_path / "gone.onnx"))
 
 
+def test_what_an_equal_build_has_left_in_the_cache_is_told(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("qexport.exporter.journal.WORTH", 0.0)
+    cache = tmp_path / "cache"
+    question = asked(folder, target="ort-cpu", cache=cache)
+    assert forecast(question).cached == ()
+    assert not cache.exists()
+    options = replace(question.options, output=tmp_path / "out")
+    qexport.build(folder / "model.onnx", calib=folder / "calib.npz", options=options)
+    before = snapshot(cache)
+    told = forecast(question).cached
+    assert {"verify", "latency"} <= set(told)
+    assert snapshot(cache) == before
+    other = replace(question, options=replace(question.options, set=("smooth.alpha=0.5",)))
+    assert forecast(other).cached == ()
+
+
 def test_cuts_are_told_as_unknown(folder):
     told = forecast(asked(folder, "compact", "ort-cpu", settings=("triage.most=0",)))
     assert any("heads, neurons, channels" in warning for warning in told.warnings)

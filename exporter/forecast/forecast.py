@@ -13,14 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from qexport.exporter.admit import Limits
 from qexport.exporter.build import choose_recipe, refuse_appended, refuse_newer, refuse_quantized
+from qexport.exporter.caches import cache_of
 from qexport.exporter.engines.shapes import engine_shapes
 from qexport.exporter.forecast.pace import WORK, Amounts, Pace, measure_pace, stages
 from qexport.exporter.forecast.sizes import REPORT_BYTES, STATISTICS_BYTES, build_memory, engine_bytes, file_bytes
 from qexport.exporter.forecast.standins import Rehearsal, rehearse
+from qexport.exporter.journal import build_key
 from qexport.exporter.load import Source, load_source
 from qexport.exporter.precision.lab import Question
 from qexport.exporter.proof.gates import check_judge
-from qexport.exporter.recipe import Recipe
+from qexport.exporter.recipe import Recipe, needs
 from qexport.exporter.samples import Samples, calibration_passes, open_samples
 from qexport.exporter.threads import OneThread
 from qexport.passes.base import Decision
@@ -49,6 +51,7 @@ class Forecast(BaseModel):
         seconds: Stage to seconds, about, on this machine.
         disk: Bytes that the artefact and what is kept for the next build would take.
         memory: Bytes of memory at most, about.
+        cached: Stages that an equal build has left in the cache, and that would be recalled.
         warnings: What is doubtful.
     """
 
@@ -67,6 +70,7 @@ class Forecast(BaseModel):
     seconds: dict[str, float]
     disk: int
     memory: int
+    cached: tuple[str, ...] = ()
     warnings: tuple[str, ...]
 
     def _repr_html_(self) -> str:
@@ -153,6 +157,7 @@ def _told(
         seconds=stages(pace, amounts, target, engine=engine),
         disk=amounts.bytes + (built or 0) + REPORT_BYTES + kept,
         memory=build_memory(sum(tensor.nbytes for tensor in _tensors(source.model))),
+        cached=_cached(question, recipe, source, samples),
         warnings=(*source.notes, *_warnings(question, recipe, samples, found)),
     )
 
@@ -195,6 +200,17 @@ def _measured(model: ir.Model) -> int:
     """How many values calibration would have kept something of."""
     values = (*model.graph.inputs, *(value for node in model.graph for value in node.outputs))
     return sum(RANGE_KEY in value.meta for value in values)
+
+
+def _cached(question: Question, recipe: Recipe, source: Source, samples: Samples) -> tuple[str, ...]:
+    """What an equal build has left; without data there is none to be equal to."""
+    asked = question.options
+    if asked.cache is None or (question.calib is None and needs(recipe, "data")):
+        return ()
+    key = build_key(source, recipe, samples, allow_nonfinite=asked.allow_nonfinite)
+    mine = (entry.key for entry in cache_of(asked).entries() if entry.kind == "builds")
+    names = (name.partition("/")[2].rpartition("-")[0] for name in mine if name.startswith(f"{key}/"))
+    return tuple(sorted({name for name in names if name}))
 
 
 def _warnings(question: Question, recipe: Recipe, samples: Samples, found: _Rehearsed) -> Iterator[str]:

@@ -18,6 +18,8 @@ def rows(told: Forecast) -> Iterator[tuple[str, str]]:
     if told.engine_bytes is not None:
         yield "write an engine of", f"about {human_bytes(told.engine_bytes)}"
     yield "take", f"about {_seconds(sum(told.seconds.values()))}: {_stages(told)}"
+    if told.cached:
+        yield "recall", f"{', '.join(told.cached)}, as an equal build has left them"
     yield "take on disk", f"about {human_bytes(told.disk)}"
     yield "take in memory", f"about {human_bytes(told.memory)}"
 
