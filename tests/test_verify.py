@@ -16,8 +16,8 @@ from qexport.errors import IntegrityError, UnsafeInput, UsageError
 from qexport.exporter import replay
 from qexport.exporter.options import BuildOptions
 from qexport.exporter.outcome.receipt import ReplayInfo
-from qexport.exporter.precision.bench import BuildBench
 from qexport.exporter.precision.costs import Cost
+from qexport.exporter.precision.recalled import RecallingBench
 from qexport.exporter.recipe import load_recipe, override
 from qexport.exporter.replay import is_replayed, replay_recipe
 
@@ -210,7 +210,7 @@ def test_an_input_that_the_build_did_not_have_is_refused(room):
 
 def slow_second(monkeypatch):
     """Let int8 seem slower than float, by the fault of the second product."""
-    time_it = BuildBench.time
+    time_it = RecallingBench.time
 
     def time(self, product):
         speed = 0.5 if "MatMul2" in product.quantized else 2.0
@@ -220,8 +220,8 @@ def slow_second(monkeypatch):
     def blame(self, product, regions):
         return [Cost(1.0, 3.0 if "MatMul2" in region.nodes else 0.5) for region in regions]
 
-    monkeypatch.setattr(BuildBench, "time", time)
-    monkeypatch.setattr(BuildBench, "costs", blame)
+    monkeypatch.setattr(RecallingBench, "time", time)
+    monkeypatch.setattr(RecallingBench, "costs", blame)
 
 
 def test_what_was_backed_off_for_its_speed_stays_in_float_without_measuring(room, monkeypatch):
