@@ -44,6 +44,7 @@ class Forecast(BaseModel):
         target: Where the result would run.
         nodes: Of the result.
         quantized: How many nodes would be quantized, before any goes back to float for what is measured.
+        forms: What of them would be stored in few bits, to number of nodes.
         skipped: Reason to number of nodes that would not.
         bytes_before: Size of the model as it came.
         bytes: Size of the result as a file.
@@ -63,6 +64,7 @@ class Forecast(BaseModel):
     target: str
     nodes: int
     quantized: int
+    forms: dict[str, int]
     skipped: dict[str, int]
     bytes_before: int
     bytes: int
@@ -150,7 +152,8 @@ def _told(
         target=target.name,
         nodes=amounts.nodes,
         quantized=sum(decision.action == QUANTIZED for decision in found.decisions),
-        skipped=dict(Counter(d.reason for d in found.decisions if d.action == SKIPPED).most_common()),
+        forms=_reasons(found, QUANTIZED),
+        skipped=_reasons(found, SKIPPED),
         bytes_before=source.info.bytes,
         bytes=amounts.bytes,
         engine_bytes=built,
@@ -160,6 +163,10 @@ def _told(
         cached=_cached(question, recipe, source, samples),
         warnings=(*source.notes, *_warnings(question, recipe, samples, found)),
     )
+
+
+def _reasons(found: _Rehearsed, action: str) -> dict[str, int]:
+    return dict(Counter(decision.reason for decision in found.decisions if decision.action == action).most_common())
 
 
 def _amounts(recipe: Recipe, source: Source, samples: Samples, found: _Rehearsed) -> Amounts:

@@ -11,7 +11,7 @@ from qexport.exporter.outcome.summary import counts, human_bytes
 def rows(told: Forecast) -> Iterator[tuple[str, str]]:
     """What a build would do, and how much, a line each."""
     yield "run", f"{told.recipe} for {told.target}"
-    yield "quantize", f"{told.quantized} nodes"
+    yield "quantize", f"{told.quantized} nodes" + (f": {counts(told.forms)}" if told.forms else "")
     if told.skipped:
         yield "skip", f"{sum(told.skipped.values())} nodes: {counts(told.skipped)}"
     yield "write a model of", f"{human_bytes(told.bytes)} ({human_bytes(told.bytes_before)} before), {told.nodes} nodes"
