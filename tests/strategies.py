@@ -107,7 +107,7 @@ def neutral(g, v):
 
 
 def matmul(g, v):
-    width = g.draw(st.integers(1, 6))
+    width = g.draw(st.sampled_from([1, 3, 6, 32]))
     h = g.add("MatMul", [v.name, g.normal(v.shape[-1], width)], (*v.shape[:-1], width))
     if g.draw(st.booleans()):
         g.add("Add", [h, g.normal(width)], (*v.shape[:-1], width))
@@ -115,7 +115,7 @@ def matmul(g, v):
 
 def gemm(g, v):
     if v.rank == 2:
-        width = g.draw(st.integers(1, 6))
+        width = g.draw(st.sampled_from([1, 3, 6, 32]))
         g.add("Gemm", [v.name, g.normal(width, v.shape[1]), g.normal(width)], (v.shape[0], width), transB=1)
 
 
@@ -293,7 +293,7 @@ OPS = (
     *(global_pool, flatten, widen, squeeze, transpose, cut, concat, reduce, softmax, layer_norm, gather, cast, where),
     *(pad, expand, constant_shapes),
 )
-SHAPES = [(BATCH, 4), (BATCH, 3, 4), (BATCH, 2, 5, 5), (BATCH, 1, 4)]
+SHAPES = [(BATCH, 4), (BATCH, 32), (BATCH, 3, 4), (BATCH, 2, 5, 5), (BATCH, 1, 4)]
 
 
 class Drawn:

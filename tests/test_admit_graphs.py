@@ -163,6 +163,10 @@ BAD = [
     ("P03_input_without_type", 3, edited(lambda m: m.graph.input[0].ClearField("type")), "'x' has no type"),
     ("P03_input_of_no_known_type", 3,
      edited(lambda m: setattr(m.graph.input[0].type.tensor_type, "elem_type", 99)), "'x' has the unknown data type 99"),
+    ("P03_input_sparse_of_no_type", 3,
+     edited(lambda m: m.graph.input[0].type.sparse_tensor_type.shape.SetInParent()), "unknown data type 0"),
+    ("P03_input_sequence_of_no_type", 3,
+     edited(lambda m: m.graph.input[0].type.sequence_type.elem_type.sequence_type.SetInParent()), "data type 0"),
     ("P04_unnamed_input", 3, edited(lambda m: m.graph.input[0].ClearField("name")), "no name"),
 ]  # fmt: skip
 
@@ -173,6 +177,7 @@ GOOD = [
     ("initializer_that_is_an_input", parsed("y = Add(x, w)", "(float[N,4] x, float[1] w) => (float[N,4] y)", W)),
     ("omitted_input", parsed("y = Clip(x, , w)", weights="float w = {1.0}")),
     ("omitted_outputs", parsed(", y = TopK(x, w)", "(float[N,4] x) => (int64[N,1] y)", "int64[1] w = {1}")),
+    ("input_that_is_a_sequence", parsed("y = SequenceAt(x, w)", "(seq(float[4]) x) => (float[4] y)", "int64 w = {0}")),
     ("output_that_is_an_input", parsed("z = Relu(x)", "(float x) => (float x, float z)")),
     ("ten_functions_deep", chain(10)),
     ("M25_nest_20", nested(20)),

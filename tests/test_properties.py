@@ -17,10 +17,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from strategies import graphs, names
 
+import qexport
 from qexport.errors import QexportError
 from qexport.exporter.admit import admit_proto, parse
 from qexport.exporter.inspect import inspect_model
 from qexport.exporter.onnx_file import load_onnx, save_onnx
+from qexport.exporter.options import BuildOptions
 from qexport.exporter.proof.equality import distance
 from qexport.passes.cleanup import Cleanup
 from qexport.passes.equalize import Equalize
@@ -133,6 +135,24 @@ def test_saving_what_was_loaded_from_what_was_saved_gives_the_same_bytes(tmp_pat
         first = saved(loaded(tmp_path, graph.proto), tmp_path / "a", threshold)
         second = saved(load_onnx(tmp_path / "a" / "model.onnx"), tmp_path / "b", threshold)
         assert first == second
+
+    check()
+
+
+@pytest.mark.parametrize("recipe", ["int8", "float16"])
+def test_a_build_of_a_drawn_graph_ends_well_or_with_a_reason(tmp_path, recipe):
+    @drawn(graphs(functions=True), graphs(depth=4, subgraphs=True), share=0.1)
+    def check(one, other):
+        for graph in (one, other):
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+            (tmp_path / "m.onnx").write_bytes(graph.proto.SerializeToString())
+            asked = BuildOptions(target="ort-cpu", output=tmp_path / "out", set=("export.never_worse=false",))
+            data = {} if "flag" in graph.feeds else {"calib": lambda x=graph.feeds["x"]: ({"x": row} for row in x)}
+            try:
+                qexport.build(tmp_path / "m.onnx", recipe=recipe, options=asked, **data)
+            except QexportError as error:
+                if "flag" not in graph.feeds or error.exit_code not in (2, 5):
+                    raise
 
     check()
 

@@ -44,12 +44,19 @@ def check_interface(subject: Subject) -> None:
     if not graph.output:
         raise ModelInvalid("the graph has no outputs", hint="the file is truncated or the export went wrong")
     for value in graph.input:
-        kind = value.type.WhichOneof("value")
-        if not kind:
+        if not value.type.WhichOneof("value"):
             raise ModelInvalid(f"input {quoted(value.name)} has no type", where="graph")
-        if kind == "tensor_type" and value.type.tensor_type.elem_type not in FORMATS:
-            what = f"input {quoted(value.name)} has the unknown data type {value.type.tensor_type.elem_type}"
-            raise ModelInvalid(what, where="graph")
+        kind = _data_type(value.type)
+        if kind not in FORMATS:
+            raise ModelInvalid(f"input {quoted(value.name)} has the unknown data type {kind}", where="graph")
+
+
+def _data_type(kind: onnx.TypeProto) -> int:
+    """The data type of a tensor, or of the tensors in a sequence, an optional or a map; 0 where it is not told."""
+    inner = {"sequence_type": "elem_type", "optional_type": "elem_type", "map_type": "value_type"}
+    while (name := kind.WhichOneof("value")) in inner:
+        kind = getattr(getattr(kind, name), inner[name])
+    return int(getattr(kind, name).elem_type) if name in ("tensor_type", "sparse_tensor_type") else 0
 
 
 def check_writers(subject: Subject) -> None:
