@@ -36,6 +36,7 @@ FLAGS = {
     "--no-cache": [],
     "--allow-nonfinite": [],
     "--strict-cache": [],
+    "--lock-timeout": ["5"],
     "--limit-memory": ["4G"],
     "--limit-time": ["900"],
     "--json": [],
