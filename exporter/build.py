@@ -15,6 +15,7 @@ from qexport.calibration.reading.spec import keeps_cache
 from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.admit import Limits, admit_file
 from qexport.exporter.caches import cache_of
+from qexport.exporter.checkpoint import recipe_once
 from qexport.exporter.engines.child import build_in_child
 from qexport.exporter.engines.engine import EngineOptions
 from qexport.exporter.engines.kept import plan_once
@@ -30,7 +31,6 @@ from qexport.exporter.outcome.speed import keep_profile, runs_on_processor
 from qexport.exporter.precision.backoff import settle
 from qexport.exporter.precision.bench import BuildBench
 from qexport.exporter.precision.recalled import RecallingBench
-from qexport.exporter.product import run_recipe
 from qexport.exporter.proof.gates import check_judge
 from qexport.exporter.recipe import Recipe, load_recipe, override
 from qexport.exporter.report.gather import Material, gather
@@ -90,7 +90,7 @@ def build(
             check_judge(samples, chosen.gates)
             check_profiles(source, chosen, samples)
         journal = held.enter_context(open_journal(cache_of(asked), source, chosen, samples, asked))
-        product = run_recipe(source, chosen, samples, asked, journal.cache)
+        product = recipe_once(journal, source, chosen, samples, asked)
         bench = BuildBench(source, product, samples, row, stages)
         found = settle(product, RecallingBench(bench, journal), chosen.gates, never_worse=chosen.export.never_worse)
         with stages.stage("write"):

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from qexport.calibration.statistics.store import Store
 from qexport.exporter.caches import Cache, cache_of
 from qexport.exporter.load import Source
-from qexport.exporter.options import BuildOptions
+from qexport.exporter.options import Advance, BuildOptions
 from qexport.exporter.proof.equality import EqualityProof
 from qexport.exporter.recipe import Recipe, instantiate
 from qexport.exporter.samples import Samples, calibration_passes
@@ -94,12 +94,19 @@ def run_recipe(
     total = sum(min(size, asked_for) for asked_for in calibration_passes(recipe)) or None
     threads, store = OneThread(), Store(cache or cache_of(asked))
     with asked.progress.stage("recipe", total) as advance, threads:
-        steps = instantiate(recipe, {"data": samples.calibration, "advance": advance, "store": store})
+        steps = steps_of(recipe, samples, store, advance)
         model, records = run(source.model, steps, [proof, watch, threads])
     plain = proof.before_inexact or model
     snapshot = None if watch.model is None else Snapshot(watch.model, tuple(steps[watch.seen :]), watch.seen)
     warnings = (*store.cache.doubts, *proof.warnings)
     return Product(model, tuple(records), tuple(proof.errors), plain, warnings, snapshot)
+
+
+def steps_of(
+    recipe: Recipe, samples: Samples, store: Store, advance: Advance = lambda n=1: None
+) -> list[tuple[str, Pass]]:
+    """The enabled passes of a recipe with what they need to run."""
+    return instantiate(recipe, {"data": samples.calibration, "advance": advance, "store": store})
 
 
 def requantize(product: Product, samples: Samples, keep: Collection[str]) -> Product:

@@ -73,7 +73,7 @@ def did_it_once(room: Room, ended: Ended) -> None:
     assert other.code == 0, other.stderr
     first, second = result(room.tmp / "b"), result(room.artefact)
     assert first["resumed"] == []
-    assert second["resumed"] == ["verify", "latency"]
+    assert second["resumed"] == ["recipe", "verify", "latency"]
     assert second["quality"] == first["quality"]
     assert second["latency"] == first["latency"]
     assert digests(room.artefact) == digests(room.tmp / "b")
