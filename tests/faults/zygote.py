@@ -87,7 +87,8 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> None:
     for number, descriptor in enumerate((nothing, out, err)):
         os.dup2(descriptor, number)
         os.close(descriptor)
-    sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))  # noqa: SIM115
+    streams = [open(number, "w", encoding="utf-8", closefd=False) for number in (1, 2)]  # noqa: SIM115 - for good
+    sys.stdout, sys.stderr = streams
     os.environ.clear()
     os.environ.update(request["env"])
     tempfile.tempdir = None
