@@ -89,6 +89,7 @@ MODULES = {
     "rows_k_build": ("K04", "K05"),
     "rows_k_timing": ("K02",),
     "rows_f_files": ("F01", "F02", "F03", "F09", "F10", "F11"),
+    "rows_f_sweep": ("F03",),
     "rows_f_process": ("F04", "F05", "F06", "F07", "F08"),
     "rows_n": ("N",),
     "rows_x": ("X",),

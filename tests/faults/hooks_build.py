@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import qexport.exporter.build as builder
+from faults import hooks_files
 from qexport.exporter import journal
 from qexport.safe_io import Cache
 
@@ -49,3 +50,9 @@ def tells_when(root: str) -> None:
             yield
 
     Cache.hold = hold
+
+
+def killed(root: str) -> None:
+    """SIGKILL as ``FAULT`` says, of a build that keeps all that it can."""
+    all_counts(root)
+    hooks_files.killed(root)
