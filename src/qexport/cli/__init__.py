@@ -104,7 +104,8 @@ def run(arguments: list[str]) -> int:
     """Run the command line; return the exit code."""
     _survive_encodings()
     return_freed_blocks()
-    logging.getLogger("onnxscript").addHandler(logging.NullHandler())  # its notes are for its own developers
+    for name in ("onnxscript", "onnx_ir"):  # their notes are for their own developers, and unescaped
+        logging.getLogger(name).addHandler(logging.NullHandler())
     _end_by_exception(signal.SIGTERM)
     try:
         return _run(arguments, _flags(arguments))
