@@ -159,6 +159,8 @@ class Case:
     """Whether the fault itself changes the inputs during the run."""
     again: Callable[[Room], list[str]] | None = None
     """The good run that follows; without one a good build where the case has touched out, cache or tmp."""
+    both: bool = True
+    """Whether a quick case runs plain and with ``--json``; else, as long ones do, in one of the two forms."""
     slow: bool = False
     """Left out unless ``--table`` is given."""
 

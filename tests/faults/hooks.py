@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+
+def tell_limits(root: str) -> None:
+    """For the record: how many files may be open, which mode new ones have."""
+    umask = os.umask(0)
+    os.umask(umask)
+    sys.audit("qexport.io", "limits", resource.getrlimit(resource.RLIMIT_NOFILE)[0], oct(umask), os.geteuid())
+
 
 # ---------------------------------------------------------------- one for each invariant, which must find it
 

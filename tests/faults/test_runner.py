@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from faults import hooks, runner
@@ -67,11 +69,11 @@ def test_both_ways_record_what_a_command_opens_and_end_the_same(faults, way):
 
 @pytest.mark.parametrize("way", ["warm", "cold"])
 def test_a_hook_and_limits_reach_the_command_either_way(faults, way):
-    case = Case("M00_way", check_good, way=way, hook="touch_an_input")
-    with pytest.raises(Broken, match=r"^I2: "):
-        run_once(faults, case, as_json=False)
-    with pytest.raises(Broken, match=r"^exit code|^I5|^I7"):
-        run_once(faults, Case("M00_way", check_good, way=way, limits={"AS": 64 << 20}), as_json=False)
+    seen = []
+    case = Case("M00_way", check_good, way=way, hook="tell_limits", limits={"NOFILE": 99, "umask": 0o27},
+                after=lambda room, ended: seen.extend(ended.events("qexport.io")))  # fmt: skip
+    run_once(faults, case, as_json=False)
+    assert seen == [("limits", "99", "0o27", str(os.geteuid()))]
 
 
 def test_a_quick_case_runs_both_plain_and_with_json(faults, monkeypatch):
