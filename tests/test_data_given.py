@@ -167,6 +167,7 @@ NOTES = [
     "{digest}  a.npy\n",
     "{digest} *a.npy\n",
     "{digest}\n",
+    "{capitals}  a.npy\n",
     "{digest}  ./a.npy\r\n",
     "{other}  b.npy\n{digest}  a.npy\n",
 ]
@@ -176,7 +177,7 @@ NOTES = [
 def test_d03_a_flipped_bit_is_noticed_where_a_digest_lies_beside_the_file(tmp_path, note):
     path = saved(tmp_path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    (tmp_path / "a.npy.sha256").write_text(note.format(digest=digest, other="0" * 64))
+    (tmp_path / "a.npy.sha256").write_text(note.format(digest=digest, capitals=digest.upper(), other="0" * 64))
     assert len(opened(path)) == 10
     assert len(open_evaluation(path, X, DataSpec()).dataset) == 10
     flipped(path)

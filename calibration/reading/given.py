@@ -26,7 +26,7 @@ Data: TypeAlias = str | Path | Maker
 SIDECAR = ".sha256"
 
 _MOST_SIDECAR = 1 << 16
-_LINE = re.compile(r"\\?([0-9a-f]{64})(?: [ *](.+))?")
+_LINE = re.compile(r"\\?([0-9a-fA-F]{64})(?: [ *](.+))?")
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def check_sidecar(path: Path) -> None:
         return
     text = read_bytes(note, limit=_MOST_SIDECAR).decode("utf-8", "replace")
     found = [match for line in text.splitlines() if (match := _LINE.fullmatch(line.rstrip()))]
-    told = {match[1] for match in found if match[2] in (None, path.name, f"./{path.name}")}
+    told = {match[1].lower() for match in found if match[2] in (None, path.name, f"./{path.name}")}
     if len(told) != 1:
         hint = f"write it anew (sha256sum {path.name} > {note.name}), or remove it"
         raise DataInvalid(
