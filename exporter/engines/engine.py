@@ -24,6 +24,7 @@ from qexport.exporter.engines.frozen import freeze
 from qexport.exporter.engines.messages import Messages, Phases, Progress, describe, listed, readable
 from qexport.exporter.engines.profiles import Profile
 from qexport.exporter.engines.rules import domain_of, find_faults
+from qexport.exporter.engines.timing import keep_timings, open_timings
 from qexport.exporter.outcome.result import EngineInfo
 from qexport.runtime.backends.gpus import find_gpus
 from qexport.safe_io import read_bytes
@@ -48,6 +49,7 @@ class EngineOptions:
         frozen: Names of dynamic sizes and what they are in the engine, such as ``("max_seq", 1024)``: caches must be
             of a fixed length. The profiles must give the same sizes.
         timeout: Most seconds for a build in a child process; a build in this process cannot be stopped so surely.
+        timings: File of what the builder measured before, if it exists; has what it measured when the build is done.
     """
 
     profiles: tuple[Profile, ...] = ()
@@ -59,6 +61,7 @@ class EngineOptions:
     progress: Progress | None = None
     frozen: tuple[tuple[str, int], ...] = ()
     timeout: float = 1800
+    timings: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +117,14 @@ def _build_engine(model: bytes | Path, module: ModuleType, options: EngineOption
     config.progress_monitor = monitor
     _configure(config, module, options)
     _add_profiles(builder, config, options.profiles, messages)
+    timings = open_timings(config, options.timings)
     parser = module.OnnxParser(network, logger)
     graph = _parse(parser, model, module, dict(options.frozen))
     _let_decompose(network, module)
     plan = _build(builder, network, config, phases)
     if plan is None:
         raise _failure(module, messages, phases)
+    keep_timings(config, options.timings)
     content = bytes(plan)
     info = EngineInfo(
         module=module.__name__,
@@ -131,6 +136,7 @@ def _build_engine(model: bytes | Path, module: ModuleType, options: EngineOption
         profiles=options.profiles,
         metadata={name: text for name, text in graph.metadata_props.items() if name.startswith(_OURS)},
         note=run_support(module) or "",
+        timings=timings,
     )
     return Engine(content, info)
 

@@ -198,7 +198,8 @@ class EngineInfo(_Record):
     """An engine that was built.
 
     ``profiles`` maps input name to min, opt and max shape; ``metadata`` is what the model says of itself to runtimes,
-    which an engine cannot; ``note`` says why it cannot run on this machine.
+    which an engine cannot; ``note`` says why it cannot run on this machine; ``timings`` says whether the builder knew
+    the times of kernels from an earlier build: ``used``, ``new`` or ``refused``, empty where it measures none.
     """
 
     module: str
@@ -211,6 +212,7 @@ class EngineInfo(_Record):
     metadata: dict[str, str] = Field(default_factory=dict)
     ran: bool = False
     note: str = ""
+    timings: Literal["", "new", "used", "refused"] = ""
 
 
 class Result(_Record):

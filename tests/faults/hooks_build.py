@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,3 +57,8 @@ def killed(root: str) -> None:
     """SIGKILL as ``FAULT`` says, of a build that keeps all that it can."""
     all_counts(root)
     hooks_files.killed(root)
+
+
+def tensorrt(root: str) -> None:
+    """Let engines be built by a stand-in."""
+    sys.path.insert(0, str(Path(__file__).parent / "modules"))

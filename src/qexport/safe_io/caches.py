@@ -22,7 +22,7 @@ from qexport.safe_io.sealing import MOST, demand_own, open_own, seal, unseal
 from qexport.safe_io.translate import reason, translated
 from qexport.safe_io.writing import TEMPORARY, is_written, replacing
 
-KINDS = ("statistics", "builds", "engines", "timing", "machines")
+KINDS = ("statistics", "builds", "engines", "timing", "machines", "fetch")
 LIMIT = 20 << 30
 """Bytes that a cache may take."""
 
@@ -277,6 +277,13 @@ class Entry:
             self.cache.doubt(f"nothing was kept in the cache: {error}")
             return False
         return True
+
+    def set_aside(self) -> None:
+        """Let what is there, if anything, be no entry any more, but lie beside it with ``.bad`` behind its name."""
+        if self.path is not None:
+            with suppress(OSError):
+                reach("rename", self.path)
+                os.replace(self.path, f"{self.path}.bad")
 
     def reject(self, why: str) -> None:
         """Say that what is kept is of no use.
