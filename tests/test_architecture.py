@@ -66,6 +66,9 @@ BANNED_CALLS: dict[str, tuple[str, ...]] = {
     "exec": (),
 }
 BANNED_MODULES = {"pickle", "shelve", "marshal", "dill", "joblib"}
+NETWORK = {"urllib", "http", "socket", "ssl", "socketserver", "ftplib", "smtplib", "xmlrpc", "asyncio", "_socket"}
+NETWORK |= {"requests", "httpx", "aiohttp", "urllib3", "huggingface_hub"}
+PLACE_FOR_NETWORK = "exporter/doors/hub_fetch.py"
 IGNORED = re.compile(r"\[[\w, -]+\]\W+\w+")
 WRITERS = {"write_text", "write_bytes"}
 PLACE_FOR_WRITING = "src/qexport/safe_io/"
@@ -233,6 +236,20 @@ def test_no_call_writes_or_loads_behind_the_back_of_safe_io():
         hits += [(names(path), node.lineno, bad) for node in calls if (bad := forbidden_call(node, names(path)))]
         hits += [(names(path), 0, module) for module in BANNED_MODULES & set(imported(path))]
     assert hits == []
+
+
+def test_one_file_alone_can_open_a_connection():
+    users = {names(path) for path in python_files(*OWN_CODE) if NETWORK & {n.split(".")[0] for n in imported(path)}}
+    assert users == {PLACE_FOR_NETWORK}
+
+
+def test_one_command_alone_reaches_the_file_that_can_open_a_connection():
+    door = "qexport.exporter.doors.hub_fetch"
+    modules = {names(path): set(imported(path)) for path in python_files(*OWN_CODE)}
+    users = {name for name, found in modules.items() if any(n == door or n.startswith(f"{door}.") for n in found)}
+    assert users == {"exporter/doors/hub_download.py", "exporter/fetch.py", "src/qexport/cli/fetch.py"}
+    users = {name for name, found in modules.items() if "qexport.exporter.fetch" in found}
+    assert users == {"src/qexport/cli/fetch.py"}
 
 
 @pytest.mark.parametrize(

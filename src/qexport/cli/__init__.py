@@ -26,6 +26,7 @@ from qexport.errors import NativeCrash, QexportError, ResourceExhausted, UsageEr
 from qexport.runtime.memory import return_freed_blocks
 
 COMMANDS = (
+    "fetch",
     "build",
     "export",
     "eval",

@@ -40,6 +40,15 @@ class Stage:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files: dict[str, tuple[int, str]] = {}
+        self._folders: set[str] = set()
+
+    def make_folder(self, name: str) -> None:
+        """Make a folder, whose files are then created as ``NAME/FILE``; once more does nothing."""
+        if name not in self._folders:
+            self._demand_new(name)
+            with translated(name):
+                _make([self.path / name])
+            self._folders.add(name)
 
     @contextmanager
     def create(self, name: str) -> Iterator[BinaryIO]:
@@ -95,7 +104,8 @@ class Stage:
             self.files[name] = (file.tell(), f"sha256:{digest}")
 
     def _demand_new(self, name: str) -> None:
-        if name in ("", ".", "..") or "/" in name or "\0" in name or name in self.files:
+        folder, slash, own = name.rpartition("/")
+        if own in ("", ".", "..") or "\0" in name or name in self.files or (slash and folder not in self._folders):
             raise UsageError(f"{name!r} is not a new file name", where=str(self.path))
 
 
@@ -127,7 +137,8 @@ def publish(directory: str | os.PathLike[str], *, inputs: Iterable[str | os.Path
         _demand_ours(target, inputs)  # again: an old folder may have come back
         yield Stage(stage)
         with translated(directory):
-            sync_folder(stage)
+            for folder in (*(Path(entry.path) for entry in os.scandir(stage) if entry.is_dir()), stage):
+                sync_folder(folder)
             with locked_folder(target.parent):
                 _replace(stage, target)
             made = []
@@ -179,12 +190,17 @@ def _demand_ours(target: Path, inputs: Iterable[str | os.PathLike[str]]) -> None
 def _strangers(target: Path) -> list[str]:
     """Names in ``target`` that its manifest does not claim; all of them when there is no readable manifest of ours.
 
-    What is claimed is a file: a folder of that name was made by somebody else.
+    What is claimed is a file, or ``FOLDER/FILE``: a folder of a file's name was made by somebody else.
     """
     if not target.exists():
         return []
     names = {entry.name: entry.is_file(follow_symlinks=False) for entry in os.scandir(target)}
     claimed = {MANIFEST, *_claimed(target)} if names.get(MANIFEST) else set()
+    for folder in {name.partition("/")[0] for name in claimed if "/" in name} & names.keys():
+        if (target / folder).is_dir() and not (target / folder).is_symlink():
+            del names[folder]
+            inner = os.scandir(target / folder)
+            names |= {f"{folder}/{entry.name}": entry.is_file(follow_symlinks=False) for entry in inner}
     return sorted(name for name, is_file in names.items() if not is_file or name not in claimed)
 
 

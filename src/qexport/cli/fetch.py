@@ -1,0 +1,62 @@
+"""``qexport fetch``: a model from a hub, every byte held against its digest."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from qexport.cli.common import default_cache, make_console, make_table, print_json, shared_flags
+from qexport.errors import printable
+
+if TYPE_CHECKING:
+    from qexport.exporter.fetch import Fetched
+
+_FOLDER = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("name", metavar="REPO[@REVISION]")
+@click.option("-o", "--output", type=_FOLDER, metavar="DIR", required=True, help="Folder of the result.")
+@click.option("--update", is_flag=True, help="Follow a branch that has moved since DIR was fetched.")
+@click.option("--cache", "folder", type=_FOLDER, metavar="DIR", help="Where to keep what has arrived until all has.")
+@click.option("--no-cache", is_flag=True, help="Keep nothing: what is interrupted begins again.")
+@shared_flags
+def fetch(name: str, *, output: Path, update: bool, folder: Path | None, no_cache: bool, as_json: bool) -> None:
+    """Fetch a model from a hub, the only command that connects to anything.
+
+    HF_ENDPOINT is the hub's address and HF_TOKEN, if it is set, what it knows you by. Settings, tokenizer and
+    safetensors are taken, nothing else; models that bring code or have pickles alone are refused. Each file must have
+    the digest that the hub lists. What is interrupted goes on where it was. DIR/qexport.lock.json says which commit
+    it is, and a second fetch into DIR takes the same one.
+    """
+    from qexport.cli.progress import RichProgress
+    from qexport.exporter.doors.hub_fetch import Hub
+    from qexport.exporter.fetch import fetch as run_fetch
+    from qexport.safe_io import Cache
+
+    hub = Hub(os.environ.get("HF_ENDPOINT"), os.environ.get("HF_TOKEN"))
+    cache = Cache(None if no_cache else folder or default_cache())
+    found = run_fetch(name, output, hub, cache=cache, update=update, progress=RichProgress())
+    if as_json:
+        print_json(_plain(found))
+        return
+    _print(found)
+
+
+def _plain(found: Fetched) -> dict[str, Any]:
+    told = {**found.pinned.as_dict(), "schema": "qexport.fetch/1"}
+    return {**told, "folder": str(found.folder), "warnings": list(found.warnings)}
+
+
+def _print(found: Fetched) -> None:
+    from qexport.exporter.outcome.summary import human_bytes
+
+    console, pinned = make_console(), found.pinned
+    console.print(make_table(("file", "size"), [(file.name, human_bytes(file.bytes)) for file in pinned.files]))
+    for warning in found.warnings:
+        console.print(printable(f"warning: {warning}"))
+    total = human_bytes(sum(file.bytes for file in pinned.files))
+    console.print(printable(f"{pinned.repo}@{pinned.commit}: {len(pinned.files)} files, {total}, in {found.folder}"))
