@@ -29,7 +29,7 @@ FILES = {
     "model.safetensors": WEIGHTS,
 }
 TAKEN = ("config.json", "model.safetensors", "tokenizer.json")
-STALL, PIECE = 0.5, 4096
+STALL, PIECE = 2.0, 4096
 
 
 @dataclass(frozen=True)
