@@ -16,9 +16,9 @@ from qexport.exporter.build import choose_recipe, refuse_appended, refuse_newer,
 from qexport.exporter.caches import cache_of
 from qexport.exporter.engines.shapes import engine_shapes
 from qexport.exporter.forecast.pace import WORK, Amounts, Pace, measure_pace, stages
-from qexport.exporter.forecast.sizes import REPORT_BYTES, STATISTICS_BYTES, build_memory, engine_bytes, file_bytes
+from qexport.exporter.forecast.sizes import REPORT_BYTES, build_memory, cache_bytes, engine_bytes, file_bytes
 from qexport.exporter.forecast.standins import Rehearsal, rehearse
-from qexport.exporter.journal import build_key
+from qexport.exporter.journal import WORTH, build_key
 from qexport.exporter.load import Source, load_source
 from qexport.exporter.precision.lab import Question
 from qexport.exporter.proof.gates import check_judge
@@ -144,7 +144,9 @@ def _told(
     engine = _builds_engine(recipe)
     amounts = _amounts(recipe, source, samples, found)
     built = engine_bytes(amounts.bytes, amounts.nodes) if engine else None
-    kept = _measured(found.model) * STATISTICS_BYTES if question.options.cache else 0
+    seconds = stages(pace, amounts, target, engine=engine)
+    weights = sum(tensor.nbytes for tensor in _tensors(source.model))
+    kept = cache_bytes(weights, amounts.bytes, _measured(found.model), long=seconds["recipe"] >= WORTH)
     return Forecast(
         schema="qexport.forecast/1",
         model=str(question.model),
@@ -157,9 +159,9 @@ def _told(
         bytes_before=source.info.bytes,
         bytes=amounts.bytes,
         engine_bytes=built,
-        seconds=stages(pace, amounts, target, engine=engine),
-        disk=amounts.bytes + (built or 0) + REPORT_BYTES + kept,
-        memory=build_memory(sum(tensor.nbytes for tensor in _tensors(source.model))),
+        seconds=seconds,
+        disk=amounts.bytes + (built or 0) + REPORT_BYTES + (kept if question.options.cache else 0),
+        memory=build_memory(weights),
         cached=_cached(question, recipe, source, samples),
         warnings=(*source.notes, *_warnings(question, recipe, samples, found)),
     )

@@ -19,7 +19,10 @@ REPORT_BYTES = 1_500_000
 STATISTICS_BYTES = 1_900_000
 """Bytes that one measured value takes in the cache: a histogram, and excerpts for each step that looks at it."""
 
-BASE_MEMORY, COPIES = 450_000_000, 4
+KEPT_MODELS = 2
+"""How often the weights of the model as it came are in the cache: before numbers change, and before quantizers."""
+
+BASE_MEMORY, COPIES = 450_000_000, 6
 """Bytes of the interpreter with all its libraries, and how often a build holds the weights of the model as it came."""
 
 
@@ -56,6 +59,18 @@ def _described(weights: list[tuple[ir.Value, ir.TensorProtocol]]) -> Iterator[No
 def engine_bytes(size: int, nodes: int) -> int:
     """About how large an engine is whose model file has ``size`` bytes and so many nodes."""
     return size + ENGINE_NODE * nodes
+
+
+def cache_bytes(weights: int, size: int, measured: int, *, long: bool) -> int:
+    """About what a build keeps for the next one.
+
+    Args:
+        weights: Bytes of the weights of the model as it came.
+        size: Bytes of the result.
+        measured: How many values are measured.
+        long: Whether the recipe takes long enough that its result is kept, with the models before it.
+    """
+    return measured * STATISTICS_BYTES + (KEPT_MODELS * weights + size) * long
 
 
 def build_memory(weights: int) -> int:
