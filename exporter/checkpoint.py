@@ -8,12 +8,13 @@ Before it is kept a checkpoint is read back and written again, which must give t
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -53,6 +54,9 @@ _BESIDE = {MAPS: None, COPY: True}
 _LENGTH = 8
 
 
+Buffer: TypeAlias = bytes | memoryview
+
+
 class Unknown(Exception):
     """Something that no checkpoint can hold."""
 
@@ -87,7 +91,8 @@ def checkpoint(product: Product) -> bytes | None:
     """Write a product down; ``None`` where something of it would not come back as it is."""
     try:
         written = encode(product)
-        return written if encode(decode(written)) == written else None
+        again = _pieces(decode(written, shared=True))
+        return written if _digest(again) == _digest([written]) else None
     except (Unknown, ValueError, KeyError, IndexError, TypeError):
         return None
 
@@ -98,6 +103,11 @@ def encode(product: Product) -> bytes:
     Raises:
         Unknown: Something of it cannot be written.
     """
+    return b"".join(_pieces(product))
+
+
+def _pieces(product: Product) -> list[Buffer]:
+    """A product in pieces, of which those of weights are the weights themselves."""
     shelf, snapshot = _Writer(), product.snapshot
     told = {
         "model": shelf.model(product.model),
@@ -109,14 +119,24 @@ def encode(product: Product) -> bytes:
         "blobs": shelf.sizes,
     }
     head = json.dumps(told).encode()
-    return b"".join([len(head).to_bytes(_LENGTH, "little"), head, *shelf.blobs])
+    return [len(head).to_bytes(_LENGTH, "little"), head, *shelf.blobs]
 
 
-def decode(content: bytes) -> Product:
-    """Read what ``encode`` wrote; the snapshot has no passes yet."""
+def _digest(pieces: Iterable[Buffer]) -> bytes:
+    state = hashlib.sha256()
+    for piece in pieces:
+        state.update(piece)
+    return state.digest()
+
+
+def decode(content: bytes, *, shared: bool = False) -> Product:
+    """Read what ``encode`` wrote; the snapshot has no passes yet.
+
+    ``shared`` leaves weights where they are in ``content``, for a look alone: runtimes want them aligned.
+    """
     start = _LENGTH + int.from_bytes(content[:_LENGTH], "little")
     told = json.loads(content[_LENGTH:start])
-    shelf = _Reader(content, start, told["blobs"])
+    shelf = _Reader(content, start, told["blobs"], shared=shared)
     held = told["snapshot"]
     return Product(
         shelf.model(told["model"]),
@@ -140,14 +160,14 @@ def _with_steps(product: Product, steps: Sequence[tuple[str, Pass]]) -> Product:
 class _Writer:
     """Puts bytes on a shelf, each tensor once."""
 
-    blobs: list[bytes] = field(default_factory=list)
+    blobs: list[Buffer] = field(default_factory=list)
     tensors: dict[int, tuple[int, ir.TensorProtocol]] = field(default_factory=dict)  # by identity, which is held
     total: int = 0
 
     @property
     def sizes(self) -> list[int]:
         """Bytes of each."""
-        return [len(blob) for blob in self.blobs]
+        return [memoryview(blob).nbytes for blob in self.blobs]
 
     def model(self, model: ir.Model) -> dict[str, Any]:
         """Write a model."""
@@ -168,9 +188,9 @@ class _Writer:
         ]
         return {"graph": self.blob(proto), "notes": notes}
 
-    def blob(self, data: bytes) -> int:
+    def blob(self, data: Buffer) -> int:
         """Put bytes there; where they are."""
-        self.total += len(data)
+        self.total += memoryview(data).nbytes
         if self.total > MOST:
             raise Unknown("too large")
         self.blobs.append(data)
@@ -185,7 +205,7 @@ class _Writer:
             raise Unknown("a tensor with text")
         numbers = np.asarray(tensor.numpy())
         place = self.blob(json.dumps([int(tensor.dtype), list(numbers.shape), tensor.name]).encode())
-        self.blob(np.ascontiguousarray(numbers).tobytes())
+        self.blob(_bytes(numbers))
         self.tensors[id(tensor)] = place, tensor
         return place
 
@@ -198,7 +218,7 @@ class _Writer:
         if isinstance(value, dict):
             return ["dict", *([self.value(key), self.value(inner)] for key, inner in value.items())]
         if type(value) is np.ndarray and value.dtype.kind in "fiub":
-            return ["array", value.dtype.str, list(value.shape), self.blob(np.ascontiguousarray(value).tobytes())]
+            return ["array", value.dtype.str, list(value.shape), self.blob(_bytes(value))]
         if isinstance(value, ir.TensorProtocol):
             return ["tensor", self.tensor(value)]
         return self._record(value)
@@ -213,17 +233,18 @@ class _Writer:
 class _Reader:
     """Takes things from the shelf again."""
 
-    def __init__(self, content: bytes, start: int, sizes: list[int]) -> None:
+    def __init__(self, content: bytes, start: int, sizes: list[int], *, shared: bool) -> None:
         ends = np.cumsum([start, *sizes]).tolist()
         if ends[-1] != len(content):
             raise ValueError("a checkpoint of another size than it says")
-        self._blobs = [content[a:b] for a, b in itertools.pairwise(ends)]
+        self._blobs = [memoryview(content)[a:b] for a, b in itertools.pairwise(ends)]
+        self._shared = shared
         self._tensors: dict[int, ir.TensorProtocol] = {}
 
     def model(self, told: dict[str, Any]) -> ir.Model:
         """Read a model."""
         proto = onnx.ModelProto()
-        proto.ParseFromString(self._blobs[told["graph"]])
+        proto.ParseFromString(bytes(self._blobs[told["graph"]]))
         model = ir.from_proto(proto)
         for value in _weights(model):
             held = value.const_value
@@ -237,9 +258,10 @@ class _Reader:
     def tensor(self, place: int) -> ir.TensorProtocol:
         """The one tensor of a place."""
         if place not in self._tensors:
-            kind, shape, name = json.loads(self._blobs[place])
+            kind, shape, name = json.loads(bytes(self._blobs[place]))
             dtype = ir.DataType(kind)
             numbers = np.frombuffer(self._blobs[place + 1], dtype.numpy()).reshape(shape)
+            numbers = numbers if self._shared else numbers.copy()
             self._tensors[place] = ir.Tensor(numbers, dtype=dtype, shape=ir.Shape(shape), name=name)
         return self._tensors[place]
 
@@ -260,6 +282,11 @@ class _Reader:
 
     def _array(self, dtype: str, shape: list[int], place: int) -> NDArray[Any]:
         return np.frombuffer(self._blobs[place], dtype).reshape(shape).copy()
+
+
+def _bytes(array: NDArray[Any]) -> memoryview:
+    """The bytes of an array, in its own memory where it is contiguous."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _weights(model: ir.Model) -> Iterator[ir.Value]:
