@@ -43,6 +43,8 @@ FLAGS = {
     "--backend": "ort-cpu",
     "--draft-backend": "ort-cpu",
     "--stats": None,
+    "--limit-memory": "4G",
+    "--limit-time": "900",
     "--json": None,
     "--debug": None,
 }

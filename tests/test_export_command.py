@@ -20,6 +20,8 @@ FLAGS = {
     "--layout": "scoring",
     "--python": "python",
     "--allow-pickle": None,
+    "--limit-memory": "4G",
+    "--limit-time": "900",
     "--json": None,
     "--debug": None,
 }
