@@ -21,6 +21,7 @@ from qexport.exporter.journal import FRESH, Journal, build_key, open_journal
 from qexport.exporter.load import load_source
 from qexport.exporter.options import BuildOptions, Silent
 from qexport.exporter.outcome.result import EngineInfo, Latency, Quality
+from qexport.exporter.outcome.summary import summary_lines
 from qexport.exporter.precision.recalled import RecallingBench
 from qexport.exporter.precision.regions import Region
 from qexport.exporter.recipe import load_recipe, override
@@ -178,6 +179,8 @@ def test_a_second_build_says_what_the_first_one_measured(tmp_path, given):
 
     first, second = (build(name, cache=tmp_path / "cache") for name in ("a", "b"))
     assert (first.resumed, second.resumed) == ((), ("recipe", "verify", "latency"))
+    said = [line for line in summary_lines(second) if line not in summary_lines(first)]
+    assert any("recipe, verify, latency: done by an equal build before" in line for line in said)
     assert second.quality == first.quality
     assert second.latency == first.latency
     assert second.steps == first.steps

@@ -133,6 +133,8 @@ def engine_line(engine: EngineInfo) -> str:
 def _facts(result: Result) -> Iterator[tuple[str, str]]:
     recipe = result.recipe.get("name", "?")
     yield "built", f"{result.source.path} with recipe {recipe} for {result.target} in {result.seconds:.1f} s"
+    if result.resumed:
+        yield "resumed", f"{', '.join(result.resumed)}: done by an equal build before"
     yield "size", size_line(result)
     if cut := cut_line(result):
         yield "cut", cut
