@@ -80,7 +80,7 @@ def undisturbed(room: Room, more: tuple[str, ...]) -> dict[str, str]:
 
 def killed(point: str, pattern: str, *more: str, slow: bool = True) -> Case:
     """A build that is killed when it comes to a step."""
-    where = re.sub(r"[/*.]+", "_", pattern).strip("_")
+    where = re.sub(r"[/.]+", "_", pattern.replace("*", "x")).strip("_")
     return Case(
         f"F03_{'engine' if more else 'sweep'}_{point}_{where}",
         lambda room: room.build(*more),
