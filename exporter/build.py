@@ -92,7 +92,8 @@ def build(
         journal = held.enter_context(open_journal(cache_of(asked), source, chosen, samples, asked))
         product = recipe_once(journal, source, chosen, samples, asked)
         bench = BuildBench(source, product, samples, row, stages)
-        found = settle(product, RecallingBench(bench, journal), chosen.gates, never_worse=chosen.export.never_worse)
+        careful = chosen.export.never_worse
+        found = settle(product, RecallingBench(bench, journal, careful), chosen.gates, never_worse=careful)
         with stages.stage("write"):
             save_onnx(found.product.model, stage, MODEL)
             admit_file(stage.path / MODEL, Limits(allow_nonfinite=asked.allow_nonfinite))

@@ -58,7 +58,14 @@ class Journal:
     resumed: list[str] = field(default_factory=list)
 
     def once(
-        self, stage: str, kind: Any, find: Callable[[], T], about: Callable[[], object], fresh: float = float("inf")
+        self,
+        stage: str,
+        kind: Any,
+        find: Callable[[], T],
+        about: Callable[[], object],
+        *,
+        fresh: float | None = None,
+        decides: bool = False,
     ) -> T:
         """What ``find`` returns, or has returned to an equal build.
 
@@ -67,7 +74,9 @@ class Journal:
             kind: Type of the result, for pydantic.
             find: The work; ``None`` is not kept.
             about: What the result depends on beside the key, as something that JSON takes.
-            fresh: Seconds for which an earlier result counts.
+            fresh: Seconds for which an earlier result counts; for good when not given.
+            decides: Whether the bytes of the build depend on it, and it would be another one if it were found again: it
+                is kept then however fast it was found.
 
         Raises:
             QexportError: What ``find`` raises, or the cache is not to be trusted.
@@ -79,7 +88,8 @@ class Journal:
             return known  # type: ignore[no-any-return]  # the adapter has looked at it
         start = time.perf_counter()
         found = find()
-        if place is not None and found is not None and time.perf_counter() - start >= WORTH:
+        worth = decides or time.perf_counter() - start >= WORTH
+        if place is not None and found is not None and worth:
             told = {"time": time.time(), "found": TypeAdapter(kind).dump_python(found, mode="json")}
             place.write(json.dumps(told).encode())
         return found
@@ -165,14 +175,14 @@ def digest_json(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _recall(place: Entry, adapter: TypeAdapter[Any], fresh: float) -> Any:
+def _recall(place: Entry, adapter: TypeAdapter[Any], fresh: float | None) -> Any:
     """What is kept and sound, else ``None``; ``IntegrityError`` for something else in a strict cache."""
     content = place.read()
     if content is None:
         return None
     try:
         told = json.loads(content)
-        if not 0 <= time.time() - told["time"] < fresh:
+        if fresh is not None and not 0 <= time.time() - told["time"] < fresh:
             return None
         return adapter.validate_python(told["found"])
     except (ValidationError, ValueError, KeyError, TypeError) as error:

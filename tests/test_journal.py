@@ -58,12 +58,12 @@ def test_what_was_found_out_is_found_out_once(known):
 
 
 def test_times_are_believed_for_a_while(known, monkeypatch):
-    known().once("a", float, lambda: 1.0, list, FRESH)
+    known().once("a", float, lambda: 1.0, list, fresh=FRESH)
     now = time.time()
     for later, expected in ((FRESH - 5, 1.0), (FRESH + 5, 2.0), (-60, 2.0)):
         monkeypatch.setattr(journal.time, "time", lambda later=later: now + later)
         monkeypatch.setattr(journal, "WORTH", 1e9)  # what is found now is not kept
-        assert known().once("a", float, lambda: 2.0, list, FRESH) == expected
+        assert known().once("a", float, lambda: 2.0, list, fresh=FRESH) == expected
 
 
 def test_what_took_moments_or_is_nothing_is_not_kept(known, monkeypatch, tmp_path):
@@ -71,6 +71,8 @@ def test_what_took_moments_or_is_nothing_is_not_kept(known, monkeypatch, tmp_pat
     monkeypatch.setattr(journal, "WORTH", 5.0)
     known().once("b", float, lambda: 1.0, list)
     assert not (tmp_path / "cache").exists()
+    known().once("c", float, lambda: 1.0, list, decides=True)
+    assert known().once("c", float, lambda: 2.0, list) == 1.0
 
 
 def test_without_a_cache_nothing_is_asked():

@@ -20,10 +20,12 @@ class RecallingBench:
     Attributes:
         bench: What measures.
         journal: What was measured before.
+        decides: Whether times decide what is quantized.
     """
 
     bench: BuildBench
     journal: Journal
+    decides: bool = False
 
     def again(self, keep: Collection[str]) -> Product:
         """Run the recipe again with the nodes called ``keep`` in float; that takes moments."""
@@ -36,7 +38,12 @@ class RecallingBench:
     def time(self, product: Product) -> Latency | None:
         """Measure in turn with the model as it came."""
         return self.journal.once(
-            "latency", Latency, lambda: self.bench.time(product), lambda: [_digest(product), machine()], FRESH
+            "latency",
+            Latency,
+            lambda: self.bench.time(product),
+            lambda: [_digest(product), machine()],
+            fresh=FRESH,
+            decides=self.decides,
         )
 
     def errors(self, regions: Sequence[Region]) -> list[float]:
@@ -54,7 +61,10 @@ class RecallingBench:
             self.bench.costs(product, regions)
             return self.bench.profiles[product.quantized]
 
-        kernels = self.journal.once("profile", Kernels, find, lambda: [_digest(product), machine()], FRESH)
+        def about() -> list[object]:
+            return [_digest(product), machine()]
+
+        kernels = self.journal.once("profile", Kernels, find, about, fresh=FRESH, decides=self.decides)
         self.bench.profiles[product.quantized] = kernels
         return region_costs(product.snapshot.model, product.model, regions, kernels)
 
