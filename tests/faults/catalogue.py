@@ -82,20 +82,6 @@ ROWS = {
     "X03": "poor locales, odd names, no home, no terminal: fine",
 }
 
-MODULES = {
-    "rows_m": ("M",),
-    "rows_d": ("D",),
-    "rows_k_cache": ("K01", "K03", "K06", "K07"),
-    "rows_k_build": ("K04", "K05"),
-    "rows_k_timing": ("K02",),
-    "rows_f_files": ("F01", "F02", "F03", "F09", "F10", "F11"),
-    "rows_f_sweep": ("F03",),
-    "rows_f_process": ("F04", "F05", "F06", "F07", "F08"),
-    "rows_n": ("N",),
-    "rows_x": ("X",),
-}
-"""Which module is to have cases of which rows, by how these begin."""
-
 HERE = Path(__file__).parent
 
 
@@ -110,12 +96,6 @@ def known() -> dict[str, str]:
     for name in _present():
         found |= getattr(importlib.import_module(f"faults.{name}"), "KNOWN", {})
     return found
-
-
-def missing(row: str) -> str:
-    """The module that is to have the cases of a row, where there is none yet; else nothing."""
-    name = next(name for name, starts in MODULES.items() if row.startswith(starts))
-    return "" if name in _present() else name
 
 
 def _present() -> list[str]:

@@ -22,7 +22,7 @@ from qexport.safe_io.sealing import MOST, demand_own, open_own, seal, unseal
 from qexport.safe_io.translate import reason, translated
 from qexport.safe_io.writing import TEMPORARY, is_written, replacing
 
-KINDS = ("statistics", "builds", "engines", "timing", "machines", "fetch")
+KINDS = ("statistics", "builds", "timing", "machines", "fetch")
 LIMIT = 20 << 30
 """Bytes that a cache may take."""
 
