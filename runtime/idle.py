@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 Thing = TypeVar("Thing")
@@ -12,9 +14,9 @@ MOST = 2  # of a kind: as many as threads that ask in turn, not as many as there
 class Idle(Generic[Thing]):
     """A few things that nobody uses; several threads may take and give."""
 
-    def __init__(self, most: int = MOST) -> None:
-        """Keep ``most``, the latest."""
-        self._things: deque[Thing] = deque(maxlen=most)
+    def __init__(self, free: Callable[[Thing], object] = lambda _: None) -> None:
+        """Keep the latest ``MOST``; the others are freed."""
+        self._free, self._things = free, deque[Thing]()
 
     def take(self) -> Thing | None:
         """The one that was used last, which is the warmest; ``None`` if there is none."""
@@ -24,9 +26,13 @@ class Idle(Generic[Thing]):
             return None
 
     def give(self, thing: Thing) -> None:
-        """Keep one more."""
+        """Keep one more, and free the one that waited longest where there are too many."""
         self._things.append(thing)
+        if len(self._things) > MOST:
+            with suppress(IndexError):  # another thread took it
+                self._free(self._things.popleft())
 
     def close(self) -> None:
-        """Keep none of those that are here."""
-        self._things.clear()
+        """Free those that are here."""
+        while (thing := self.take()) is not None:
+            self._free(thing)

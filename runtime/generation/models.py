@@ -55,7 +55,7 @@ class Model:
         self.options = options
         self._drafted = 0  # rounds
         self._measuring = threading.Lock()
-        self._idle: Idle[Decoder] = Idle()
+        self._idle: Idle[Decoder] = Idle(Decoder.close)
         self._session: Session | None = open_session(path, options)
         try:
             self.signature, self.positions = _examine(self._session, self.folder)
@@ -152,8 +152,8 @@ class Model:
     def close(self) -> None:
         """Free the model; a second time does nothing."""
         if self._session is not None:
-            self._session.close()
             self._idle.close()
+            self._session.close()
             chains = self.__dict__.pop("_chains", None)
             if chains is not None:
                 chains.close()
