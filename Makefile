@@ -14,7 +14,7 @@ FUZZ_READY := $(FUZZ)/.ready
 SECONDS ?= 600
 EXAMPLES ?= 2000
 
-.PHONY: demo test test-optimum browser fuzz drawn lint format types budgets bench clean
+.PHONY: demo test test-optimum browser faults fuzz drawn lint format types budgets bench clean
 
 demo: $(READY) $(MINILM_READY)
 	$(BIN)/qexport build $(MINILM) --int8 --target tensorrt-rtx \
