@@ -24,15 +24,13 @@ from qexport.exporter.families.folder import (
     WEIGHTS,
     Folder,
     architecture,
-    check_blob,
-    demand_inside,
     demand_no_code,
 )
 from qexport.exporter.families.form import SCORING, Form
 from qexport.exporter.families.settings import misfit
 from qexport.exporter.onnx_file import NOTES, read_onnx
 from qexport.exporter.outcome.result import SourceInfo
-from qexport.safe_io import digest_bytes, digest_file
+from qexport.safe_io import check_blob, demand_inside, digest_bytes, digest_file
 
 ONNX_FILE = "model.onnx"  # as in an artefact of ours, or in a folder that another exporter wrote
 ENCODER_FILE = "encoder.onnx"  # beside it, where a decoder reads what an encoder found

@@ -22,7 +22,7 @@ from qexport.exporter.admit import Limits, admit_file
 from qexport.exporter.admit.external import Reference
 from qexport.exporter.admit.subject import examine
 from qexport.exporter.admit.values import name_some, nonfinite
-from qexport.safe_io import Stage, open_beneath
+from qexport.safe_io import Stage, open_companion
 
 THRESHOLD = 1_500_000_000
 """Bytes of weights from which they go into a file of their own; protobuf ends at 2 GB."""
@@ -166,7 +166,7 @@ class _Mapped:
         if not count:
             return np.empty(0, np.uint8)
         if wanted.location not in self._maps:
-            with open_beneath(self._root, wanted.location) as file:
+            with open_companion(self._root, wanted.location) as file:
                 self._maps[wanted.location] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         area = self._maps[wanted.location]
         if wanted.offset + count > len(area):

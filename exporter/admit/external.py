@@ -9,10 +9,10 @@ from pathlib import Path
 
 from onnx import TensorProto
 
-from qexport.errors import ModelInvalid, ResourceExhausted, UnsafeInput
+from qexport.errors import ModelInvalid, QexportError, ResourceExhausted, UnsafeInput
 from qexport.exporter.admit.subject import Subject, quoted
 from qexport.exporter.admit.tensors import all_tensors, needed_bytes, type_name
-from qexport.safe_io import open_beneath
+from qexport.safe_io import open_companion
 
 _KEYS = frozenset({"location", "offset", "length", "checksum"})
 _MEMORY_MARKER = "_ORT_MEM_ADDR_"
@@ -105,16 +105,16 @@ def _root(subject: Subject, where: str) -> Path:
 def file_size(root: Path, location: str, where: str) -> int:
     """Bytes of an external file; errors carry ``where``."""
     try:
-        with open_beneath(root, location) as file:
+        with open_companion(root, location) as file:
             return os.fstat(file.fileno()).st_size
-    except (UnsafeInput, ModelInvalid, ResourceExhausted) as error:
+    except QexportError as error:
         error.where = f"{where}: {error.where}" if error.where else where
         raise
 
 
 def pieces(root: Path, wanted: Reference, count: int) -> Iterator[bytes]:
     """The ``count`` bytes of a range, a few MiB at a time."""
-    with open_beneath(root, wanted.location) as file:
+    with open_companion(root, wanted.location) as file:
         file.seek(wanted.offset)
         while count > 0:
             piece = file.read(min(count, _PIECE))

@@ -7,7 +7,8 @@ from typing import Any
 
 from qexport.errors import ModelInvalid, UnsafeInput, UsageError
 from qexport.exporter.doors.pickled import SUFFIXES
-from qexport.exporter.families.folder import CONFIG, Folder, demand_inside, demand_no_code
+from qexport.exporter.families.folder import CONFIG, Folder, demand_no_code
+from qexport.safe_io import demand_inside
 
 GENERATING = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForSeq2SeqLM")
 """How classes of models that generate text end."""

@@ -1,26 +1,22 @@
-"""A Hugging Face folder: which of its files make the model, and where its links may lead."""
+"""A Hugging Face folder: which of its files make the model."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qexport.errors import IntegrityError, ModelInvalid, UnsafeInput, UsageError
+from qexport.errors import ModelInvalid, UnsafeInput, UsageError
 from qexport.exporter.families.weights import Stored, Weights, read_headers
-from qexport.safe_io import digest_file, open_file, read_bytes
+from qexport.safe_io import demand_inside, read_bytes
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 _MOST_JSON = 8 << 20
-_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-_GIT_LENGTH = 40
 
 
 class Folder:
@@ -114,51 +110,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
     return found
-
-
-def demand_inside(file: Path, folder: Path) -> None:
-    """Raise ``UnsafeInput`` when a file, its links followed, is neither in the folder nor in its cache's ``blobs``.
-
-    A folder from elsewhere could otherwise make its companions links to private files, and they are copied to the
-    artefact. The Hugging Face cache keeps ``snapshots/REVISION/FILE`` as links to ``blobs/DIGEST`` beside them.
-    """
-    if "\0" in str(file):
-        raise UnsafeInput("not the name of a file", where=str(file))
-    root, real = (Path(os.path.realpath(path)) for path in (folder, file))
-    allowed = [root, *(above.parent.parent / "blobs" for above in (root, *root.parents) if _is_snapshot(above))]
-    if not any(place in real.parents for place in allowed):
-        hint = "copy the folder with its links resolved (cp -rL) and use the copy"
-        raise UnsafeInput("leads out of its folder", where=str(file), hint=hint)
-
-
-def _is_snapshot(path: Path) -> bool:
-    return path.parent.name == "snapshots"
-
-
-def check_blob(file: Path, digest: str | None = None) -> None:
-    """Raise ``IntegrityError`` when a link into a cache that names files by their content finds another content.
-
-    The Hugging Face cache names large files by their SHA-256, and small ones as git does. ``digest`` is that of the
-    file, where it is known.
-    """
-    name = Path(os.path.realpath(file)).name
-    if not file.is_symlink() or not _DIGEST.fullmatch(name):
-        return
-    found = _git_name(file) if len(name) == _GIT_LENGTH else (digest or digest_file(file)).removeprefix("sha256:")
-    if found != name:
-        hint = "the download was damaged; remove it from the cache and fetch it again"
-        raise IntegrityError(
-            f"the content does not have the digest {name} that the cache names it by", where=str(file), hint=hint
-        )
-
-
-def _git_name(file: Path) -> str:
-    """What git calls a file of this content."""
-    with open_file(file) as stream:
-        digest = hashlib.sha1(b"blob %d\0" % os.fstat(stream.fileno()).st_size, usedforsecurity=False)
-        for piece in iter(lambda: stream.read(1 << 20), b""):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 _CODE = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")

@@ -6,8 +6,9 @@ import onnx_ir as ir
 
 from qexport.calibration.reading.text import load_tokenizer
 from qexport.errors import DataInvalid
-from qexport.exporter.families.folder import TOKENIZER, Folder, demand_inside
+from qexport.exporter.families.folder import TOKENIZER, Folder
 from qexport.passes.portable import IDS
+from qexport.safe_io import demand_inside
 
 
 def count_words(model: ir.Model) -> int | None:

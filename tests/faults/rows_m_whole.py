@@ -55,6 +55,41 @@ def damaged(name: str, git: bool) -> Callable[[Room], list[str]]:
     return plant
 
 
+def hub_external(room: Room) -> Path:
+    """A model in such a cache, whose weights are a link to a blob beside the one that the model is."""
+    path = planted(room, external({}))
+    snapshot, blobs = room.inputs / "models--c--d/snapshots/0123abcd", room.inputs / "models--c--d/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in (path, path.with_name("w.bin")):
+        blob = blobs / hashlib.sha256(file.read_bytes()).hexdigest()
+        file.rename(blob)
+        (snapshot / file.name).symlink_to(f"../../blobs/{blob.name}")
+    return snapshot / path.name
+
+
+def damaged_external(room: Room) -> list[str]:
+    path = hub_external(room)
+    blob = path.with_name("w.bin").resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b"\x55")
+    return ["check", str(path)]
+
+
+def external_led_away(link: str) -> Callable[[Room], list[str]]:
+    """Check such a model, whose weights are a link to somewhere else."""
+
+    def plant(room: Room) -> list[str]:
+        path = hub_external(room)
+        weights = path.with_name("w.bin")
+        name = weights.resolve().name
+        (room.inputs / name).write_bytes(weights.read_bytes() + SECRET)
+        weights.unlink()
+        weights.symlink_to(link.format(name))
+        return ["check", str(path)]
+
+    return plant
+
+
 def led_away(room: Room) -> list[str]:
     snapshot = hub(room)
     (room.inputs / "secret").write_bytes(SECRET)
@@ -205,6 +240,11 @@ CASES = [
     Case("M08_hub_damaged_weights", damaged("model.safetensors", git=False), 11, "digest"),
     Case("M08_hub_damaged_config", damaged("config.json", git=True), 11, "digest"),
     Case("M08_hub_led_away", led_away, 4, "leads out"),
+    Case("M08_hub_external", lambda room: ["check", str(hub_external(room))]),
+    Case("M08_hub_external_build", lambda room: room.build_of(hub_external(room), *FLOAT)),
+    Case("M08_hub_external_damaged", damaged_external, 11, "digest"),
+    Case("M08_hub_external_led_away", external_led_away("../../../{}"), 4, "w.bin"),
+    Case("M08_hub_external_led_far", external_led_away("../../blobs/../../{}"), 4, "w.bin"),
     Case("M12_swap", checking(external({})), (0, 4), after=under_swaps, moves_inputs=True),
     Case("M16_overlap", overlapping, (0, 9), limits={"rss": 700}),
     Case("M17_unreadable", unreadable("w.bin"), 9, "w.bin", limits=NOBODY),

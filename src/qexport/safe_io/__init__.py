@@ -5,6 +5,7 @@ staged beside its final name and exchanged in one step. Modes follow the umask. 
 component by component below a folder, so that no link can lead out of it.
 """
 
+from qexport.safe_io.blobs import check_blob, demand_inside, open_companion
 from qexport.safe_io.caches import Cache, Entry, Kept
 from qexport.safe_io.points import EVENT
 from qexport.safe_io.publishing import Stage, publish
@@ -25,11 +26,14 @@ __all__ = [
     "Entry",
     "Kept",
     "Stage",
+    "check_blob",
+    "demand_inside",
     "digest_bytes",
     "digest_file",
     "finite",
     "of_one_version",
     "open_beneath",
+    "open_companion",
     "open_file",
     "publish",
     "read_bytes",

@@ -123,7 +123,7 @@ def open_beneath(root: Path, relative: str) -> BufferedReader:
         ModelInvalid: There is no such file.
         ResourceExhausted: It cannot be read.
     """
-    parts = _safe_parts(relative)
+    parts = safe_parts(relative)
     where = str(root / (relative if len(relative) <= 120 else f"{relative[:120]}…"))
     with translated(root):
         folder = os.open(root, _FOLDER)
@@ -138,7 +138,7 @@ def open_beneath(root: Path, relative: str) -> BufferedReader:
     return os.fdopen(fd, "rb")
 
 
-def _safe_parts(relative: str) -> list[str]:
+def safe_parts(relative: str) -> list[str]:
     """Split a relative path; ``UnsafeInput`` unless it stays below its folder on every operating system."""
     parts = [part for part in re.split(r"[/\\]", relative) if part not in ("", ".")]
     if relative[:1] in ("/", "\\") or re.match(r"^[A-Za-z]:", relative):
