@@ -18,6 +18,13 @@ def tell_limits(root: str) -> None:
     sys.audit("qexport.io", "limits", resource.getrlimit(resource.RLIMIT_NOFILE)[0], oct(umask), os.geteuid())
 
 
+def tell_package(root: str) -> None:
+    """For the record: which package runs."""
+    import qexport.cli
+
+    sys.audit("qexport.io", "package", qexport.__file__, qexport.cli.__file__)
+
+
 # ---------------------------------------------------------------- one for each invariant, which must find it
 
 

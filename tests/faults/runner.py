@@ -16,6 +16,7 @@ from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
 
+import qexport
 from faults import invariants
 from faults.case import Case, Ended, Room
 from faults.invariants import WALL, Broken, Run, nothing_left
@@ -24,6 +25,8 @@ from faults.room import give, look, make, remove
 __all__ = ["Broken", "Session", "run"]
 
 TESTS = Path(__file__).resolve().parents[1]
+PACKAGE = str(Path(qexport.__file__).absolute().parents[1])
+"""Where commands find the package that the tests import, which may be another one than that which is installed."""
 QUICK = 0.5  # seconds up to which a case runs both plain and with --json
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
@@ -39,7 +42,7 @@ class Session:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             number = str(theirs.fileno())
-            env = {**os.environ, **_ONE_THREAD, "PYTHONPATH": str(TESTS), "PYTHONDONTWRITEBYTECODE": "1"}
+            env = {**os.environ, **_ONE_THREAD, "PYTHONPATH": f"{PACKAGE}:{TESTS}", "PYTHONDONTWRITEBYTECODE": "1"}
             command = [sys.executable, "-m", "faults.zygote", number]
             self._process = subprocess.Popen(command, env=env, pass_fds=[theirs.fileno()], start_new_session=True)
         self._channel = ours
@@ -111,6 +114,7 @@ def environment(room: Room) -> dict[str, str]:
     """All that a command knows of its surroundings."""
     folders = {"HOME": room.home, "XDG_CACHE_HOME": room.cache, "TMPDIR": room.tmp}
     fixed = {"LANG": "C.UTF-8", "PATH": os.environ.get("PATH", os.defpath), "PYTHONDONTWRITEBYTECODE": "1"}
+    fixed["PYTHONPATH"] = PACKAGE
     return {**{name: str(path) for name, path in folders.items()}, **fixed, **_ONE_THREAD}
 
 

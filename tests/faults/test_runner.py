@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+import qexport.cli
 from faults import hooks, runner
 from faults.case import Case
 from faults.runner import Broken, run, run_once
@@ -74,6 +75,15 @@ def test_a_hook_and_limits_reach_the_command_either_way(faults, way):
                 after=lambda room, ended: seen.extend(ended.events("qexport.io")))  # fmt: skip
     run_once(faults, case, as_json=False)
     assert seen == [("limits", "99", "0o27", str(os.geteuid()))]
+
+
+@pytest.mark.parametrize("way", ["warm", "cold"])
+def test_commands_run_the_package_that_the_tests_import(faults, way):
+    seen = []
+    case = Case("M00_way", check_good, way=way, hook="tell_package",
+                after=lambda room, ended: seen.extend(ended.events("qexport.io")))  # fmt: skip
+    run_once(faults, case, as_json=False)
+    assert seen == [("package", qexport.__file__, qexport.cli.__file__)]
 
 
 def test_a_quick_case_runs_both_plain_and_with_json(faults, monkeypatch):

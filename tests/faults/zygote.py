@@ -97,7 +97,7 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> None:
     if request["way"] == "cold":
         os.set_inheritable(log, True)
         more = {"FAULTS_LOG": str(log), "FAULTS_HOOK": request["hook"], "FAULTS_ROOM": request["room"]}
-        paths = {"FAULTS_PATH": str(_HERE.parent), "PYTHONPATH": str(_HERE / "site")}
+        paths = {"FAULTS_PATH": str(_HERE.parent), "PYTHONPATH": f"{_HERE / 'site'}:{os.environ['PYTHONPATH']}"}
         os.execve(sys.executable, [sys.executable, "-m", "qexport", *request["argv"]], {**os.environ, **more, **paths})
     audit.record(log)
     if request["hook"]:
