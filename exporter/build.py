@@ -14,14 +14,12 @@ from qexport.calibration.reading.given import Data
 from qexport.calibration.reading.spec import keeps_cache
 from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.admit import Limits, admit_file
-from qexport.exporter.caches import cache_of
-from qexport.exporter.checkpoint import recipe_once
 from qexport.exporter.engines.child import build_in_child
 from qexport.exporter.engines.engine import EngineOptions
 from qexport.exporter.engines.kept import plan_once
 from qexport.exporter.engines.shapes import engine_shapes
-from qexport.exporter.journal import Journal, open_journal
 from qexport.exporter.load import Source, load_source
+from qexport.exporter.looking.sparsity import zeros_of
 from qexport.exporter.onnx_file import save_onnx
 from qexport.exporter.options import Advance, BuildOptions, Progress
 from qexport.exporter.outcome.artefact import MODEL, Evidence, summarize, write_artefact
@@ -34,9 +32,10 @@ from qexport.exporter.precision.recalled import RecallingBench
 from qexport.exporter.proof.gates import check_judge
 from qexport.exporter.recipe import Recipe, load_recipe, override
 from qexport.exporter.report.gather import Material, gather
-from qexport.exporter.report.tree import Report
+from qexport.exporter.report.values import Report
+from qexport.exporter.resume.checkpoint import recipe_once
+from qexport.exporter.resume.journal import Journal, open_journal
 from qexport.exporter.samples import Samples, open_samples
-from qexport.exporter.sparsity import zeros_of
 from qexport.exporter.steps import find_pass
 from qexport.passes.portable import PAST
 from qexport.passes.quantize import quantized_nodes
@@ -89,7 +88,7 @@ def build(
             samples = open_samples(source, chosen, calib, eval)
             check_judge(samples, chosen.gates)
             check_profiles(source, chosen, samples)
-        journal = held.enter_context(open_journal(cache_of(asked), source, chosen, samples, asked))
+        journal = held.enter_context(open_journal(asked.open_cache(), source, chosen, samples, asked))
         product = recipe_once(journal, source, chosen, samples, asked)
         bench = BuildBench(source, product, samples, row, stages)
         careful = chosen.export.never_worse

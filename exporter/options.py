@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from qexport.safe_io import Cache
+
 LAYOUTS = ("cached", "scoring")
 """How decoders are written: with caches of keys and values, or reading whole rows."""
 
@@ -60,6 +62,10 @@ class BuildOptions:
     lock_timeout: float = 3600.0
     allow_nonfinite: bool = False
     progress: Progress = field(default_factory=Silent)
+
+    def open_cache(self) -> Cache:
+        """The cache that was asked for; one of its own for each build, since doubts are those of one build."""
+        return Cache(self.cache, strict=self.strict_cache)
 
 
 @dataclass(frozen=True)

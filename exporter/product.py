@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from qexport.calibration.statistics.store import Store
-from qexport.exporter.caches import Cache, cache_of
 from qexport.exporter.load import Source
 from qexport.exporter.options import Advance, BuildOptions
 from qexport.exporter.proof.equality import EqualityProof
@@ -17,6 +16,7 @@ from qexport.exporter.samples import Samples, calibration_passes
 from qexport.exporter.threads import OneThread
 from qexport.passes.base import Pass
 from qexport.passes.pipeline import Step, run
+from qexport.safe_io import Cache
 
 KEEP = "keep"  # the option of quantizing passes that names nodes to leave in float
 
@@ -92,7 +92,7 @@ def run_recipe(
     proof, watch = EqualityProof(samples.proof, samples.made_up), _Watch()
     size = 0 if samples.calibration is None else len(samples.calibration)
     total = sum(min(size, asked_for) for asked_for in calibration_passes(recipe)) or None
-    threads, store = OneThread(), Store(cache or cache_of(asked))
+    threads, store = OneThread(), Store(cache or asked.open_cache())
     with asked.progress.stage("recipe", total) as advance, threads:
         steps = steps_of(recipe, samples, store, advance)
         model, records = run(source.model, steps, [proof, watch, threads])

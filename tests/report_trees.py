@@ -19,7 +19,7 @@ from qexport.exporter.outcome.result import (
     TaskScore,
     Tried,
 )
-from qexport.exporter.report.tree import (
+from qexport.exporter.report.values import (
     Activation,
     Candidate,
     Channel,

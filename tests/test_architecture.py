@@ -68,7 +68,7 @@ BANNED_CALLS: dict[str, tuple[str, ...]] = {
 BANNED_MODULES = {"pickle", "shelve", "marshal", "dill", "joblib"}
 NETWORK = {"urllib", "http", "socket", "ssl", "socketserver", "ftplib", "smtplib", "xmlrpc", "asyncio", "_socket"}
 NETWORK |= {"requests", "httpx", "aiohttp", "urllib3", "huggingface_hub"}
-PLACE_FOR_NETWORK = "exporter/doors/hub_fetch.py"
+PLACE_FOR_NETWORK = "exporter/hub/connection.py"
 IGNORED = re.compile(r"\[[\w, -]+\]\W+\w+")
 WRITERS = {"write_text", "write_bytes"}
 PLACE_FOR_WRITING = "src/qexport/safe_io/"
@@ -244,11 +244,11 @@ def test_one_file_alone_can_open_a_connection():
 
 
 def test_one_command_alone_reaches_the_file_that_can_open_a_connection():
-    door = "qexport.exporter.doors.hub_fetch"
+    door = "qexport.exporter.hub.connection"
     modules = {names(path): set(imported(path)) for path in python_files(*OWN_CODE)}
     users = {name for name, found in modules.items() if any(n == door or n.startswith(f"{door}.") for n in found)}
-    assert users == {"exporter/doors/hub_download.py", "exporter/fetch.py", "src/qexport/cli/fetch.py"}
-    users = {name for name, found in modules.items() if "qexport.exporter.fetch" in found}
+    assert users == {"exporter/hub/download.py", "exporter/hub/fetch.py", "src/qexport/cli/fetch.py"}
+    users = {name for name, found in modules.items() if "qexport.exporter.hub.fetch" in found}
     assert users == {"src/qexport/cli/fetch.py"}
 
 

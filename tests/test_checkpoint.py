@@ -12,13 +12,13 @@ import onnx_ir as ir
 import pytest
 
 from qexport.errors import IntegrityError
-from qexport.exporter import checkpoint, journal
 from qexport.exporter.admit import Limits
-from qexport.exporter.journal import open_journal
 from qexport.exporter.load import load_source
 from qexport.exporter.options import BuildOptions
 from qexport.exporter.product import requantize, run_recipe
 from qexport.exporter.recipe import load_recipe, override
+from qexport.exporter.resume import checkpoint, journal
+from qexport.exporter.resume.journal import open_journal
 from qexport.exporter.samples import open_samples
 from qexport.safe_io import Cache
 

@@ -146,7 +146,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("qexport.exporter.doctor.diagnose", fail)
+    monkeypatch.setattr("qexport.exporter.doctor.doctor.diagnose", fail)
 
 
 @pytest.mark.parametrize("error", QexportError.__subclasses__(), ids=lambda cls: cls.__name__)

@@ -6,7 +6,7 @@ import ctypes
 
 import pytest
 
-from qexport.exporter.compatibility import Found, jetson_release, verdicts, version
+from qexport.exporter.doctor.compatibility import Found, jetson_release, verdicts, version
 from qexport.runtime.backends.gpus import Gpu, find_cuda
 
 R36 = "# R36 (release), REVISION: 4.0, GCID: 37537400, BOARD: generic, EABI: aarch64, DATE: Fri Sep 13 04:36:44 2024"

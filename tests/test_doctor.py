@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import qexport.cli
-from qexport.exporter.doctor import PACKAGES, Package, check_packages, diagnose, installed, judge_target
-from qexport.exporter.surroundings import Check, check_cpu, check_folder, check_gpu, check_memory
+from qexport.exporter.doctor.doctor import PACKAGES, Package, check_packages, diagnose, installed, judge_target
+from qexport.exporter.doctor.surroundings import Check, check_cpu, check_folder, check_gpu, check_memory
 from qexport.passes.target import TARGETS
 
 NEEDED = [name for name, package in PACKAGES.items() if not package.extra]

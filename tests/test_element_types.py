@@ -6,8 +6,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from qexport.exporter.element_types import element_types
 from qexport.exporter.load import load_model
+from qexport.exporter.looking.element_types import element_types
 
 HEAD = '<ir_version: 10, opset_import: ["" : {opset}, "com.microsoft" : 1, "mine" : 1]>\n'
 INPUTS = "float16[n, 32] x, float[n, 32] f, int64[2] s, int8[n, 32] i, bool c, float k"

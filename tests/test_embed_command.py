@@ -12,7 +12,7 @@ from embedders import folder, hidden_of, unit
 from helpers import call, write
 
 import qexport.runtime
-from qexport.exporter.embed_texts import Asked, embed_texts
+from qexport.exporter.embed import Asked, embed_texts
 from qexport.exporter.embedding_files import numbers, read_texts
 from qexport.runtime.embedding.options import EmbedOptions
 

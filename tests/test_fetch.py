@@ -16,10 +16,10 @@ from faults.server import COMMIT, FILES, LATER, WEIGHTS
 from helpers import call
 
 from qexport.errors import IntegrityError, ModelInvalid, ResourceExhausted, UnsafeInput, UsageError
-from qexport.exporter.doors import hub_download, hub_fetch
-from qexport.exporter.doors.hub_fetch import Hub, Meter
-from qexport.exporter.doors.hub_listing import Listed, choose, parse_name, read_listing
-from qexport.exporter.fetch import fetch
+from qexport.exporter.hub import connection, download
+from qexport.exporter.hub.connection import Hub, Meter
+from qexport.exporter.hub.fetch import fetch
+from qexport.exporter.hub.listing import Listed, choose, parse_name, read_listing
 from qexport.safe_io import Cache
 
 POOLING = {"modules.json": b"[]", "1_Pooling/config.json": b"{}", "2_Dense/model.safetensors": b"12345678"}
@@ -28,10 +28,10 @@ POOLING = {"modules.json": b"[]", "1_Pooling/config.json": b"{}", "2_Dense/model
 @pytest.fixture(autouse=True)
 def in_a_hurry(monkeypatch):
     for module, name in (
-        (hub_fetch, "STALL"),
-        (hub_fetch, "PAUSES"),
-        (hub_download, "PAUSES"),
-        (hub_download, "PIECE"),
+        (connection, "STALL"),
+        (connection, "PAUSES"),
+        (download, "PAUSES"),
+        (download, "PIECE"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name))  # put back at the end
     server.hurry()
@@ -194,7 +194,7 @@ def test_other_endpoints_are_refused_without_showing_what_may_be_secret(endpoint
 @pytest.mark.parametrize("to", ["http://hub.example/x", "http://127.0.0.1/x", "ftp://hub.example/x", "https:///x"])
 def test_what_is_encrypted_stays_so(to):
     handler = next(
-        each for each in Hub("https://hub.example")._opener.handlers if isinstance(each, hub_fetch._Redirects)
+        each for each in Hub("https://hub.example")._opener.handlers if isinstance(each, connection._Redirects)
     )
     with open(os.devnull, "rb") as body, pytest.raises(IntegrityError, match="not encrypted"):
         handler.redirect_request(Request("https://hub.example/x"), body, 302, "", {}, f"{to}?signature=s")
@@ -208,7 +208,7 @@ def test_what_is_encrypted_stays_so(to):
     ],
 )
 def test_no_answer_is_told_for_what_it_is(cause, kind, text):
-    found = hub_fetch._failed(URLError(cause), "/x")
+    found = connection._failed(URLError(cause), "/x")
     assert isinstance(found, kind)
     assert text in str(found)
 
@@ -220,7 +220,7 @@ def test_nobody_at_the_other_end_is_told_after_three_tries(tmp_path):
 
 
 def test_slowness_is_bytes_by_seconds_over_a_while(monkeypatch):
-    monkeypatch.setattr(hub_fetch, "STALL", 30.0)
+    monkeypatch.setattr(connection, "STALL", 30.0)
     meter = Meter()
     for size, seconds in ((10, 29.0), (1 << 20, 2.0), (1024 * 31, 30.5), (1000, 30.0)):
         meter.count(size, seconds, "")

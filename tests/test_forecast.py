@@ -141,7 +141,7 @@ def test_what_a_build_refuses_is_refused_alike(folder, tmp_path):
 
 
 def test_what_an_equal_build_has_left_in_the_cache_is_told(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("qexport.exporter.journal.WORTH", 0.0)
+    monkeypatch.setattr("qexport.exporter.resume.journal.WORTH", 0.0)
     cache = tmp_path / "cache"
     question = asked(folder, target="ort-cpu", cache=cache)
     assert forecast(question).cached == ()

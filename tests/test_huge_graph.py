@@ -10,9 +10,9 @@ from pathlib import Path
 import onnx
 import pytest
 
-from qexport.exporter.inspect import inspect_model
 from qexport.exporter.load import load_model
-from qexport.exporter.tree import name_tree
+from qexport.exporter.looking.inspect import inspect_model
+from qexport.exporter.looking.tree import name_tree
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SMALL, LARGE = 3_000, 12_000

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 from helpers import call
 
-from qexport.exporter.inspect import inspect_model
+from qexport.exporter.looking.inspect import inspect_model
 
 FLOAT = "float[n, 32] x"
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qexport
-from qexport.exporter.inspect import inspect_model
+from qexport.exporter.looking.inspect import inspect_model
 from qexport.exporter.options import BuildOptions
 from qexport.exporter.precision.lab import Question, open_lab
 from qexport.exporter.precision.layers import measure_groups, open_probe

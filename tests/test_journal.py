@@ -13,11 +13,9 @@ from helpers import save_model
 
 import qexport
 from qexport.errors import Busy, IntegrityError
-from qexport.exporter import journal
 from qexport.exporter.engines.engine import EngineOptions
 from qexport.exporter.engines.kept import plan_once
 from qexport.exporter.engines.timing import keep_timings, open_timings
-from qexport.exporter.journal import FRESH, Journal, build_key, open_journal
 from qexport.exporter.load import load_source
 from qexport.exporter.options import BuildOptions, Silent
 from qexport.exporter.outcome.result import EngineInfo, Latency, Quality
@@ -25,6 +23,8 @@ from qexport.exporter.outcome.summary import summary_lines
 from qexport.exporter.precision.recalled import RecallingBench
 from qexport.exporter.precision.regions import Region
 from qexport.exporter.recipe import load_recipe, override
+from qexport.exporter.resume import journal
+from qexport.exporter.resume.journal import FRESH, Journal, build_key, open_journal
 from qexport.exporter.samples import open_samples
 from qexport.runtime.backends.artefact import PLAN
 from qexport.runtime.profile import Kernel

@@ -9,7 +9,7 @@ from qexport.calibration.sparsify import SPARSITY_KEY, Sparsify
 from qexport.calibration.statistics.gram import by_tap
 from qexport.calibration.zeros.orders import REORDERED, reorder_neurons
 from qexport.errors import UsageError
-from qexport.exporter.sparsity import zeros_of
+from qexport.exporter.looking.sparsity import zeros_of
 from qexport.passes.numbers.masks import Pattern
 from qexport.passes.numbers.permute import retained
 from qexport.passes.placement import plan

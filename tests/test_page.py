@@ -12,7 +12,7 @@ from report_trees import hostile, large, replace_record, tiny
 
 from qexport.exporter.report.html.page import LIMIT, render
 from qexport.exporter.report.html.shown import Caps, choose
-from qexport.exporter.report.tree import PANELS, Report
+from qexport.exporter.report.values import PANELS, Report
 
 FOLDER = files("qexport.exporter.report.html")
 VOID = {"meta", "link", "input", "img", "br"}

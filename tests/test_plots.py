@@ -14,7 +14,7 @@ from report_trees import make_activation, make_report, make_result, make_weights
 from qexport.exporter.report.html import plots
 from qexport.exporter.report.html.plots_layers import plot_boxes, plot_histogram, plot_sqnr, plot_tornado, stage
 from qexport.exporter.report.html.shown import FULL, choose
-from qexport.exporter.report.tree import Candidate, Dot, Point, Roofline
+from qexport.exporter.report.values import Candidate, Dot, Point, Roofline
 
 
 def drawn(markup, css):

@@ -20,7 +20,7 @@ from strategies import graphs, names
 import qexport
 from qexport.errors import QexportError
 from qexport.exporter.admit import admit_proto, parse
-from qexport.exporter.inspect import inspect_model
+from qexport.exporter.looking.inspect import inspect_model
 from qexport.exporter.onnx_file import load_onnx, save_onnx
 from qexport.exporter.options import BuildOptions
 from qexport.exporter.proof.equality import distance

@@ -6,7 +6,6 @@ import shlex
 
 import pytest
 
-from qexport.exporter.outcome.report import code, report_markdown, text
 from qexport.exporter.outcome.result import (
     DecisionInfo,
     EngineInfo,
@@ -20,6 +19,7 @@ from qexport.exporter.outcome.result import (
     TaskScore,
 )
 from qexport.exporter.outcome.summary import MAX_LINES, human_bytes, summary_lines
+from qexport.exporter.report.markdown import code, report_markdown, text
 
 DIGEST = "sha256:" + "0" * 64
 

@@ -11,7 +11,7 @@ from report_trees import hostile, large, tiny
 from qexport.errors import DataInvalid
 from qexport.exporter.report import files
 from qexport.exporter.report.files import load_report, tables_of, write_report
-from qexport.exporter.report.tree import Node
+from qexport.exporter.report.values import Node
 from qexport.safe_io import finite, publish
 
 parquet = pytest.importorskip("pyarrow.parquet")

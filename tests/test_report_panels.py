@@ -14,7 +14,7 @@ from PIL import Image
 from report_trees import make_result, tiny
 
 from qexport.calibration.running.execute import open_model
-from qexport.exporter.element_types import element_types
+from qexport.exporter.looking.element_types import element_types
 from qexport.exporter.outcome.result import DecisionInfo, SampleQuality, Tried
 from qexport.exporter.precision.costs import attribute, flops
 from qexport.exporter.precision.tried import Remembering

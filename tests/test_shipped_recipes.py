@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from helpers import Samples, model_from, session
 
+from qexport.exporter.looking.sparsity import zeros_of
 from qexport.exporter.recipe import instantiate, list_recipes, load_recipe, override
-from qexport.exporter.sparsity import zeros_of
 from qexport.passes.pipeline import run
 
 OFF = {

@@ -7,7 +7,7 @@ from helpers import Samples, model_from, session
 from onnx.reference import ReferenceEvaluator
 
 from qexport.calibration.calibrate import Calibrate
-from qexport.exporter.sparsity import zeros_of
+from qexport.exporter.looking.sparsity import zeros_of
 from qexport.passes.half import Half
 from qexport.passes.numbers.masks import Pattern, keep_mask
 from qexport.passes.numbers.range import RANGE_KEY, SQNR_KEY, Range, integers_for, range_of

@@ -12,8 +12,8 @@ from helpers import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qexport.exporter.inspect import inspect_model
-from qexport.exporter.tree import MOST, lines, name_tree
+from qexport.exporter.looking.inspect import inspect_model
+from qexport.exporter.looking.tree import MOST, lines, name_tree
 
 
 def model_with(names: list[str], sizes: list[int] | None = None) -> ir.Model:

@@ -18,8 +18,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from qexport.exporter.element_types import ElementTypes, element_types
-from qexport.exporter.inspect import dtype_name, factors_of, find_layers
+from qexport.exporter.looking.element_types import ElementTypes, element_types
+from qexport.exporter.looking.inspect import dtype_name, factors_of, find_layers
 from qexport.passes.match import array, constant
 
 Kind: TypeAlias = Literal["added", "removed", "operator", "attributes", "wiring", "precision", "scale", "weights"]

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from qexport.errors import BuildFailed, UsageError
-from qexport.exporter.doors.hub_folder import files_of
 from qexport.exporter.doors.onnx_model import open_onnx
 from qexport.exporter.doors.optimum_process import OptimumOptions, export_optimum
 from qexport.exporter.doors.origin import Origin
+from qexport.exporter.doors.safe_folder import files_of
 from qexport.exporter.families.folder import CONFIG, Folder
 from qexport.exporter.load import ONNX_FILE, describe, find_companions
 from qexport.exporter.options import ExportOptions

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qexport.errors import BuildFailed, EnvironmentMismatch, NativeCrash, QexportError, ResourceExhausted, UsageError
-from qexport.exporter.doors.hub_folder import demand_safe
+from qexport.exporter.doors.safe_folder import demand_safe
 from qexport.exporter.families.folder import architecture
 
 TIMEOUT = 3600.0

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from qexport.calibration.reading.arrays import read_members
 from qexport.calibration.reading.data import DataSpec, InputSpec, open_dataset
 from qexport.errors import UsageError
-from qexport.exporter.doors.hub_folder import files_of
 from qexport.exporter.doors.inputs import AskedInput, parse_inputs
 from qexport.exporter.doors.origin import Origin, type_of
+from qexport.exporter.doors.safe_folder import files_of
 from qexport.exporter.doors.torch_modules.module import TorchOptions, TorchSource, load_torch
 from qexport.exporter.load import ONNX_FILE, count_parameters, describe, find_companions
 from qexport.exporter.options import ExportOptions

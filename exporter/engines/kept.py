@@ -12,13 +12,13 @@ from tempfile import TemporaryDirectory
 
 from pydantic import TypeAdapter, ValidationError
 
-from qexport.exporter import journal as journals
 from qexport.exporter.engines.engine import EngineOptions
 from qexport.exporter.engines.timing import MEASURING
-from qexport.exporter.journal import Journal, digest_json, gpus
 from qexport.exporter.outcome.artefact import MODEL
 from qexport.exporter.outcome.receipt import tool_versions
 from qexport.exporter.outcome.result import EngineInfo
+from qexport.exporter.resume import journal as journals
+from qexport.exporter.resume.journal import Journal, digest_json, gpus
 from qexport.runtime.backends.artefact import PLAN
 from qexport.safe_io import Entry, Stage, read_bytes, write_bytes
 

@@ -13,16 +13,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from qexport.exporter.admit import Limits
 from qexport.exporter.build import choose_recipe, refuse_appended, refuse_newer, refuse_quantized
-from qexport.exporter.caches import cache_of
 from qexport.exporter.engines.shapes import engine_shapes
 from qexport.exporter.forecast.pace import WORK, Amounts, Pace, measure_pace, stages
 from qexport.exporter.forecast.sizes import REPORT_BYTES, build_memory, cache_bytes, engine_bytes, file_bytes
 from qexport.exporter.forecast.standins import Rehearsal, rehearse
-from qexport.exporter.journal import WORTH, build_key
 from qexport.exporter.load import Source, load_source
 from qexport.exporter.precision.lab import Question
 from qexport.exporter.proof.gates import check_judge
 from qexport.exporter.recipe import Recipe, needs
+from qexport.exporter.resume.journal import WORTH, build_key
 from qexport.exporter.samples import Samples, calibration_passes, open_samples
 from qexport.exporter.threads import OneThread
 from qexport.passes.base import Decision
@@ -217,7 +216,7 @@ def _cached(question: Question, recipe: Recipe, source: Source, samples: Samples
     if asked.cache is None or (question.calib is None and needs(recipe, "data")):
         return ()
     key = build_key(source, recipe, samples, allow_nonfinite=asked.allow_nonfinite)
-    mine = (entry.key for entry in cache_of(asked).entries() if entry.kind == "builds")
+    mine = (entry.key for entry in asked.open_cache().entries() if entry.kind == "builds")
     names = (name.partition("/")[2].rpartition("-")[0] for name in mine if name.startswith(f"{key}/"))
     return tuple(sorted({name for name in names if name}))
 

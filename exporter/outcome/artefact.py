@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import qexport
 from qexport.exporter.load import Source
 from qexport.exporter.outcome.receipt import MANIFEST, MANIFEST_SCHEMA, files_of, tool_versions
-from qexport.exporter.outcome.report import report_markdown
 from qexport.exporter.outcome.result import (
     BackedOff,
     DecisionInfo,
@@ -24,10 +23,11 @@ from qexport.exporter.outcome.result import (
 )
 from qexport.exporter.recipe import Recipe
 from qexport.exporter.report.files import NO_TABLES, can_write_tables, write_report
-from qexport.exporter.report.tree import Report
+from qexport.exporter.report.markdown import report_markdown
+from qexport.exporter.report.values import Report
 from qexport.exporter.samples import Samples
 from qexport.exporter.steps import PASSES
-from qexport.exporter.surroundings import peak_memory
+from qexport.runtime.memory import peak_memory
 from qexport.safe_io import Stage, finite
 
 if TYPE_CHECKING:

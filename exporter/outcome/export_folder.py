@@ -10,11 +10,11 @@ import onnx_ir as ir
 import qexport
 from qexport.calibration.reading.spec import keeps_cache, scores_tokens
 from qexport.exporter.doors.origin import Origin
-from qexport.exporter.inspect import dtype_name
 from qexport.exporter.load import ONNX_FILE, count_parameters
+from qexport.exporter.looking.inspect import dtype_name
 from qexport.exporter.outcome.export_result import ExportResult, PartInfo, PortInfo, Verification
 from qexport.exporter.outcome.receipt import MANIFEST, MANIFEST_SCHEMA, files_of, tool_versions
-from qexport.exporter.surroundings import peak_memory
+from qexport.runtime.memory import peak_memory
 from qexport.safe_io import Stage, finite
 
 RESULT = "export.json"

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from qexport.exporter.journal import FRESH, Journal, digest_model, machine
 from qexport.exporter.outcome.result import Latency, Quality
 from qexport.exporter.precision.bench import BuildBench
 from qexport.exporter.precision.costs import Cost, Kernels, region_costs
 from qexport.exporter.precision.regions import Region
 from qexport.exporter.product import Product
+from qexport.exporter.resume.journal import FRESH, Journal, digest_model, machine
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from qexport.calibration.statistics.methods import METHODS, squared_error
 from qexport.calibration.statistics.sketch import Sketch, sketch_of
-from qexport.exporter.report.tree import Activation, Candidate
+from qexport.exporter.report.values import Activation, Candidate
 from qexport.passes.numbers.formats import Kind
 from qexport.passes.numbers.range import SQNR_KEY, Range, integers_for, range_of
 from qexport.passes.quantize import needs_half

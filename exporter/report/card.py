@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterator
 
 from qexport.errors import printable
-from qexport.exporter.outcome.report import code, table, text
 from qexport.exporter.outcome.result import Result
 from qexport.exporter.outcome.summary import counts, human_bytes
 from qexport.exporter.report.html.words import many, model_name, name
-from qexport.exporter.report.tree import Report
+from qexport.exporter.report.markdown import code, table, text
+from qexport.exporter.report.values import Report
 
 LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt"}
 """Targets whose results another library runs than onnxruntime."""

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from qexport.errors import DataInvalid
 from qexport.exporter.outcome.result import Result
 from qexport.exporter.report.tables import parquet_bytes, to_table
-from qexport.exporter.report.tree import Activation, Node, Point, Report, Sample, Weights
+from qexport.exporter.report.values import Activation, Node, Point, Report, Sample, Weights
 from qexport.safe_io import Stage, finite, read_bytes
 
 RESULT_FILE = "result.json"

@@ -18,7 +18,7 @@ from qexport.exporter.report.nodes import Graphs, node_rows
 from qexport.exporter.report.points import points
 from qexport.exporter.report.roofline import roofline
 from qexport.exporter.report.samples import worst_samples
-from qexport.exporter.report.tree import Report, Roofline, Sample
+from qexport.exporter.report.values import Report, Roofline, Sample
 from qexport.exporter.report.verdict import verdict
 from qexport.exporter.report.weights import weight_rows
 from qexport.exporter.samples import Samples

@@ -12,14 +12,14 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qexport.exporter.element_types import element_types
-from qexport.exporter.inspect import LAYERS
+from qexport.exporter.looking.element_types import element_types
+from qexport.exporter.looking.inspect import LAYERS
 from qexport.exporter.outcome.result import Result
 from qexport.exporter.precision.costs import Kernels
 from qexport.exporter.precision.regions import PAIR, Region, label
 from qexport.exporter.report.scales import INTEGER, Scales, scale_of
 from qexport.exporter.report.times import milliseconds
-from qexport.exporter.report.tree import Choice, Node, State
+from qexport.exporter.report.values import Choice, Node, State
 from qexport.passes.numbers.notes import ERROR_KEY
 from qexport.passes.numbers.range import SQNR_KEY
 from qexport.passes.quantize import KEPT

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from qexport.exporter.outcome.result import Result
 from qexport.exporter.precision.tried import loss_of
-from qexport.exporter.report.tree import Node, Point
+from qexport.exporter.report.values import Node, Point
 
 ESTIMATES = 6
 

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from qexport.exporter.precision.costs import Kernels, flops
 from qexport.exporter.report.times import nodes_of
-from qexport.exporter.report.tree import Dot, Roofline
+from qexport.exporter.report.values import Dot, Roofline
 from qexport.passes.match import constant, producer
 from qexport.runtime.accounting.machine import Machine, fingerprint, measure_machine
 from qexport.runtime.profile import Kernel

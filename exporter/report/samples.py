@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from qexport.calibration.reading.spec import Sample as Inputs
 from qexport.errors import QexportError
 from qexport.exporter.outcome.result import SampleQuality
-from qexport.exporter.report.tree import Sample
+from qexport.exporter.report.values import Sample
 from qexport.passes.portable import IDS
 from qexport.runtime.tokenizing import Tokenizer
 from qexport.safe_io import read_bytes

@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qexport.exporter.element_types import MOVING, ElementTypes
-from qexport.exporter.inspect import LAYERS, dtype_name, factors_of
+from qexport.exporter.looking.element_types import MOVING, ElementTypes
+from qexport.exporter.looking.inspect import LAYERS, dtype_name, factors_of
 from qexport.passes.match import array, constant
 
 Places = tuple[int, int | None, int | None]  # which inputs are the numbers, their scale, their zero point

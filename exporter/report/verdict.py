@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from qexport.exporter.outcome.result import Latency, Quality, Result, TaskScore
 from qexport.exporter.outcome.summary import human_bytes
 from qexport.exporter.report.html.words import many
-from qexport.exporter.report.tree import Verdict, Word
+from qexport.exporter.report.values import Verdict, Word
 
 POINTS = 0.3
 """Most that a task may lose where no gate says so, in points (x100)."""

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qexport.calibration.layers import kernel_of
-from qexport.exporter.report.tree import Channel, Weights
+from qexport.exporter.report.values import Channel, Weights
 from qexport.passes.match import array
 from qexport.passes.placement import CHANNEL_AXIS
 

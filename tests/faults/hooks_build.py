@@ -9,7 +9,7 @@ from pathlib import Path
 
 import qexport.exporter.build as builder
 from faults import hooks_files
-from qexport.exporter import journal
+from qexport.exporter.resume import journal
 from qexport.safe_io import Cache
 
 

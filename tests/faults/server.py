@@ -15,7 +15,7 @@ from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from qexport.exporter.doors import hub_download, hub_fetch
+from qexport.exporter.hub import connection, download
 
 COMMIT, LATER = "1" * 40, "2" * 40
 WEIGHTS = b"".join(hashlib.sha256(b"%d" % number).digest() for number in range(625))
@@ -221,9 +221,9 @@ def hub() -> Server:
 
 def hurry() -> None:
     """Short times and small pieces."""
-    hub_fetch.STALL = STALL
-    hub_fetch.PAUSES = hub_download.PAUSES = (0.01, 0.01)
-    hub_download.PIECE = PIECE
+    connection.STALL = STALL
+    connection.PAUSES = download.PAUSES = (0.01, 0.01)
+    download.PIECE = PIECE
 
 
 def here(root: str) -> None:

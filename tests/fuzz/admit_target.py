@@ -12,7 +12,7 @@ import onnx_ir as ir
 from fuzz.script import Tape, edit
 from qexport.errors import QexportError
 from qexport.exporter.admit import admit_proto, parse
-from qexport.exporter.inspect import inspect_model
+from qexport.exporter.looking.inspect import inspect_model
 from qexport.exporter.onnx_file import load_onnx
 
 _HEAD = '<ir_version: 10, opset_import: ["": 20, "f": 1]>'

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from qexport.errors import EnvironmentMismatch, ModelInvalid, UsageError
-from qexport.exporter.doors.hub_folder import GENERATING, demand_safe
 from qexport.exporter.doors.inputs import AskedInput, Feeds, generate, sizes_for
+from qexport.exporter.doors.safe_folder import GENERATING, demand_safe
 from qexport.exporter.doors.torch_modules.callables import told
 from qexport.exporter.doors.torch_modules.module import TorchOptions, TorchSource, export_module
 from qexport.exporter.doors.torch_modules.subject import Subject

@@ -24,7 +24,7 @@ from qexport.exporter.outcome.summary import human_bytes
 from qexport.exporter.report.html import plots, plots_layers, table, words
 from qexport.exporter.report.html.shown import FULL, SMALLER, Caps, Shown, choose
 from qexport.exporter.report.html.tiles import tiles
-from qexport.exporter.report.tree import Point, Report
+from qexport.exporter.report.values import Point, Report
 
 LIMIT = 6_000_000
 """Bytes that a page may have."""

@@ -26,7 +26,7 @@ from qexport.exporter.report.html.svg import (
     titled,
 )
 from qexport.exporter.report.html.words import fixed, middle, number, si
-from qexport.exporter.report.tree import Dot, Point, Roofline
+from qexport.exporter.report.values import Dot, Point, Roofline
 
 WIDE, HALF, CARD, SPARK = 1200, 590, 400, 240  # widths of pictures
 

@@ -29,7 +29,7 @@ from qexport.exporter.report.html.svg import (
     titled,
 )
 from qexport.exporter.report.html.words import fixed, middle, number, percent
-from qexport.exporter.report.tree import Activation, Candidate, Node, Weights
+from qexport.exporter.report.values import Activation, Candidate, Node, Weights
 
 WIDE, CARD = 1200, 400  # widths of pictures
 BARS = 24  # layers of the tornado

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qexport.exporter.report.tree import Activation, Node, Report, Weights
+from qexport.exporter.report.values import Activation, Node, Report, Weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from qexport.exporter.outcome.summary import human_bytes
 from qexport.exporter.report.html.shown import Shown
 from qexport.exporter.report.html.words import BLANK, fixed, name, number
-from qexport.exporter.report.tree import Choice, Node
+from qexport.exporter.report.values import Choice, Node
 
 GLYPHS = {"quantized": "●", "float": "○", "kept": "◆", "backed off": "◇", "gone": "×"}
 """A shape for each state, so that colour is never all that tells them apart."""

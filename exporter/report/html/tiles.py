@@ -12,7 +12,7 @@ from qexport.exporter.outcome.result import Latency, Quality, Result, TaskScore
 from qexport.exporter.outcome.summary import LOSS, cut_line, human_bytes
 from qexport.exporter.report.html.plots import spark_deciles, spark_size, spark_speed, spark_steps
 from qexport.exporter.report.html.words import count, fixed, many, number, shape
-from qexport.exporter.report.tree import Report
+from qexport.exporter.report.values import Report
 from qexport.exporter.report.verdict import broken, growth, pace
 
 Tone = Literal["good", "bad", "open"]

@@ -19,8 +19,8 @@ def check(model: Path, *, as_json: bool) -> None:
     nothing is run.
     """
     from qexport.errors import printable
-    from qexport.exporter.inspect import facts_of
     from qexport.exporter.load import load_source
+    from qexport.exporter.looking.inspect import facts_of
 
     source = load_source(model)
     facts = facts_of(source.model)

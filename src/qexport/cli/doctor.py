@@ -17,7 +17,7 @@ def doctor(context: click.Context, *, as_json: bool) -> None:
     Checks Python, packages, GPU, driver, CPU, memory and folders, which of them go together, and says what to do about
     what is missing. A problem is exit code 8; a missing GPU is none.
     """
-    from qexport.exporter.doctor import diagnose
+    from qexport.exporter.doctor.doctor import diagnose
 
     found = diagnose(default_cache())
     if as_json:

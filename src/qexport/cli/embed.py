@@ -12,7 +12,7 @@ from qexport.cli.common import make_console, print_json, shared_flags
 from qexport.errors import UsageError, printable
 
 if TYPE_CHECKING:
-    from qexport.exporter.embed_texts import Embedded
+    from qexport.exporter.embed import Embedded
     from qexport.runtime.embedding.options import EmbedOptions
 
 _FILE = click.Path(path_type=Path)
@@ -60,8 +60,8 @@ def embed(target: Path, **asked: Unpack[Asked]) -> None:
     padding; vectors come in the order of the texts, as lines of JSON unless -o names a file.
     """
     from qexport.cli.progress import RichProgress
-    from qexport.exporter.embed_texts import Asked as Choices
-    from qexport.exporter.embed_texts import embed_texts
+    from qexport.exporter.embed import Asked as Choices
+    from qexport.exporter.embed import embed_texts
     from qexport.exporter.embedding_files import read_texts
 
     if bool(asked["given"]) == (asked["texts"] is not None):

@@ -12,7 +12,7 @@ from qexport.cli.common import default_cache, make_console, make_table, print_js
 from qexport.errors import printable
 
 if TYPE_CHECKING:
-    from qexport.exporter.fetch import Fetched
+    from qexport.exporter.hub.fetch import Fetched
 
 _FOLDER = click.Path(path_type=Path)
 
@@ -33,8 +33,8 @@ def fetch(name: str, *, output: Path, update: bool, folder: Path | None, no_cach
     it is, and a second fetch into DIR takes the same one.
     """
     from qexport.cli.progress import RichProgress
-    from qexport.exporter.doors.hub_fetch import Hub
-    from qexport.exporter.fetch import fetch as run_fetch
+    from qexport.exporter.hub.connection import Hub
+    from qexport.exporter.hub.fetch import fetch as run_fetch
     from qexport.safe_io import Cache
 
     hub = Hub(os.environ.get("HF_ENDPOINT"), os.environ.get("HF_TOKEN"))

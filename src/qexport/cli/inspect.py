@@ -13,8 +13,8 @@ from qexport.errors import UsageError, printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from qexport.exporter.inspect import Summary
-    from qexport.exporter.sparsity import Zeros
+    from qexport.exporter.looking.inspect import Summary
+    from qexport.exporter.looking.sparsity import Zeros
 
 
 class Asked(TypedDict):
@@ -42,10 +42,10 @@ def inspect(model: Path, **asked: Unpack[Asked]) -> None:
     MODEL is an .onnx file or a Hugging Face folder. Shows inputs and outputs, operators, parameters, and in which
     precision its layers multiply.
     """
-    from qexport.exporter.inspect import inspect_model
     from qexport.exporter.load import load_model
-    from qexport.exporter.sparsity import zeros_of
-    from qexport.exporter.tree import DEPTH, lines, name_tree
+    from qexport.exporter.looking.inspect import inspect_model
+    from qexport.exporter.looking.sparsity import zeros_of
+    from qexport.exporter.looking.tree import DEPTH, lines, name_tree
 
     if asked["depth"] is not None and not asked["tree"]:
         raise UsageError("--depth goes with --tree")

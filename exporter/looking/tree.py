@@ -14,7 +14,7 @@ import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict
 
 from qexport.errors import printable
-from qexport.exporter.inspect import Layer
+from qexport.exporter.looking.inspect import Layer
 from qexport.exporter.outcome.summary import human_bytes
 
 DEPTH = 3

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict
 
-from qexport.exporter.element_types import ElementTypes, element_types
+from qexport.exporter.looking.element_types import ElementTypes, element_types
 from qexport.passes.pipeline import parameters
 
 LAYERS = {

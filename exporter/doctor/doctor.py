@@ -12,8 +12,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from qexport.errors import EnvironmentMismatch, QexportError
-from qexport.exporter.compatibility import Found, verdicts
-from qexport.exporter.surroundings import Check, look_around
+from qexport.exporter.doctor.compatibility import Found, verdicts
+from qexport.exporter.doctor.surroundings import Check, look_around
 from qexport.passes.target import TARGETS, Target
 from qexport.runtime.backends.gpus import find_cuda, find_gpus
 from qexport.safe_io import read_text

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from qexport.exporter.inspect import dtype_name, factors_of, find_layers
+from qexport.exporter.looking.inspect import dtype_name, factors_of, find_layers
 from qexport.passes.match import array, constant
 
 KEPT, GROUP = 2, 4

@@ -2,7 +2,7 @@
 
 Connections are encrypted, but for those to this machine itself; a redirect cannot change that. The token goes to the
 hub alone. Servers that say nothing, or next to nothing, are left. What is read is believed by nobody before its digest
-is known to be right (``hub_download.py``).
+is known to be right (``download.py``).
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from qexport.errors import IntegrityError, QexportError
-from qexport.exporter.doors.hub_fetch import PAUSES, Answer, CutError, Hub, Meter
-from qexport.exporter.doors.hub_listing import Listed
+from qexport.exporter.hub.connection import PAUSES, Answer, CutError, Hub, Meter
+from qexport.exporter.hub.listing import Listed
 from qexport.safe_io import Cache, Stage, open_beneath
 
 KIND = "fetch"

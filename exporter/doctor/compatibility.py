@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from qexport.exporter.surroundings import Check
+from qexport.exporter.doctor.surroundings import Check
 from qexport.runtime.backends.gpus import Gpu
 
 GIB = 1 << 30

@@ -24,14 +24,14 @@ from numpy.typing import NDArray
 from qexport.calibration.gptq import LayerError
 from qexport.calibration.statistics.sketch import Sketch
 from qexport.calibration.statistics.store import Store
-from qexport.exporter import journal as journals
 from qexport.exporter.families.builder import COPY
-from qexport.exporter.journal import Journal
 from qexport.exporter.load import Source
 from qexport.exporter.onnx_file import MAPS
 from qexport.exporter.options import BuildOptions
 from qexport.exporter.product import Product, Snapshot, run_recipe, steps_of
 from qexport.exporter.recipe import Recipe
+from qexport.exporter.resume import journal as journals
+from qexport.exporter.resume.journal import Journal
 from qexport.exporter.samples import Samples
 from qexport.passes.base import Decision, Pass
 from qexport.passes.folding.activation import Activation

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import secrets
 import shutil
 import sys
@@ -43,15 +42,6 @@ class Check(BaseModel):
 def look_around(cache: Path | None = None) -> tuple[Check, ...]:
     """Check everything there is here, with the folder of the cache where one is given; starts no process."""
     return (_python(), check_gpu(), *_proc(), *_shared_memory(), *_folders(cache))
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    with suppress(QexportError):  # Linux alone has it; what getrusage tells may be the parent's
-        for line in read_text("/proc/self/status").splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def check_gpu() -> Check:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qexport.errors import IntegrityError, ModelInvalid, UnsafeInput
-from qexport.exporter.doors.hub_download import copy, download, forget
-from qexport.exporter.doors.hub_fetch import Hub, address_of_file, address_of_list
-from qexport.exporter.doors.hub_listing import (
+from qexport.exporter.families.folder import CONFIG, Folder, demand_no_code
+from qexport.exporter.hub.connection import Hub, address_of_file, address_of_list
+from qexport.exporter.hub.download import copy, download, forget
+from qexport.exporter.hub.listing import (
     COMMIT,
     LOCK,
     SMALL,
@@ -19,7 +20,6 @@ from qexport.exporter.doors.hub_listing import (
     read_listing,
     read_pinned,
 )
-from qexport.exporter.families.folder import CONFIG, Folder, demand_no_code
 from qexport.exporter.options import Progress, Silent
 from qexport.safe_io import Cache, Stage, publish
 
