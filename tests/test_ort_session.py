@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import fake_ort
@@ -81,6 +83,38 @@ def test_tensors_of_torch_go_in_and_out():
     torch = pytest.importorskip("torch")
     found = OrtSession(SUM, ONE).run_dlpack({"a": torch.arange(3.0), "b": torch.full((3,), 10.0)})["c"]
     assert torch.from_dlpack(found).tolist() == [10, 11, 12]
+
+
+HOLDING = """
+import sys
+from pathlib import Path
+import numpy as np, onnx_ir as ir
+from qexport.calibration.running.execute import open_model
+
+def held():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+model = ir.from_onnx_text(sys.argv[1])
+table = np.random.default_rng(0).random((1 << 18, 64), np.float32)  # 67 MB
+w = next(iter(model.graph)).inputs[0]
+w.const_value = ir.Tensor(table, name="w")
+w.shape, w.type = ir.Shape(table.shape), ir.TensorType(ir.DataType.FLOAT)
+model.graph.register_initializer(w)
+sessions = [open_model(model)]  # what the library takes for itself
+before = held()
+sessions += [open_model(model) for _ in range(3)]
+rows = np.array([0, 7, (1 << 18) - 1])
+assert all((session.run({"x": rows})["y"] == table[rows]).all() for session in sessions)
+print(held() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the memory")
+def test_sessions_read_the_weights_where_they_lie():
+    text = '<ir_version: 10, opset_import: ["" : 18]> g (int64[n] x) => (float[n, 64] y) { y = Gather(w, x) }'
+    ended = subprocess.run([sys.executable, "-c", HOLDING, text], check=True, capture_output=True, text=True)
+    assert int(ended.stdout) < 40e6  # of the 201 MB of three copies
 
 
 def test_no_outputs_are_none(session):

@@ -24,10 +24,9 @@ _SHAREABLE = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT8, ir.DataT
 def open_model(model: ir.Model, options: SessionOptions | None = None, taps: Sequence[str] = ()) -> OrtSession:
     """Return a session over ``model``; ``taps`` names inner values to add to its outputs.
 
-    The model is not changed. Weights are handed over by reference, so peak memory holds them once
-    (plus what onnxruntime packs for itself). On a CPU, bfloat16 is emulated in float32, and so is float16 where
-    ``options`` ask for a literal run. A decoder with a cache reads whole rows. Its threads do not spin, as other
-    sessions run in turn with it.
+    The model is not changed. Weights are handed over by reference: sessions hold what onnxruntime packs for itself, and
+    a copy while they open. On a CPU, bfloat16 is emulated in float32, and so is float16 where ``options`` ask for a
+    literal run. A decoder with a cache reads whole rows. Its threads do not spin, as others run in turn with it.
     """
     asked = replace(options or SessionOptions(), spin=False)
     work = model.clone()

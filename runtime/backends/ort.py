@@ -130,6 +130,8 @@ class OrtSession:
             settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if self._weights and not chosen.lean:
             settings.add_external_initializers(list(self._weights), list(self._weights.values()))
+            for name, value in () if self._cuda else self._weights.items():
+                settings.add_initializer(name, value)  # without this onnxruntime 1.31 keeps copies of them
         source = model if isinstance(model, bytes) else str(model)
         providers = [_provider(name, chosen) for name in chosen.providers]
         try:

@@ -255,6 +255,6 @@ CASES = [
       for command in ("check", "inspect")),
     *(Case(f"M33_{command}_200k", looking_at(command, 200_000), limits={"cpu": 60, "wall": 240, "rss": 2000}, slow=True)
       for command in ("check", "inspect")),
-    Case("M34_over_2_gb", over_two_gigabytes, after=saved_beside, limits={"wall": 300, "rss": 7500}, slow=True,
+    Case("M34_over_2_gb", over_two_gigabytes, after=saved_beside, limits={"wall": 300, "rss": 5500}, slow=True,
          again=lambda room: ["check", str(room.good / "model.onnx")]),
 ]  # fmt: skip
