@@ -77,6 +77,7 @@ FAULTS: dict[str, tuple[int, Fault]] = {
         lambda m: setattr(m.graph.initializer[0], "raw_data", m.graph.initializer[0].raw_data + b"\0"),
     ),
     "negative dimension": (3, tensor(dims=[-1])),
+    "more dimensions than arrays have": (3, tensor(dims=[1] * 65)),
     "dimensions that overflow": (3, tensor(dims=[1 << 40, 1 << 40])),
     "unknown type": (3, tensor(data_type=99)),
     "data twice": (3, lambda m: m.graph.initializer[0].float_data.append(1)),
