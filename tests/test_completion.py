@@ -18,14 +18,19 @@ from qexport.passes.target import TARGETS as KNOWN
 HEAVY = ("numpy", "onnx", "onnx_ir", "onnxruntime", "pydantic", "rich")
 
 
-def complete(line: str) -> list[str]:
-    """What the shell is told for a line whose last word is begun."""
+def told(shell: str, line: str) -> str:
+    """What a shell is told for a line whose last word is begun."""
     words = line.split(" ")
-    told = {"_QEXPORT_COMPLETE": "bash_complete", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
+    asked = {"_QEXPORT_COMPLETE": f"{shell}_complete", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
     command = [sys.executable, "-m", "qexport"]
-    ended = subprocess.run(command, env={**os.environ, **told}, capture_output=True, text=True, check=True)
+    ended = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True, check=True)
     assert ended.stderr == ""
-    return [entry.partition(",")[2] for entry in ended.stdout.split()]
+    return ended.stdout
+
+
+def complete(line: str) -> list[str]:
+    """What bash may put in the place of the last word."""
+    return [entry.partition(",")[2] for entry in told("bash", line).split()]
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
@@ -60,6 +65,61 @@ def test_targets_are_completed(command):
 def test_commands_and_options_are_completed():
     assert complete("qexport ver") == ["verify"]
     assert complete("qexport diff a b --fail") == ["--fail-if"]
+
+
+DATA = ["--calib", "--eval"]
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        *((command, option) for command in ("build m", "plan m", "sensitivity m", "verify d") for option in DATA),
+        ("verify d", "--model"),
+        ("generate t", "--prompts"),
+    ],
+)
+def test_files_are_completed_where_options_take_them(command, option):
+    assert complete(f"qexport {command} {option} sam") == ["sam"]
+    assert told("bash", f"qexport {command} {option} sam").startswith("file,")
+
+
+@pytest.mark.parametrize("begun", ["build m --target = ort", "build --recipe = int8 m --target = ort"])
+def test_values_behind_a_sign_are_completed_as_bash_breaks_them(begun):
+    assert complete(f"qexport {begun}") == ["ort-cpu", "ort-cuda"]
+
+
+def test_a_sign_stays_in_the_word_where_the_shell_leaves_it_there(capsys):
+    assert told("zsh", "qexport build m --target=ort-cu") == "plain\nort-cuda\n_\n"
+    script = call(capsys, "completion", "zsh")[1]
+    assert "compset -P 1 '*='" in script
+    assert script.count('compadd -U -i "$IPREFIX"') == 1
+
+
+@pytest.mark.skipif(not shutil.which("fish"), reason="needs fish")
+def test_fish_completes_whole_words_and_shows_whole_help(capsys, tmp_path):
+    (tmp_path / "script").write_text(call(capsys, "completion", "fish")[1])
+    (tmp_path / "qexport").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m qexport "$@"\n')
+    (tmp_path / "qexport").chmod(0o755)
+    (tmp_path / "data.npz").touch()
+
+    def lines(line):
+        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path)}
+        command = ["fish", "--no-config", "-c", "source script; complete -C $argv[1]", line]
+        return subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+
+    assert lines("qexport build m --target=ort") == ["--target=ort-cpu", "--target=ort-cuda"]
+    assert lines("qexport build m --calib=da") == ["--calib=data.npz"]
+    assert lines("qexport build m --reci") == [
+        "--recipe\tA recipe file, or the name of a shipped one (qexport recipe list)."
+    ]
+
+
+def test_the_script_of_fish_has_what_is_changed_in_it(capsys):
+    script = call(capsys, "completion", "fish")[1]
+    assert "string split -m 1" in script
+    assert script.count("$option") == 2
 
 
 def test_the_targets_that_are_told_are_those_that_there_are():

@@ -22,10 +22,11 @@ from qexport.exporter.forecast.sizes import file_bytes
 from qexport.exporter.forecast.standins import CUTS
 from qexport.exporter.load import load_source
 from qexport.exporter.options import BuildOptions
+from qexport.exporter.outcome.artefact import summarize
 from qexport.exporter.precision.lab import Question
 from qexport.exporter.product import run_recipe
 from qexport.exporter.recipe import list_recipes, load_recipe, override
-from qexport.exporter.samples import open_samples
+from qexport.exporter.samples import Samples, open_samples
 from qexport.exporter.steps import find_pass
 from qexport.passes.target import TARGETS, find_target
 
@@ -72,6 +73,12 @@ def snapshot(folder):
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
 
 
+def counted(recipe, product):
+    """What the result of a build says was quantized, and what was not and why."""
+    facts = summarize(recipe, product, Samples(None, None, (), made_up=False, warnings=()), 0.0)
+    return facts.quantized, facts.skipped
+
+
 @pytest.mark.parametrize("data", [True, False])
 @pytest.mark.parametrize(
     ("name", "target"), [*((name, None) for name in WHOLE), ("int8", "ort-cpu"), ("int8", "ort-cuda")]
@@ -85,7 +92,7 @@ def test_decisions_and_bytes_are_those_of_the_recipe_run_on_data(folder, name, t
     source = load_source(folder / "model.onnx", cached=recipe.export.cached)
     product = run_recipe(source, recipe, open_samples(source, recipe, folder / "calib.npz", None), options)
     decisions = [decision for step in product.steps for decision in step.decisions]
-    assert told.quantized == sum(decision.action == "quantized" for decision in decisions)
+    assert (told.quantized, told.skipped) == counted(recipe, product)
     if name != "llm-int8":  # which tells how many columns stay in float
         assert told.forms == Counter(decision.reason for decision in decisions if decision.action == "quantized")
     size = len(ir.to_proto(product.model).SerializeToString())

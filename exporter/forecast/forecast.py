@@ -23,6 +23,7 @@ from qexport.exporter.proof.gates import check_judge
 from qexport.exporter.recipe import Recipe, needs
 from qexport.exporter.resume.journal import WORTH, build_key
 from qexport.exporter.samples import Samples, calibration_passes, open_samples
+from qexport.exporter.steps import PASSES
 from qexport.exporter.threads import OneThread
 from qexport.passes.base import Decision
 from qexport.passes.numbers.range import RANGE_KEY
@@ -92,7 +93,8 @@ class _Rehearsed:
 
     @property
     def decisions(self) -> Iterator[Decision]:
-        return (decision for step in self.steps for decision in step.decisions)
+        """Those that a build counts: of the passes that quantize."""
+        return (decision for step in self.steps if PASSES[step.name].quantizes for decision in step.decisions)
 
 
 def forecast(question: Question) -> Forecast:

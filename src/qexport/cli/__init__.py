@@ -53,6 +53,7 @@ _SPENT = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
 _WORDS = {130: "interrupted", 143: "terminated", 129: "hung up"}
 _RAISE = "end other programs, or raise the limits of this one (ulimit -a)"
 ERROR_SCHEMA = "qexport.error/1"
+_COMPLETE = "_QEXPORT_COMPLETE"  # set by a shell that wants to know what may follow
 
 
 class _TerminatedError(BaseException):
@@ -108,6 +109,8 @@ def run(arguments: list[str]) -> int:
     for name in ("onnxscript", "onnx_ir"):  # their notes are for their own developers, and unescaped
         logging.getLogger(name).addHandler(logging.NullHandler())
     _end_by_exception(signal.SIGTERM)
+    if _COMPLETE in os.environ:
+        importlib.import_module("qexport.cli.shells")
     try:
         return _run(arguments, _flags(arguments))
     except _ClosedError:

@@ -41,9 +41,14 @@ class Asked(TypedDict):
     help="A recipe file, or the name of a shipped one (qexport recipe list).",
 )
 @click.option(
-    "--calib", metavar="DATA", help="Calibration data: npz, npy, safetensors, jsonl, csv, txt, folder of images."
+    "--calib",
+    type=click.Path(),
+    metavar="DATA",
+    help="Calibration data: npz, npy, safetensors, jsonl, csv, txt, folder of images.",
 )
-@click.option("--eval", "evaluation", metavar="DATA", help="Held-out data, with labels where there is a task.")
+@click.option(
+    "--eval", "evaluation", type=click.Path(), metavar="DATA", help="Held-out data, with labels where there is a task."
+)
 @click.option(
     "--target",
     metavar="NAME",

@@ -8,12 +8,12 @@ import click
 from click.shell_completion import CompletionItem, get_completion_class
 
 from qexport.cli.common import print_json, shared_flags
+from qexport.cli.shells import VARIABLE
 from qexport.errors import EnvironmentMismatch
 
 TARGETS = ("tensorrt-rtx", "tensorrt", "ort-cpu", "ort-cuda")
 """Names of the targets, literally: their table takes long to load for somebody who waits after pressing a key."""
 
-_VARIABLE = "_QEXPORT_COMPLETE"
 _HOMES = {
     "bash": "qexport completion bash > ~/.local/share/bash-completion/completions/qexport",
     "zsh": 'qexport completion zsh > "${fpath[1]}/_qexport"',
@@ -48,7 +48,7 @@ def completion(shell: str, *, as_json: bool) -> None:
     if cls is None:
         raise EnvironmentMismatch(f"this version of click does not know {shell}", hint="pip install -U click")
     try:
-        script = cls(cli, {}, "qexport", _VARIABLE).source()
+        script = cls(cli, {}, "qexport", VARIABLE).source()
     except RuntimeError as error:
         raise EnvironmentMismatch(str(error).rstrip("."), hint="use a newer shell") from error
     if as_json:

@@ -56,7 +56,9 @@ _PATH = click.Path(path_type=Path)
 @click.argument("target", type=_PATH)
 @click.option("--draft", type=_PATH, metavar="DIR", help="A smaller decoder with the same tokenizer, to look ahead.")
 @click.option("--prompt", multiple=True, metavar="TEXT", help="What to continue; may be given several times.")
-@click.option("--prompts", metavar="FILE", help="One prompt per line, or .jsonl; - reads lines from stdin.")
+@click.option(
+    "--prompts", type=click.Path(), metavar="FILE", help="One prompt per line, or .jsonl; - reads lines from stdin."
+)
 @click.option(
     "--reference", type=_PATH, multiple=True, metavar="FILE", help="A text that outputs may copy from; also several."
 )

@@ -34,8 +34,10 @@ class Asked(TypedDict):
 
 @click.command()
 @click.argument("model", type=click.Path())
-@click.option("--calib", metavar="DATA", help="Calibration data, as for build.")
-@click.option("--eval", "evaluation", metavar="DATA", help="Held-out data, with labels for --max-drop.")
+@click.option("--calib", type=click.Path(), metavar="DATA", help="Calibration data, as for build.")
+@click.option(
+    "--eval", "evaluation", type=click.Path(), metavar="DATA", help="Held-out data, with labels for --max-drop."
+)
 @click.option("--max-drop", type=float, metavar="POINTS", help="How much of the task metric may be lost.")
 @click.option("--min-cosine", type=float, metavar="COSINE", help="How close outputs must stay, without labels.")
 @click.option(

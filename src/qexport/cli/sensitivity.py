@@ -31,8 +31,10 @@ class Asked(TypedDict):
 
 @click.command()
 @click.argument("model", type=click.Path())
-@click.option("--calib", metavar="DATA", required=True, help="Calibration data, as for build.")
-@click.option("--eval", "evaluation", metavar="DATA", help="Held-out data, with labels where there is a task.")
+@click.option("--calib", type=click.Path(), metavar="DATA", required=True, help="Calibration data, as for build.")
+@click.option(
+    "--eval", "evaluation", type=click.Path(), metavar="DATA", help="Held-out data, with labels where there is a task."
+)
 @click.option(
     "--recipe",
     metavar="FILE",

@@ -16,9 +16,13 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("folder", metavar="DIR", type=click.Path())
-@click.option("--model", metavar="PATH", help="Where the source is now; where it was, when not given.")
-@click.option("--calib", metavar="DATA", help="Where the calibration data is now, likewise.")
-@click.option("--eval", "evaluation", metavar="DATA", help="Where the evaluation data is now; not needed.")
+@click.option(
+    "--model", type=click.Path(), metavar="PATH", help="Where the source is now; where it was, when not given."
+)
+@click.option("--calib", type=click.Path(), metavar="DATA", help="Where the calibration data is now, likewise.")
+@click.option(
+    "--eval", "evaluation", type=click.Path(), metavar="DATA", help="Where the evaluation data is now; not needed."
+)
 @click.option("--files", is_flag=True, help="Compare files with the manifest, and build nothing.")
 @shared_flags
 def verify(
