@@ -134,6 +134,30 @@ def test_every_kind_of_step_is_announced(tmp_path):
     assert points == kinds
 
 
+def test_what_gets_its_name_has_reached_the_disk_and_so_does_the_name(tmp_path):
+    """After a loss of power too a name leads to all bytes or to the old ones."""
+    root, told = fresh(tmp_path / "root"), tmp_path / "told"
+
+    def record() -> None:
+        found: list[tuple[str, ...]] = []
+        os.fsync = lambda fd: found.append(("flushed", os.readlink(f"/proc/self/fd/{fd}")))
+        sys.addaudithook(lambda event, args: found.append(args) if event == EVENT else None)
+        program(root)
+        told.write_text(json.dumps(found))
+
+    assert child(record) == 0
+    unsafe: set[str] = set()
+    for point, path in json.loads(told.read_text()):
+        if point in ("rename", "exchange"):
+            assert not unsafe, (point, path, unsafe)
+            unsafe.add(os.path.dirname(path))
+        elif point == "create":
+            unsafe |= {path, *([os.path.dirname(path)] if ".stage-" in path else [])}
+        elif point == "flushed":
+            unsafe.discard(path)
+    assert not unsafe
+
+
 def test_f03_killed_at_any_step_it_leaves_old_or_new_and_the_next_run_ends_well(tmp_path):
     root = tmp_path / "root"
     told = steps(fresh(root))

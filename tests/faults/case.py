@@ -19,6 +19,8 @@ class Ended:
     """Its exit code; minus the number of the signal that ended it."""
     stdout: bytes
     stderr: bytes
+    at: float
+    """When it ended, by ``time.monotonic``."""
     wall: float
     """Seconds from the start of the command; of a forked interpreter, so without the imports."""
     rss: int
@@ -158,7 +160,8 @@ class Case:
     moves_inputs: bool = False
     """Whether the fault itself changes the inputs during the run."""
     again: Callable[[Room], list[str]] | None = None
-    """The good run that follows; without one a good build where the case has touched out, cache or tmp."""
+    """The good run that follows; without one a good build where the case has touched out, cache or tmp, but for
+    commands that ended well and left nothing that would have to be removed."""
     both: bool = True
     """Whether a quick case runs plain and with ``--json``; else, as long ones do, in one of the two forms."""
     slow: bool = False

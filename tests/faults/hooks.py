@@ -75,6 +75,11 @@ def leave_a_process(root: str) -> None:
     subprocess.Popen(["sleep", "60"], start_new_session=True, stdin=subprocess.DEVNULL)
 
 
+def leave_a_dead_stage(root: str) -> None:
+    """As a build does that is killed: the next one removes it."""
+    Path(root, "out/.a.stage-0123456789abcdef").mkdir()
+
+
 def leave_a_stage(root: str) -> None:
     """I8: of a name that no later run looks after."""
     Path(root, "out/.b.stage-0123456789abcdef").mkdir()

@@ -35,19 +35,25 @@ def _hang() -> None:
     ctypes.PyDLL(None).usleep(60_000_000)
 
 
+def _signal(number: signal.Signals) -> None:
+    """As it reaches one process: the one that was started. When is for the record."""
+    sys.audit("qexport.io", "signal", time.monotonic())
+    os.kill(os.getppid(), number)
+
+
 def interrupted(root: str) -> None:
-    """Somebody presses Ctrl-C, as it reaches one process: the one that was started."""
-    _at_sample(lambda: (os.kill(os.getppid(), signal.SIGINT), time.sleep(60)))
+    """Somebody presses Ctrl-C."""
+    _at_sample(lambda: (_signal(signal.SIGINT), time.sleep(60)))
 
 
 def terminated(root: str) -> None:
     """A service is stopped."""
-    _at_sample(lambda: (os.kill(os.getppid(), signal.SIGTERM), time.sleep(60)))
+    _at_sample(lambda: (_signal(signal.SIGTERM), time.sleep(60)))
 
 
 def terminated_in_native_code(root: str) -> None:
     """The same while nothing in Python can hear it."""
-    _at_sample(lambda: (os.kill(os.getppid(), signal.SIGTERM), _hang()))
+    _at_sample(lambda: (_signal(signal.SIGTERM), _hang()))
 
 
 def interrupted_twice(root: str) -> None:
@@ -55,7 +61,7 @@ def interrupted_twice(root: str) -> None:
 
     def act() -> None:
         for _ in range(2):
-            os.kill(os.getppid(), signal.SIGINT)
+            _signal(signal.SIGINT)
             _pause(0.3)
         _hang()
 
@@ -71,7 +77,7 @@ def terminated_while_the_engine_is_built(root: str) -> None:
     import qexport.exporter.build as builder
 
     def act(*_, **__):
-        os.kill(os.getppid(), signal.SIGTERM)
+        _signal(signal.SIGTERM)
         time.sleep(60)
 
     builder.save_onnx = act

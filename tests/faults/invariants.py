@@ -144,8 +144,9 @@ def one_cause(run: Run) -> None:
     run.demand(len(errors) == (failed and not run.as_json), "I7", f"{len(errors)} lines of error")
     run.demand(len(hints) <= len(errors), "I7", f"{len(hints)} hints")
     told = _object(run, out) if run.as_json else {}
-    if failed:
-        said = f"{told['where']}: {told['what']} ({told['hint']})" if told else f"{errors[0]} ({''.join(hints)[6:]})"
+    if run.ended.code:
+        line = f"{errors[0]} ({''.join(hints)[6:]})" if failed and not told else err
+        said = f"{told['where']}: {told['what']} ({told['hint']})" if told else line
         run.demand(re.search(run.case.says, said, re.DOTALL), "I7", f"does not say {run.case.says!r}: {said}")
 
 
@@ -166,7 +167,7 @@ def _object(run: Run, out: str) -> dict[str, object]:
 def nothing_left(run: Run) -> None:
     """I8: no process outlives the command, and after one more run nothing half done is anywhere."""
     run.demand(not run.ended.left, "I8", f"still running: {run.ended.left}")
-    if run.case.again or _touched(run):
+    if run.case.again or (_touched(run) and not _clean(run)):
         again = run.case.again(run.room) if run.case.again else run.room.build()
         owner = {name: run.case.limits[name] for name in ("uid",) if name in run.case.limits}
         ended = run.room.run(again, Case("", run.case.plant, limits=owner))
@@ -175,6 +176,12 @@ def nothing_left(run: Run) -> None:
         found = [name for name in look(run.room.root) if LEFTOVER.search(name)]
         temporary = os.listdir(run.room.tmp) if run.ended.code >= 0 else []
         after.demand(not found and not temporary, "I8", f"left over: {found or temporary}")
+
+
+def _clean(run: Run) -> bool:
+    """Whether it has ended well and there is nothing that the next run would have to remove."""
+    found = any(LEFTOVER.search(name) for name in look(run.room.root))
+    return run.ended.code == 0 and not found and not os.listdir(run.room.tmp)
 
 
 def _touched(run: Run) -> bool:

@@ -98,7 +98,7 @@ def rows() -> Iterable[Row]:
     yield "M04_tflite", 3, "a TensorFlow Lite file", b"\x1c\0\0\0TFL3" + bytes(64), None
     size = len(files.PLAIN)
     tail = random.Random(2).sample(range(size - 64, size), 16)
-    for at in sorted({*(size * part // 48 for part in range(1, 48)), *tail}):
+    for at in sorted({*(size * part // 64 for part in range(1, 64)), *tail}):
         yield f"M02_cut_at_{at}", 3, "truncated, damaged|no outputs|ONNX", files.PLAIN[:at], None
     for id, code, entries, says in files.EXTERNAL:
         outside = id[:3] in ("M05", "M06", "M07", "M08", "M09", "M10", "M11")

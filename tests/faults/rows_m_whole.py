@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import threading
@@ -146,15 +147,20 @@ def under_swaps(room: Room, ended: Ended) -> None:
 # ---------------------------------------------------------------- M16, M32 to M34: sizes
 
 
-def overlapping(room: Room) -> list[str]:
-    path = folder(room) / "m.onnx"
-    path.with_name("w.bin").write_bytes(bytes(1 << 20))
-    model = files.small()
-    for index in range(10_000):
-        tensor = model.graph.initializer.add(name=f"t{index}", data_type=TensorProto.FLOAT, dims=[1 << 18])
-        files.point(tensor, offset=0, length=1 << 20)
-    path.write_bytes(model.SerializeToString())
-    return ["check", str(path)]
+def overlapping(count: int, size: int) -> Callable[[Room], list[str]]:
+    """Check a model of so many weights of so many bytes, which are all the same ones of a sparse file."""
+
+    def plant(room: Room) -> list[str]:
+        path = folder(room) / "m.onnx"
+        os.truncate(path.with_name("w.bin"), size)
+        model = files.small()
+        for index in range(count):
+            tensor = model.graph.initializer.add(name=f"t{index}", data_type=TensorProto.FLOAT, dims=[size // 4])
+            files.point(tensor, offset=0, length=size)
+        path.write_bytes(model.SerializeToString())
+        return ["check", str(path)]
+
+    return plant
 
 
 def bomb(name: str, size: int = 1 << 40) -> onnx.ModelProto:
@@ -246,9 +252,10 @@ CASES = [
     Case("M08_hub_external_led_away", external_led_away("../../../{}"), 4, "w.bin"),
     Case("M08_hub_external_led_far", external_led_away("../../blobs/../../{}"), 4, "w.bin"),
     Case("M12_swap", checking(external({})), (0, 4), after=under_swaps, moves_inputs=True),
-    Case("M16_overlap", overlapping, (0, 9), limits={"rss": 700}),
-    Case("M17_unreadable", unreadable("w.bin"), 9, "w.bin", limits=NOBODY),
-    Case("M17_unreadable_model", unreadable("m.onnx"), (2, 9), "m.onnx", limits=NOBODY),
+    Case("M16_overlap", overlapping(10_000, 1 << 20), limits={"rss": 700}),
+    Case("M16_overlap_too_much", overlapping(700, 100 << 20), 9, "ask for more than 68719476736", limits={"rss": 500}),
+    Case("M17_unreadable", unreadable("w.bin"), 9, "w.bin.*permission denied", limits=NOBODY),
+    Case("M17_unreadable_model", unreadable("m.onnx"), 2, "m.onnx. is not readable", limits=NOBODY),
     *(Case(f"M32_check_{id}", checking(bomb(id)), 9, limits={"rss": 500}) for id in test_cleanup.BOMBS),
     *(Case(f"M32_build_{id}", built(bomb(id), *FLOAT), 9, limits={"rss": 500}) for id in test_cleanup.BOMBS),
     *(Case(f"M33_{command}_20k", looking_at(command, 20_000), limits={"cpu": 10, "wall": 60})

@@ -93,9 +93,17 @@ def test_a_quick_case_runs_both_plain_and_with_json(faults, monkeypatch):
     assert sorted(seen) == [b"o", b"{"]
 
 
-def test_the_run_that_follows_builds_where_something_was_touched(faults):
-    """The good build of a room passes by itself, and is the follow-up of what left half an artefact."""
-    seen = []
-    case = Case("M00_build", lambda room: room.build(), after=lambda room, ended: seen.append(room.artefact.is_dir()))
-    run_once(faults, case, as_json=True)
-    assert seen == [True]
+FOLLOWED = {
+    "nothing": (Case("M00_good", check_good), 1),
+    "an artefact": (Case("M00_build", lambda room: room.build()), 1),
+    "a stage": (Case("M00_stage", check_good, hook="leave_a_dead_stage"), 2),
+    "a stage, and an error": (Case("M00_both", check_missing, 2, hook="leave_a_dead_stage"), 2),
+}
+
+
+@pytest.mark.parametrize(("case", "runs"), FOLLOWED.values(), ids=FOLLOWED)
+def test_a_good_build_follows_what_has_left_something(faults, monkeypatch, case, runs):
+    seen, start = [], faults.start
+    monkeypatch.setattr(faults, "start", lambda room, argv, how=None: seen.append(argv) or start(room, argv, how))
+    run_once(faults, case, as_json=False)
+    assert len(seen) == runs

@@ -4,7 +4,7 @@ It opens no session and starts no thread. Being the reaper of everything below i
 command. It answers requests that come over a socket, one JSON object each:
 
 - ``{"do": "start", ...}`` with three descriptors (stdout, stderr, the record of events): ``{"pid": ...}``
-- ``{"do": "wait", "pid": ..., "seconds": ...}``: ``{"code", "wall", "rss", "cpu", "left", "late"}``
+- ``{"do": "wait", "pid": ..., "seconds": ...}``: ``{"code", "at", "wall", "rss", "cpu", "left", "late"}``
 """
 
 from __future__ import annotations
@@ -143,12 +143,13 @@ def _wait(request: dict[str, Any], started: dict[int, float]) -> Any:
     if late:
         os.kill(pid, signal.SIGKILL)
     _, status, usage = os.wait4(pid, 0)
-    wall = time.monotonic() - started.pop(pid)
+    at = time.monotonic()
+    wall = at - started.pop(pid)
     left, most = _end_orphans(set(started))
     cpu = usage.ru_utime + usage.ru_stime
     code = os.waitstatus_to_exitcode(status)
     rss = max(usage.ru_maxrss, most) * 1024
-    return {"code": code, "wall": wall, "rss": rss, "cpu": cpu, "left": left, "late": late}
+    return {"code": code, "at": at, "wall": wall, "rss": rss, "cpu": cpu, "left": left, "late": late}
 
 
 def _end_orphans(known: set[int]) -> tuple[list[str], int]:
