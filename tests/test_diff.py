@@ -11,12 +11,13 @@ from helpers import call, save_model
 
 import qexport
 from qexport.errors import GateFailed, IntegrityError, UsageError
+from qexport.exporter.compare.changes import NO_GRAPHS
 from qexport.exporter.compare.conditions import check, parse
 from qexport.exporter.compare.metrics import METRICS, TASKS
 from qexport.exporter.compare.nodes import NodeChange
 from qexport.exporter.compare.sides import Side, open_side
 from qexport.exporter.options import BuildOptions
-from qexport.exporter.outcome.result import Latency, Quality, Result, SourceInfo, TaskScore
+from qexport.exporter.outcome.result import Latency, LayerQuality, Quality, Result, SourceInfo, TaskScore
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,8 @@ def built(tmp_path_factory):
 def test_two_builds_with_other_data_differ_in_scales_alone(built):
     found = qexport.diff(built / "out0", built / "out1")
     assert {change.kind for change in found.nodes} == {"scale"}
-    assert found.made == ()
+    assert [fact.name for fact in found.made] == ["calibration data"]
+    assert found.made[0].a != found.made[0].b
     by_name = {change.name: change for change in found.metrics}
     assert by_name["bytes"].delta == 0
     assert by_name["cosine_mean"].delta is None  # judged on what each calibrated with
@@ -61,7 +63,7 @@ def test_a_result_alone_is_a_side_without_a_graph(built):
     for other in (built / "out1/result.json", open_side(built / "out1").result):
         found = qexport.diff(built / "out0", other)
         assert found.nodes == ()
-        assert "graphs were not compared: a side has none" in found.notes
+        assert NO_GRAPHS in found.notes
         assert {"latency", "bytes", "nodes", "quantized"} <= {change.name for change in found.metrics}
 
 
@@ -241,6 +243,36 @@ def test_what_cannot_be_compared_is_no_pass():
         check(qexport.diff(result(), result(quality=None)), [parse("spearman<0")])
 
 
+def test_the_time_of_a_result_that_its_target_did_not_run_is_no_speed():
+    foreign = result(target="tensorrt-rtx", latency=result().latency.model_copy(update={"foreign": True}))
+    for sides in ((result(), foreign), (foreign, result()), (foreign, foreign)):
+        with pytest.raises(UsageError, match="tensorrt-rtx did not run here"):
+            check(qexport.diff(*sides), [parse("latency>1")])
+        with pytest.raises(UsageError, match="tensorrt-rtx did not run here"):
+            check(qexport.diff(*sides), [parse("speedup<0")])
+
+
+def test_layers_and_outputs_are_compared_where_they_were_judged_alike():
+    layers = (LayerQuality(node="n", tensor="t", sqnr=20.0),)
+    judged = result().quality.model_copy(update={"layers": layers})
+    other = judged.model_copy(update={"samples": 50})
+    with pytest.raises(UsageError, match="judged on different data"):
+        check(qexport.diff(result(quality=judged), result(quality=other)), [parse("sqnr_worst_layer<0")])
+    other = judged.model_copy(update={"output": "z"})
+    found = qexport.diff(result(quality=judged), result(quality=other))
+    with pytest.raises(UsageError, match="different outputs: y; z"):
+        check(found, [parse("cosine_mean<0")])
+    check(found, [parse("spearman<0"), parse("sqnr_worst_layer<0")])
+
+
+def test_data_is_the_same_where_its_samples_are_whatever_it_is_called():
+    renamed = result(quality=result().quality.model_copy(update={"data": "elsewhere.csv"}))
+    one, other = ({"calibration": "sha256:1", "evaluation": f"sha256:{end}"} for end in "23")
+    check(qexport.diff(Side("a", result(), data=one), Side("b", renamed, data=one)), [parse("spearman<0")])
+    with pytest.raises(UsageError, match=r"judged on different data: test\.csv, .*sha256:2; test\.csv, .*sha256:3"):
+        check(qexport.diff(Side("a", result(), data=one), Side("b", result(), data=other)), [parse("spearman<0")])
+
+
 def test_every_condition_that_fails_is_named():
     found = qexport.diff(result(), result(score=79.5, ms=12.0))
     with pytest.raises(GateFailed) as failure:
@@ -277,8 +309,15 @@ def test_the_command_says_with_json_one_object_and_the_same_exit_code(built, cap
     told = json.loads(out)
     assert (code, err, told["schema"]) == (7, "", "qexport.diff/1")
     assert [change["kind"] for change in told["nodes"]] == ["scale"]
+    assert told["failed"] == ["bytes>=0: " + told["failed"][0].partition(": ")[2]]
     code, out, _ = call(capsys, "diff", one, other, "--fail-if", "spearman<0", "--json")
-    assert code == 2
+    told = json.loads(out)
+    assert (code, told["schema"], told["exit_code"]) == (2, "qexport.error/1", 2)
+
+
+def test_graphs_that_were_not_compared_are_not_called_equal(built, capsys):
+    code, out, _ = call(capsys, "diff", str(built / "out0"), str(built / "out1/result.json"))
+    assert (code, "no difference" in out, NO_GRAPHS in out) == (0, False, True)
 
 
 def test_a_condition_that_cannot_be_read_is_told_before_any_work(capsys):

@@ -17,6 +17,7 @@ from qexport.exporter.compare.sides import Side, open_side, side_of
 from qexport.exporter.outcome.result import Result
 
 _ENGINE = ("module", "version", "compute_capabilities", "profiles")
+NO_GRAPHS = "graphs were not compared: a side has none"
 _APART = (
     "latencies were measured in separate runs, maybe under different load: compare speedups, each of which was "
     "measured in turn with its own float model"
@@ -68,8 +69,9 @@ class Diff(_Record):
         metrics: Every number that at least one side has, equal ones too.
         nodes: Differences of the graphs, where both sides have one.
         engine: Differences of the engines.
-        made: Differences of source, target, recipe and tools.
+        made: Differences of source, target, recipe, calibration data and tools.
         notes: What to mind when reading.
+        failed: The conditions that were asked for and hold, each with its numbers.
     """
 
     schema_version: Literal["qexport.diff/1"] = Field("qexport.diff/1", alias="schema")
@@ -80,6 +82,7 @@ class Diff(_Record):
     engine: tuple[Fact, ...] = ()
     made: tuple[Fact, ...] = ()
     notes: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
 
     @property
     def same(self) -> bool:
@@ -161,6 +164,8 @@ def _made(a: Side, b: Side) -> Iterator[Fact]:
     """How the sides were made, where both tell."""
     if a.result is not None and b.result is not None:
         yield from _facts(_making(a.result), _making(b.result))
+    if a.data and b.data:
+        yield from _facts(*({"calibration data": side.data["calibration"]} for side in (a, b)))
     if a.tools and b.tools:
         yield from _facts(*({f"tool {name}": text for name, text in side.tools.items()} for side in (a, b)))
     if a.model is not None and b.model is not None:
@@ -205,4 +210,4 @@ def _notes(metrics: tuple[Change, ...], *, graphs: bool) -> Iterator[str]:
     if any(change.name == "latency" and change.delta is not None for change in metrics):
         yield _APART
     if not graphs:
-        yield "graphs were not compared: a side has none"
+        yield NO_GRAPHS

@@ -51,17 +51,21 @@ def parse(text: str) -> Condition:
     return Condition(metric, op, float(bound), bool(percent), text.strip())
 
 
-def check(found: Diff, conditions: Iterable[Condition]) -> None:
-    """Hold the conditions against a diff.
+def hold(found: Diff, conditions: Iterable[Condition]) -> Diff:
+    """Hold the conditions against a diff; those that fail are in the ``failed`` of what is returned.
 
     Raises:
         UsageError: A number was not measured on both sides, or cannot be compared: that is no pass.
-        GateFailed: Conditions that hold, each with its numbers.
     """
     changes = {change.name: change for change in found.metrics}
     told = [line for condition in conditions if (line := _broken(condition, changes.get(condition.metric)))]
-    if told:
-        raise GateFailed("; ".join(told), where=f"{found.a} -> {found.b}")
+    return found.model_copy(update={"failed": tuple(told)})
+
+
+def check(found: Diff, conditions: Iterable[Condition]) -> None:
+    """The same, with ``GateFailed`` where conditions fail."""
+    if failed := hold(found, conditions).failed:
+        raise GateFailed("; ".join(failed), where=f"{found.a} -> {found.b}")
 
 
 def _broken(condition: Condition, change: Change | None) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from qexport.exporter.compare.sides import Side
+from qexport.exporter.compare.sides import DIGEST, Side
 from qexport.exporter.load import count_parameters
 from qexport.exporter.outcome.result import Latency, Quality, Result
 
@@ -73,7 +73,8 @@ METRICS: dict[str, Metric] = {
 }
 """Numbers by name, beside those of ``TASKS``."""
 
-JUDGED = {"cosine_mean", "cosine_worst", "sqnr", "max_error", *TASKS}
+OF_OUTPUT = {"cosine_mean", "cosine_worst", "sqnr", "max_error"}
+JUDGED = {"sqnr_worst_layer", *OF_OUTPUT, *TASKS}
 TIMED = {"latency", "speedup"}
 
 
@@ -91,12 +92,33 @@ def incomparable(name: str, a: Side, b: Side) -> str:
         return ""
     one, other = a.result, b.result
     if name in JUDGED and one.quality is not None and other.quality is not None:
-        judged = [f"{quality.data}, {quality.samples} samples" for quality in (one.quality, other.quality)]
-        return _unless_equal("judged on different data", *judged)
+        told = f"judged on different data: {_data_of(a, one.quality)}; {_data_of(b, other.quality)}"
+        return told if _other_data(a, b) else _other_output(name, one.quality, other.quality)
     if name in TIMED and one.latency is not None and other.latency is not None:
+        strange = [side.target for side in (one, other) if side.latency is not None and side.latency.foreign]
+        if strange:
+            return f"{strange[0]} did not run here: what was timed says nothing about its speed"
         timed = [f"{way.runtime}, {way.threads} threads, {way.shapes}" for way in (one.latency, other.latency)]
         return _unless_equal("timed in different ways", *timed)
     return ""
+
+
+def _other_data(a: Side, b: Side) -> bool:
+    """Whether the evaluations differ: by the digests of the samples where both tell, else by name and number."""
+    known = [side.data.get("evaluation") for side in (a, b)]
+    if all(known):
+        return known[0] != known[1]
+    seen = [side.result.quality for side in (a, b) if side.result is not None and side.result.quality is not None]
+    return len({(quality.data, quality.samples) for quality in seen}) > 1
+
+
+def _data_of(side: Side, quality: Quality) -> str:
+    digest = side.data.get("evaluation", "")
+    return f"{quality.data}, {quality.samples} samples{f', {digest[:DIGEST]}' if digest else ''}"
+
+
+def _other_output(name: str, one: Quality, other: Quality) -> str:
+    return _unless_equal("judged at different outputs", one.output, other.output) if name in OF_OUTPUT else ""
 
 
 def _unless_equal(what: str, one: str, other: str) -> str:

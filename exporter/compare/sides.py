@@ -20,6 +20,7 @@ from qexport.runtime.backends.artefact import Artefact, check_files, open_artefa
 from qexport.safe_io import open_beneath, read_bytes
 
 RESULT = "result.json"
+DIGEST = 19  # characters of a digest that are told
 _MOST = 1 << 28  # bytes of a result
 _ANY_NUMBERS = Limits(allow_nonfinite=True)  # nothing is run here
 
@@ -34,6 +35,7 @@ class Side:
         model: Its graph.
         engine: What is known of its engine.
         tools: Versions of what made it.
+        data: Digests of its samples, ``calibration`` and ``evaluation``, as far as the manifest tells.
         bytes: Of the model with all its files.
     """
 
@@ -42,6 +44,7 @@ class Side:
     model: ir.Model | None = None
     engine: Mapping[str, Any] | None = None
     tools: Mapping[str, str] = field(default_factory=dict)
+    data: Mapping[str, str] = field(default_factory=dict)
     bytes: int | None = None
 
 
@@ -81,7 +84,7 @@ def read_result(text: bytes, where: str) -> Result:
         what = (
             f"not a result that this version reads: {place}: {first['msg']}" if place else "not the result of a build"
         )
-        raise UsageError(what, where=where, hint="give the folder or the model itself") from error
+        raise UsageError(what, where=where, hint="give the model itself, an .onnx file") from error
 
 
 def _open_artefact(artefact: Artefact) -> Side:
@@ -96,5 +99,19 @@ def _open_artefact(artefact: Artefact) -> Side:
     sizes = [int(record["bytes"]) for name, record in artefact.files.items() if name.startswith(ONNX_FILE)]
     tools = artefact.manifest.get("tools")
     return Side(
-        str(folder), result, model, artefact.engine, tools if isinstance(tools, dict) else {}, sum(sizes) or None
+        str(folder),
+        result,
+        model,
+        artefact.engine,
+        tools if isinstance(tools, dict) else {},
+        _samples(artefact.manifest.get("replay")),
+        sum(sizes) or None,
     )
+
+
+def _samples(replay: object) -> dict[str, str]:
+    """Digests of the data by what it was for; a build without evaluation data is judged on its calibration data."""
+    given = replay if isinstance(replay, dict) else {}
+    found = {name: entry.get("digest", "") for name in ("calib", "eval") if isinstance(entry := given.get(name), dict)}
+    calib = str(found.get("calib", ""))
+    return {"calibration": calib, "evaluation": str(found.get("eval", "")) or calib} if found else {}

@@ -38,16 +38,15 @@ def diff(a: str, b: str, *, conditions: tuple[str, ...], nodes: bool, as_json: b
     weights, attributes, wiring.
     """
     from qexport.exporter.compare.changes import diff as find_changes
-    from qexport.exporter.compare.conditions import check, parse
+    from qexport.exporter.compare.conditions import check, hold, parse
 
     asked = [parse(text) for text in conditions]
     found = find_changes(a, b)
     if as_json:
+        found = hold(found, asked)
         print_json(found)
-        try:
-            check(found, asked)
-        except GateFailed as error:
-            raise click.exceptions.Exit(error.exit_code) from error
+        if found.failed:
+            raise click.exceptions.Exit(GateFailed.exit_code)
         return
     _print(make_console(), found, nodes=nodes)
     check(found, asked)
@@ -65,9 +64,12 @@ def _print(console: Console, found: Diff, *, nodes: bool) -> None:
     if found.nodes and nodes:
         lines = [(change.name, change.kind, _cut(change.a), _cut(change.b)) for change in found.nodes]
         console.print(make_table(("node", "differs in", "A", "B"), lines))
+    from qexport.exporter.compare.changes import NO_GRAPHS
+
     counts = Counter(change.kind for change in found.nodes)
     told = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
-    console.print(f"nodes: {told}{'' if nodes else '; --nodes lists them'}" if told else "nodes: no difference")
+    if told or NO_GRAPHS not in found.notes:
+        console.print(f"nodes: {told}{'' if nodes else '; --nodes lists them'}" if told else "nodes: no difference")
     for note in found.notes:
         console.print(printable(f"note: {note}"))
 
