@@ -61,6 +61,11 @@ def zero_scale(m):
     m.graph.node.add(op_type="QuantizeLinear", input=["x", "zero_scale"], output=["scaled"])
 
 
+def deepen(value: onnx.ValueInfoProto) -> None:
+    for _ in range(65):
+        value.type.tensor_type.shape.dim.add(dim_value=1)
+
+
 FAULTS: dict[str, tuple[int, Fault]] = {
     "reads nothing's value": (3, lambda m: m.graph.node[0].input.__setitem__(0, "nowhere")),
     "reads itself": (3, lambda m: m.graph.node[-1].input.__setitem__(0, m.graph.node[-1].output[0])),
@@ -77,6 +82,8 @@ FAULTS: dict[str, tuple[int, Fault]] = {
         lambda m: setattr(m.graph.initializer[0], "raw_data", m.graph.initializer[0].raw_data + b"\0"),
     ),
     "negative dimension": (3, tensor(dims=[-1])),
+    "an input of more dimensions than arrays have": (3, lambda m: deepen(m.graph.input[0])),
+    "an output of more dimensions than arrays have": (3, lambda m: deepen(m.graph.output[0])),
     "more dimensions than arrays have": (3, tensor(dims=[1] * 65)),
     "dimensions that overflow": (3, tensor(dims=[1 << 40, 1 << 40])),
     "unknown type": (3, tensor(data_type=99)),

@@ -11,7 +11,7 @@ from google.protobuf.message import Message  # type: ignore[import-untyped]  # t
 
 from qexport.errors import ModelInvalid
 from qexport.exporter.admit.subject import Body, Subject, place, quoted
-from qexport.exporter.admit.tensors import FORMATS
+from qexport.exporter.admit.tensors import FORMATS, MOST_DIMS
 
 _INPUT, _INITIALIZER = -1, -2
 
@@ -37,7 +37,7 @@ def _texts(model: onnx.ModelProto) -> Iterator[object]:
 
 
 def check_interface(subject: Subject) -> None:
-    """There is a graph, it has outputs, and its inputs say their type."""
+    """There is a graph with outputs, its inputs say their type, and no value has more dimensions than arrays have."""
     graph = subject.model.graph
     if not subject.model.HasField("graph"):
         raise ModelInvalid("the model has no graph", hint="the file is truncated or not an ONNX model")
@@ -49,6 +49,10 @@ def check_interface(subject: Subject) -> None:
         kind = _data_type(value.type)
         if kind not in FORMATS:
             raise ModelInvalid(f"input {quoted(value.name)} has the unknown data type {kind}", where="graph")
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        rank = len(value.type.tensor_type.shape.dim)
+        if rank > MOST_DIMS:
+            raise ModelInvalid(f"{quoted(value.name)} has {rank} dimensions, {MOST_DIMS} are the most", where="graph")
 
 
 def _data_type(kind: onnx.TypeProto) -> int:

@@ -14,7 +14,9 @@ from qexport.exporter.admit.subject import Body, Subject, place, quoted
 
 STORES = ("raw_data", "float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
 _MOST_BYTES = 2**63 - 1
-_MOST_DIMS = 64  # of an array of numpy
+
+MOST_DIMS = 64
+"""Of an array of numpy."""
 
 Lengths = dict[str, int]  # fields of a tensor that hold data, and how many entries
 
@@ -119,8 +121,8 @@ def _unknown_type(tensor: TensorProto, _: Lengths) -> str | None:
 
 
 def _bad_dims(tensor: TensorProto, _: Lengths) -> str | None:
-    if len(tensor.dims) > _MOST_DIMS:
-        return f"{len(tensor.dims)} dimensions, {_MOST_DIMS} are the most"
+    if len(tensor.dims) > MOST_DIMS:
+        return f"{len(tensor.dims)} dimensions, {MOST_DIMS} are the most"
     if any(dim < 0 for dim in tensor.dims):
         return f"negative dimension in {list(tensor.dims)}"
     if needed_bytes(tensor) > _MOST_BYTES:
