@@ -300,6 +300,15 @@ def test_a_folder_that_was_moved_away_and_never_replaced_comes_back(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_what_comes_back_is_looked_at_as_what_was_there(tmp_path):
+    moved = tmp_path / ".out.old-0123456789abcdef"
+    moved.mkdir()
+    (moved / "thesis").write_text("years")
+    with pytest.raises(UsageError, match="no build wrote: 'thesis'"), publish(tmp_path / "out") as stage:
+        put(stage)
+    assert (tmp_path / "out/thesis").read_text() == "years"
+
+
 # ---------------------------------------------------------------- F01, F02, F10
 
 
