@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 
 from qexport.errors import UsageError
-from qexport.exporter.build import choose_recipe
 from qexport.exporter.load import load_source
+from qexport.exporter.opening import choose_recipe
 from qexport.exporter.options import BuildOptions
 from qexport.exporter.product import run_recipe
 from qexport.exporter.recipe import load_recipe

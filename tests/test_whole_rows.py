@@ -16,6 +16,7 @@ from qexport.calibration.running.execute import open_model
 from qexport.calibration.running.whole_rows import read_whole_rows
 from qexport.errors import UsageError
 from qexport.exporter.options import BuildOptions
+from qexport.exporter.precision.lab import Question, open_lab
 from qexport.exporter.recipe import load_recipe, override
 
 
@@ -127,3 +128,5 @@ def test_a_decoder_that_appends_to_its_caches_is_to_be_exported_first(tmp_path):
     ir.save(model, tmp_path / "model.onnx")
     with pytest.raises(UsageError, match=r"appends to its caches.*qexport export"):
         qexport.build(tmp_path / "model.onnx", recipe="float32", options=BuildOptions(output=tmp_path / "out"))
+    with pytest.raises(UsageError, match=r"appends to its caches.*qexport export"):
+        open_lab(Question(tmp_path / "model.onnx", calib=tmp_path / "rows.npz"))

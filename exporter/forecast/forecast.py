@@ -11,13 +11,12 @@ from typing import Literal
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict, Field
 
-from qexport.exporter.admit import Limits
-from qexport.exporter.build import choose_recipe, refuse_appended, refuse_newer, refuse_quantized
 from qexport.exporter.engines.shapes import engine_shapes
 from qexport.exporter.forecast.pace import WORK, Amounts, Pace, measure_pace, stages
 from qexport.exporter.forecast.sizes import REPORT_BYTES, build_memory, cache_bytes, engine_bytes, file_bytes
 from qexport.exporter.forecast.standins import Rehearsal, rehearse
-from qexport.exporter.load import Source, load_source
+from qexport.exporter.load import Source
+from qexport.exporter.opening import builds_engine, choose_recipe, open_model
 from qexport.exporter.precision.lab import Question
 from qexport.exporter.proof.gates import check_judge
 from qexport.exporter.recipe import Recipe, needs
@@ -105,15 +104,11 @@ def forecast(question: Question) -> Forecast:
     """
     asked = question.options
     recipe = choose_recipe(question.recipe, asked)
-    target = find_target(recipe.export.target)
     start = time.perf_counter()
     with asked.progress.stage("load"):
-        source = load_source(question.model, Limits(allow_nonfinite=asked.allow_nonfinite), cached=recipe.export.cached)
-        refuse_appended(source)
-        refuse_quantized(source, recipe)
-        refuse_newer(source, target)
+        source = open_model(question.model, recipe, asked)
         samples = _samples(source, recipe, question)
-        if _builds_engine(recipe) and (recipe.export.profiles is not None or samples.calibration is not None):
+        if builds_engine(recipe) and (recipe.export.profiles is not None or samples.calibration is not None):
             engine_shapes(source.model, recipe, samples)  # what it refuses, a build does
     loading = time.perf_counter() - start
     with asked.progress.stage("recipe"), OneThread() as threads:
@@ -122,10 +117,6 @@ def forecast(question: Question) -> Forecast:
     with asked.progress.stage("pace"):
         pace = measure_pace(source.model, samples.proof, loading)
     return _told(question, recipe, source, samples, found, pace)
-
-
-def _builds_engine(recipe: Recipe) -> bool:
-    return find_target(recipe.export.target).engine is not None and recipe.export.engine
 
 
 def _samples(source: Source, recipe: Recipe, question: Question) -> Samples:
@@ -142,7 +133,7 @@ def _told(
     question: Question, recipe: Recipe, source: Source, samples: Samples, found: _Rehearsed, pace: Pace
 ) -> Forecast:
     target = find_target(recipe.export.target)
-    engine = _builds_engine(recipe)
+    engine = builds_engine(recipe)
     amounts = _amounts(recipe, source, samples, found)
     built = engine_bytes(amounts.bytes, amounts.nodes) if engine else None
     seconds = stages(pace, amounts, target, engine=engine)

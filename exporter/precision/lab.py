@@ -7,9 +7,8 @@ from pathlib import Path
 
 from qexport.calibration.reading.spec import input_specs, static_batch
 from qexport.errors import UsageError
-from qexport.exporter.admit import Limits
-from qexport.exporter.build import choose_recipe, refuse_newer, refuse_quantized
-from qexport.exporter.load import Source, load_source
+from qexport.exporter.load import Source
+from qexport.exporter.opening import choose_recipe, open_model
 from qexport.exporter.options import BuildOptions
 from qexport.exporter.precision.bench import BuildBench
 from qexport.exporter.precision.excerpt import Excerpt, take_excerpt
@@ -96,9 +95,7 @@ def open_lab(question: Question) -> Lab:
     recipe = without_thresholds(choose_recipe(question.recipe, asked))
     target = find_target(recipe.export.target)
     with asked.progress.stage("load"):
-        source = load_source(question.model, Limits(allow_nonfinite=asked.allow_nonfinite), cached=recipe.export.cached)
-        refuse_quantized(source, recipe)
-        refuse_newer(source, target)
+        source = open_model(question.model, recipe, asked)
         samples = open_samples(source, recipe, question.calib, question.evaluation)
     judge = samples.judge
     check_judge(samples, recipe.gates)
