@@ -1,7 +1,7 @@
 """Replay a receipt: the files are those that were written, and the same inputs give the same bytes again.
 
 Bytes follow from model, calibration data and recipe. What is taken back to float may follow from measured times, so
-the manifest names it, and a replay leaves those nodes in float from the start and measures nothing by which to choose.
+the manifest names it, and a replay leaves those nodes in float from the start; it judges and times nothing.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ import qexport
 from qexport.calibration.reading.given import Data, name_of
 from qexport.errors import DataInvalid, IntegrityError, ModelInvalid, UsageError
 from qexport.exporter.admit import Limits
-from qexport.exporter.build import build
-from qexport.exporter.load import COMPANIONS, ONNX_FILE, load_source
+from qexport.exporter.load import COMPANIONS, ONNX_FILE, Source, load_source
+from qexport.exporter.onnx_file import save_onnx
 from qexport.exporter.options import BuildOptions, Progress, Silent
 from qexport.exporter.outcome.receipt import MANIFEST, Given, ReplayInfo, processor, tool_versions
+from qexport.exporter.product import run_recipe
 from qexport.exporter.recipe import Recipe
-from qexport.exporter.samples import open_samples
+from qexport.exporter.samples import Samples, open_samples
 from qexport.runtime.backends.artefact import Artefact, open_artefact
-from qexport.safe_io import digest_file, open_beneath
+from qexport.safe_io import digest_file, open_beneath, publish
 
 REPLAYED = (ONNX_FILE, *COMPANIONS)
 """Files whose bytes follow from the inputs, with all whose names go on after a full stop (external data). The others
@@ -135,11 +136,9 @@ def verify(
     again = replay_recipe(recipe, info.keep)
     with stages.stage("inputs"):
         inputs, left_out = _find_inputs(info, Inputs(model, calib, eval))
-        _check_inputs(info, inputs, again)
-    with TemporaryDirectory(prefix="qexport-verify-") as scratch:
-        options = BuildOptions(output=Path(scratch) / "again", allow_nonfinite=info.allow_nonfinite, progress=stages)
-        built = build(inputs.model or "", recipe=again, calib=inputs.calib, eval=inputs.eval, options=options)
-    judged = tuple(_judge(intact, {name: record.digest for name, record in built.files.items()}))
+        source, samples = _open_inputs(info, inputs, again)
+    built = _build_again(source, samples, again, stages)
+    judged = tuple(_judge(intact, built))
     return Replayed(
         schema="qexport.verify/1",
         folder=str(folder),
@@ -278,8 +277,8 @@ def _name(data: Data) -> str:
     return str(data) or "a function of Python"
 
 
-def _check_inputs(info: ReplayInfo, inputs: Inputs, recipe: Recipe) -> None:
-    """Compare digests of what the inputs hold now; what cannot be read any more has changed."""
+def _open_inputs(info: ReplayInfo, inputs: Inputs, recipe: Recipe) -> tuple[Source, Samples]:
+    """Open them and compare digests of what they hold now; what cannot be read any more has changed."""
     reading = str(inputs.model)
     try:
         limits = Limits(allow_nonfinite=info.allow_nonfinite)
@@ -293,6 +292,18 @@ def _check_inputs(info: ReplayInfo, inputs: Inputs, recipe: Recipe) -> None:
         _demand(samples.calibration.digest, info.calib, reading)
     if samples.judge is not None and inputs.eval is not None:
         _demand(samples.judge.data.digest, info.eval, _name(inputs.eval))
+    return source, samples
+
+
+def _build_again(source: Source, samples: Samples, recipe: Recipe, stages: Progress) -> dict[str, str]:
+    """Run the recipe and write what follows from the inputs, in a folder for that alone; returns digests by name."""
+    product = run_recipe(source, recipe, samples, BuildOptions(progress=stages))
+    with TemporaryDirectory(prefix="qexport-verify-") as scratch, publish(Path(scratch) / "again") as stage:
+        with stages.stage("write"):
+            save_onnx(product.model, stage, ONNX_FILE)
+            for companion in source.companions:
+                stage.copy(companion, companion.name)
+        return {name: digest for name, (_, digest) in stage.files.items()}
 
 
 def _demand(digest: str, given: Given | None, where: str) -> None:

@@ -83,6 +83,14 @@ def test_a_signal_that_kills_the_child_is_told_with_what_it_did(name):
     assert "in work" in found.stdout.split("stack:")[1]
 
 
+def test_what_dies_when_all_was_done_is_not_said_to_have_published_nothing():
+    found = ended("import atexit\natexit.register(os.abort)")
+    assert found.returncode == 12
+    assert "NativeCrash" in found.stdout
+    assert "died by SIGABRT, when all was done" in found.stdout
+    assert "nothing was published" not in found.stdout
+
+
 def test_a_child_that_is_killed_from_outside_ran_out_of_memory_most_likely():
     found = ended("os.kill(os.getpid(), signal.SIGKILL)")
     assert found.returncode == 9

@@ -14,8 +14,9 @@ from helpers import call, exported
 import qexport
 from qexport.errors import IntegrityError, UnsafeInput, UsageError
 from qexport.exporter import replay
-from qexport.exporter.options import BuildOptions
+from qexport.exporter.options import BuildOptions, Silent
 from qexport.exporter.outcome.receipt import ReplayInfo
+from qexport.exporter.precision.bench import BuildBench
 from qexport.exporter.precision.costs import Cost
 from qexport.exporter.precision.recalled import RecallingBench
 from qexport.exporter.recipe import load_recipe, override
@@ -170,9 +171,28 @@ def test_a_model_that_does_not_come_from_these_inputs_differs_although_its_diges
 )
 def test_inputs_that_changed_are_told_before_the_work(room, monkeypatch, name, write):
     write(room / name)
-    monkeypatch.setattr(replay, "build", None)
+    monkeypatch.setattr(replay, "run_recipe", None)
     with pytest.raises(IntegrityError, match=f"{name}.*not what the build was given"):
         qexport.verify(room / "out")
+
+
+class Stages(Silent):
+    """Remembers what is done."""
+
+    def __init__(self):
+        self.names = []
+
+    def stage(self, name, total=None):
+        self.names.append(name)
+        return super().stage(name, total)
+
+
+def test_a_replay_judges_and_times_nothing(room, monkeypatch):
+    for name in ("judge", "time", "costs", "errors"):
+        monkeypatch.setattr(BuildBench, name, None)
+    stages = Stages()
+    assert qexport.verify(room / "out", progress=stages).same
+    assert stages.names == ["files", "inputs", "recipe", "write"]
 
 
 def test_inputs_that_have_moved_are_asked_for(room):

@@ -21,7 +21,7 @@ import click
 
 from qexport import __version__
 from qexport.cli.bundle import write_bundle
-from qexport.cli.supervise import Death, read_limits, supervise, told_stage
+from qexport.cli.supervise import Death, outcome_at, read_limits, supervise, told_stage
 from qexport.errors import NativeCrash, QexportError, ResourceExhausted, UsageError, printable
 from qexport.runtime.memory import return_freed_blocks
 
@@ -186,7 +186,7 @@ def _report_death(death: Death, arguments: list[str], flags: list[str]) -> int:
     """Tell what a signal did to the process that did the work."""
     failure = death.failure
     if failure is None:
-        return _report_end(_WORDS[death.code], death.code, as_json="--json" in flags)
+        return _report_end(_WORDS[death.code], death.code, outcome_at(death.stage), as_json="--json" in flags)
     if isinstance(failure, NativeCrash):
         bundle = write_bundle(arguments, death.stage, failure.what, death.stack)
         failure = NativeCrash(failure.what, where=failure.where, hint=f"report it{_and(bundle)}")
@@ -198,9 +198,9 @@ def _and(bundle: Path | None) -> str:
     return "" if bundle is None else f", with {bundle}"
 
 
-def _report_end(word: str, code: int, *, as_json: bool) -> int:
+def _report_end(word: str, code: int, outcome: str = outcome_at(""), *, as_json: bool) -> int:
     """Tell that a signal ended it, and return the exit code."""
-    what = f"{word}; nothing was published"
+    what = word + outcome
     if not (as_json and _told_as_json(word.capitalize(), code, {"what": what, "where": None, "hint": None})):
         _tell(what)
     return code

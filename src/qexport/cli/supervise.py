@@ -30,6 +30,7 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _FROM_TERMINAL = 0x80  # SI_KERNEL: the whole group of processes got it
 _SET_PARENT_DEATH_SIGNAL = 1
 _STAGE = 512  # bytes of a stage's name
+_LEAVING = "the end"  # a stage: all is done, and what is loaded is taken down
 _page: mmap.mmap | None = None  # of a child; what it writes there the parent reads
 
 
@@ -131,7 +132,10 @@ def supervise(work: Callable[[], int], limits: Limits) -> int | Death:
         _page = page
         _settle(parent, stack)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        return work()
+        code = work()
+        if code == 0:
+            tell_stage(_LEAVING)
+        return code
     watch = _Watch(child, limits, time.monotonic())
     try:
         code = watch.until_it_ends([*heard, signal.SIGCHLD])
@@ -215,18 +219,22 @@ class _Watch:
     def cause(self, number: int, stage: str) -> QexportError | None:
         """Why it died of a signal; ``None`` where it was asked to end."""
         where = f"stage {stage!r}" if stage else None
+        outcome = outcome_at(stage)
         if self._over is not None:
-            return ResourceExhausted(f"{self._over.what}; nothing was published", where=where, hint=self._over.hint)
+            return ResourceExhausted(self._over.what + outcome, where=where, hint=self._over.hint)
         if self._asked is not None and number in (signal.SIGKILL, self._asked):
             return None
         if number == signal.SIGKILL:
             what = f"killed, most likely because memory ran out: it took {_mebibytes(self._peak)}"
             hint = f"free memory, give it less at once, or set {MEMORY} below what the machine has"
-            return ResourceExhausted(f"{what}; nothing was published", where=where, hint=hint)
+            return ResourceExhausted(what + outcome, where=where, hint=hint)
         known = {entry.value: entry.name for entry in signal.Signals}
-        return NativeCrash(
-            f"native code died by {known.get(number, f'signal {number}')}; nothing was published", where=where
-        )
+        return NativeCrash(f"native code died by {known.get(number, f'signal {number}')}{outcome}", where=where)
+
+
+def outcome_at(stage: str) -> str:
+    """What a death at a stage means for what was to be published, in words that can be appended."""
+    return ", when all was done" if stage == _LEAVING else "; nothing was published"
 
 
 def _tree_bytes(root: int) -> int:

@@ -139,10 +139,9 @@ def publish(directory: str | os.PathLike[str], *, inputs: Iterable[str | os.Path
         with translated(directory):
             for folder in (*(Path(entry.path) for entry in os.scandir(stage) if entry.is_dir()), stage):
                 sync_folder(folder)
-            with locked_folder(target.parent):
-                _replace(stage, target)
+            with locked_folder(target.parent), _replaced(stage, target):
+                sync_folder(target.parent)
             made = []
-            sync_folder(target.parent)
     finally:
         _remove(stage)  # what failed, or the old content after the exchange
         if lock is not None:
@@ -247,22 +246,38 @@ def _alive(stage: Path) -> bool:
         os.close(fd)
 
 
-def _replace(stage: Path, target: Path) -> None:
-    """Rename, or exchange with what is there; without the system call, two renames that the next run can repair."""
+@contextmanager
+def _replaced(stage: Path, target: Path) -> Iterator[None]:
+    """Rename, or exchange with what is there; without the system call, two renames that the next run can repair.
+
+    All of it is undone when the block raises.
+    """
     if not target.exists():
-        reach("rename", target)
-        os.rename(stage, target)
-    elif not exchange(stage, target):
-        old = beside(target, "old")
-        reach("rename", old)
-        os.rename(target, old)
+        with _renamed(stage, target):
+            yield
+    elif exchange(stage, target):
         try:
-            reach("rename", target)
-            os.rename(stage, target)
+            yield
         except BaseException:
-            os.rename(old, target)
+            exchange(stage, target)
             raise
+    else:
+        old = beside(target, "old")
+        with _renamed(target, old), _renamed(stage, target):
+            yield
         _remove(old)
+
+
+@contextmanager
+def _renamed(one: Path, other: Path) -> Iterator[None]:
+    """Rename, and back when the block raises."""
+    reach("rename", other)
+    os.rename(one, other)
+    try:
+        yield
+    except BaseException:
+        os.rename(other, one)
+        raise
 
 
 def _remove(folder: Path) -> None:
