@@ -97,10 +97,7 @@ def main() -> None:
     """Measure and write the table."""
     sizes = [int(argument) for argument in sys.argv[1:]] or list(SIZES)
     rows = [row for size in sizes for row in measure_size(size)]
-    note = (
-        "The whole command, the start of the interpreter included. Other programs ran on the machine, so that the time "
-        "on the wall is longer than on one that is idle, where it is that of the processor."
-    )
+    note = "The whole command, the start of the interpreter included; one process, nothing else ran."
     report("huge_graph", rows, note)
 
 
