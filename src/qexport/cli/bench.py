@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
+from qexport.cli import flags
 from qexport.cli.accounts import shares
 from qexport.cli.common import make_console, make_table, print_json, shared_flags
 from qexport.errors import UsageError, printable
@@ -36,24 +37,18 @@ class Asked(TypedDict):
 
 
 @click.command()
-@click.argument("target", type=click.Path(path_type=Path))
-@click.option(
-    "--draft", type=click.Path(path_type=Path), metavar="DIR", help="A smaller decoder with the same tokenizer."
-)
-@click.option(
-    "--prompts", type=click.Path(path_type=Path), metavar="FILE", required=True, help="One prompt per line, or .jsonl."
-)
+@click.argument("target", type=flags.PATH)
+@click.option("--draft", type=flags.PATH, metavar="DIR", help="A smaller decoder with the same tokenizer.")
+@click.option("--prompts", type=flags.PATH, metavar="FILE", required=True, help="One prompt per line, or .jsonl.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Take the first N prompts.  [default: all]")
-@click.option("--max-tokens", type=int, default=128, show_default=True, metavar="N", help="Most tokens of an output.")
+@flags.max_tokens()
 @click.option("--speculate", metavar="WAYS", help="Tokens to look ahead.  [default: 1,2,3,4,6,8,auto]")
 @click.option("--rounds", type=int, default=1, show_default=True, metavar="R", help="How often each prompt is decoded.")
-@click.option(
-    "--temperature", type=float, default=0.0, show_default=True, metavar="T", help="0 takes the likeliest token."
-)
-@click.option("--threads", type=int, default=0, metavar="N", help="Threads; all processors when not given.")
-@click.option("--backend", metavar="NAME", help="ort-cpu, ort-cuda, tensorrt-rtx, tensorrt.  [default: what fits]")
-@click.option("--draft-backend", metavar="NAME", help="The same for the draft.  [default: what fits]")
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder for plots and numbers.")
+@flags.temperature()
+@flags.threads()
+@flags.backend()
+@flags.draft_backend()
+@flags.output(metavar="DIR", help="Folder for plots and numbers.")
 @shared_flags
 def bench(target: Path, **asked: Unpack[Asked]) -> None:
     """Measure TARGET with and without looking ahead.

@@ -7,8 +7,8 @@ from typing import TypedDict, Unpack
 
 import click
 
+from qexport.cli import flags
 from qexport.cli.common import default_cache, make_console, print_json, shared_flags
-from qexport.cli.completion import complete_recipe, complete_target
 from qexport.errors import UsageError
 
 
@@ -34,37 +34,14 @@ class Asked(TypedDict):
 @click.command()
 @click.argument("model", type=click.Path())
 @click.option("--int8", is_flag=True, help="The same as --recipe int8, which is what happens without either.")
-@click.option(
-    "--recipe",
-    metavar="FILE",
-    shell_complete=complete_recipe,
-    help="A recipe file, or the name of a shipped one (qexport recipe list).",
-)
-@click.option(
-    "--calib",
-    type=click.Path(),
-    metavar="DATA",
-    help="Calibration data: npz, npy, safetensors, jsonl, csv, txt, folder of images.",
-)
-@click.option(
-    "--eval", "evaluation", type=click.Path(), metavar="DATA", help="Held-out data, with labels where there is a task."
-)
-@click.option(
-    "--target",
-    metavar="NAME",
-    shell_complete=complete_target,
-    help="Backend: tensorrt-rtx, tensorrt, ort-cpu, ort-cuda.",
-)
+@flags.recipe(help="A recipe file, or the name of a shipped one (qexport recipe list).")
+@flags.calib(help="Calibration data: npz, npy, safetensors, jsonl, csv, txt, folder of images.")
+@flags.evaluation()
+@flags.target()
 @click.option("--set", "settings", multiple=True, metavar="STEP.OPTION=VALUE", help="Override one option; repeatable.")
 @click.option("--max-drop", type=float, metavar="POINTS", help="Fail when the task metric loses more than this.")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Folder of the result; MODEL-RECIPE here when not given.",
-)
-@click.option("--cache", type=click.Path(path_type=Path), metavar="DIR", help="Keep there what took long to find out.")
+@flags.output(metavar="DIR", help="Folder of the result; MODEL-RECIPE here when not given.")
+@click.option("--cache", type=flags.PATH, metavar="DIR", help="Keep there what took long to find out.")
 @click.option("--no-cache", is_flag=True, help="Neither read nor keep what took long to find out.")
 @click.option("--strict-cache", is_flag=True, help="Fail where the cache is damaged, instead of computing it again.")
 @click.option(

@@ -7,10 +7,10 @@ from typing import TypedDict, Unpack
 
 import click
 
+from qexport.cli import flags
 from qexport.cli.common import make_console, print_json, shared_flags
 from qexport.errors import GateFailed, UsageError, printable
 
-_PATH = click.Path(path_type=Path)
 _MOST = 1 << 20  # bytes of prompts
 
 
@@ -29,8 +29,8 @@ class Asked(TypedDict):
 
 
 @click.command()
-@click.argument("target", type=_PATH)
-@click.option("--draft", type=_PATH, metavar="DIR", help="The draft; without one, copies alone are certified.")
+@click.argument("target", type=flags.PATH)
+@click.option("--draft", type=flags.PATH, metavar="DIR", help="The draft; without one, copies alone are certified.")
 @click.option(
     "--samples", type=int, metavar="N", default=2000, show_default=True, help="Samples of each joint distribution."
 )
@@ -41,11 +41,11 @@ class Asked(TypedDict):
 @click.option(
     "--level", type=float, metavar="P", default=1e-3, show_default=True, help="Chance of a false alarm, in all."
 )
-@click.option("--prompts", type=_PATH, metavar="FILE", help="One prompt per line.  [default: eight of its own]")
-@click.option("--threads", type=int, metavar="N", default=0, help="Threads; all processors when not given.")
-@click.option("--backend", metavar="NAME", help="ort-cpu, ort-cuda, tensorrt-rtx, tensorrt.  [default: what fits]")
-@click.option("--draft-backend", metavar="NAME", help="The same for the draft.  [default: what fits]")
-@click.option("-o", "--output", type=_PATH, metavar="DIR", help="Folder for the certificate and the replay log.")
+@click.option("--prompts", type=flags.PATH, metavar="FILE", help="One prompt per line.  [default: eight of its own]")
+@flags.threads()
+@flags.backend()
+@flags.draft_backend()
+@flags.output(metavar="DIR", help="Folder for the certificate and the replay log.")
 @shared_flags
 def certify(
     target: Path,

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
+from qexport.cli import flags
 from qexport.cli.common import make_console, print_json, shared_flags
 from qexport.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from qexport.exporter.embed import Embedded
     from qexport.runtime.embedding.options import EmbedOptions
-
-_FILE = click.Path(path_type=Path)
 
 
 class Asked(TypedDict):
@@ -37,20 +36,20 @@ class Asked(TypedDict):
 
 
 @click.command()
-@click.argument("target", type=_FILE)
+@click.argument("target", type=flags.PATH)
 @click.option("--text", "given", multiple=True, metavar="TEXT", help="A text; may be given several times.")
 @click.option(
-    "--texts", type=_FILE, metavar="FILE", help="One text per line, or a column of .csv, .jsonl; - reads stdin."
+    "--texts", type=flags.PATH, metavar="FILE", help="One text per line, or a column of .csv, .jsonl; - reads stdin."
 )
 @click.option("--column", metavar="NAME", help="Of a table.  [default: text, sentence, or both of a pair]")
-@click.option("-o", "--output", type=_FILE, metavar="FILE", help="Where vectors go: .npy or .jsonl.  [default: stdout]")
+@flags.output(metavar="FILE", help="Where vectors go: .npy or .jsonl.  [default: stdout]")
 @click.option("--pooling", metavar="NAME", help="Of hidden states: mean, cls, max ...  [default: what the folder says]")
 @click.option("--max-tokens", type=int, metavar="N", help="Cut texts after so many.  [default: what the folder says]")
 @click.option("--too-long", metavar="WHAT", default="cut", show_default=True, help="Of longer texts: cut or refuse.")
 @click.option("--normalize/--no-normalize", default=True, show_default=True, help="Scale vectors to length one.")
 @click.option("--batch-tokens", type=int, metavar="N", help="Tokens of a batch at most.  [default: 512 a thread]")
-@click.option("--threads", type=int, metavar="N", default=0, help="Threads; all processors when not given.")
-@click.option("--backend", metavar="NAME", help="ort-cpu, ort-cuda, tensorrt-rtx, tensorrt.  [default: what fits]")
+@flags.threads()
+@flags.backend()
 @click.option("--stats", is_flag=True, help="Tell on stderr what it took.")
 @shared_flags
 def embed(target: Path, **asked: Unpack[Asked]) -> None:

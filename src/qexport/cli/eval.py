@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
+from qexport.cli import flags
 from qexport.cli.common import make_console, print_json, shared_flags
 from qexport.errors import printable
 
@@ -26,15 +27,15 @@ class Asked(TypedDict):
 
 
 @click.command("eval")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=flags.PATH)
 @click.option("--task", metavar="NAME", default="ppl", show_default=True, help="What to judge: ppl, the perplexity.")
-@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", required=True, help="Plain text in UTF-8.")
+@click.option("--text", type=flags.PATH, metavar="FILE", required=True, help="Plain text in UTF-8.")
 @click.option("--window", type=int, metavar="N", help="Tokens that the model sees at most.  [default: 1024 or fewer]")
 @click.option("--stride", type=int, metavar="N", help="Tokens between two windows.  [default: a window]")
 @click.option("--batch", type=int, metavar="N", default=1, show_default=True, help="Windows that are read together.")
 @click.option("--chunk", type=int, metavar="N", default=256, show_default=True, help="Tokens that are read at a time.")
 @click.option("--max-tokens", type=int, metavar="N", help="Take so many tokens from the front of the text.")
-@click.option("--threads", type=int, metavar="N", default=0, help="Threads; all processors when not given.")
+@flags.threads()
 @shared_flags
 def eval(model: Path, *, task: str, text: Path, as_json: bool, **asked: Unpack[Asked]) -> None:
     """Judge the decoder MODEL by a text.

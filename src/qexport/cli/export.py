@@ -7,6 +7,7 @@ from typing import TypedDict, Unpack
 
 import click
 
+from qexport.cli import flags
 from qexport.cli.common import make_console, print_json, shared_flags
 
 
@@ -24,12 +25,9 @@ class Asked(TypedDict):
     allow_pickle: bool
 
 
-_FILE = click.Path(path_type=Path)
-
-
 @click.command()
 @click.argument("source", type=click.Path())
-@click.option("-o", "--output", type=_FILE, metavar="DIR", required=True, help="Folder of the result.")
+@flags.output(metavar="DIR", required=True, help="Folder of the result.")
 @click.option("--dtype", metavar="TYPE", help="float32, float16 or bfloat16; float32 for folders when not given.")
 @click.option(
     "--task", metavar="NAME", help="The head, such as embedding or classification; the saved one if not given."
@@ -38,10 +36,10 @@ _FILE = click.Path(path_type=Path)
 @click.option(
     "--input", "inputs", multiple=True, metavar="SPEC", help="An input of a torch module: x:float32[batch,3,32,32]."
 )
-@click.option("--data", type=_FILE, metavar="FILE", help="Real inputs to verify on.")
-@click.option("--text", type=_FILE, metavar="FILE", help="Real text to verify on.")
+@click.option("--data", type=flags.PATH, metavar="FILE", help="Real inputs to verify on.")
+@click.option("--text", type=flags.PATH, metavar="FILE", help="Real text to verify on.")
 @click.option("--layout", metavar="NAME", default="cached", show_default=True, help="Of decoders: cached, scoring.")
-@click.option("--python", type=_FILE, metavar="FILE", help="For --via optimum: the interpreter that has it.")
+@click.option("--python", type=flags.PATH, metavar="FILE", help="For --via optimum: the interpreter that has it.")
 @click.option("--allow-pickle", is_flag=True, help="Read checkpoints that are pickles, as numbers alone.")
 @shared_flags
 def export(source: str, *, output: Path, as_json: bool, **asked: Unpack[Asked]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
+from qexport.cli import flags
 from qexport.cli.common import make_console, print_json, shared_flags
 from qexport.errors import UsageError
 
@@ -49,23 +50,24 @@ class Asked(TypedDict):
     as_json: bool
 
 
-_PATH = click.Path(path_type=Path)
-
-
 @click.command()
-@click.argument("target", type=_PATH)
-@click.option("--draft", type=_PATH, metavar="DIR", help="A smaller decoder with the same tokenizer, to look ahead.")
+@click.argument("target", type=flags.PATH)
+@click.option(
+    "--draft", type=flags.PATH, metavar="DIR", help="A smaller decoder with the same tokenizer, to look ahead."
+)
 @click.option("--prompt", multiple=True, metavar="TEXT", help="What to continue; may be given several times.")
 @click.option(
     "--prompts", type=click.Path(), metavar="FILE", help="One prompt per line, or .jsonl; - reads lines from stdin."
 )
 @click.option(
-    "--reference", type=_PATH, multiple=True, metavar="FILE", help="A text that outputs may copy from; also several."
+    "--reference",
+    type=flags.PATH,
+    multiple=True,
+    metavar="FILE",
+    help="A text that outputs may copy from; also several.",
 )
-@click.option("--max-tokens", type=int, default=128, show_default=True, metavar="N", help="Most tokens of an output.")
-@click.option(
-    "--temperature", type=float, default=0.0, show_default=True, metavar="T", help="0 takes the likeliest token."
-)
+@flags.max_tokens()
+@flags.temperature()
 @click.option("--top-k", type=int, default=0, metavar="K", help="Draw from the K likeliest tokens.  [default: all]")
 @click.option(
     "--top-p", type=float, default=1.0, metavar="P", help="Draw from the likeliest with P together.  [default: 1.0]"
@@ -83,9 +85,9 @@ _PATH = click.Path(path_type=Path)
 @click.option("--lookup/--no-lookup", default=True, help="Copy from prompt, output, references.  [default: lookup]")
 @click.option("--rule", default="rejection", show_default=True, metavar="NAME", help="equality: draw as without draft.")
 @click.option("--batch", type=int, default=8, show_default=True, metavar="N", help="Prompts that are decoded together.")
-@click.option("--threads", type=int, default=0, metavar="N", help="Threads; all processors when not given.")
-@click.option("--backend", metavar="NAME", help="ort-cpu, ort-cuda, tensorrt-rtx, tensorrt.  [default: what fits]")
-@click.option("--draft-backend", metavar="NAME", help="The same for the draft.  [default: what fits]")
+@flags.threads()
+@flags.backend()
+@flags.draft_backend()
 @click.option("--stats", is_flag=True, help="Tell what it took, and what plain decoding takes.")
 @shared_flags
 def generate(target: Path, **asked: Unpack[Asked]) -> None:

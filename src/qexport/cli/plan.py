@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
+from qexport.cli import flags
 from qexport.cli.common import default_cache, make_console, make_table, print_json, shared_flags
-from qexport.cli.completion import complete_recipe, complete_target
 from qexport.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,34 +34,14 @@ class Asked(TypedDict):
 
 @click.command()
 @click.argument("model", type=click.Path())
-@click.option("--calib", type=click.Path(), metavar="DATA", help="Calibration data, as for build.")
-@click.option(
-    "--eval", "evaluation", type=click.Path(), metavar="DATA", help="Held-out data, with labels for --max-drop."
-)
+@flags.calib()
+@flags.evaluation(help="Held-out data, with labels for --max-drop.")
 @click.option("--max-drop", type=float, metavar="POINTS", help="How much of the task metric may be lost.")
 @click.option("--min-cosine", type=float, metavar="COSINE", help="How close outputs must stay, without labels.")
-@click.option(
-    "--recipe",
-    metavar="FILE",
-    shell_complete=complete_recipe,
-    default="int8",
-    show_default=True,
-    help="The recipe to extend.",
-)
-@click.option(
-    "--target",
-    metavar="NAME",
-    shell_complete=complete_target,
-    help="Backend: tensorrt-rtx, tensorrt, ort-cpu, ort-cuda.",
-)
+@flags.recipe(default="int8", show_default=True, help="The recipe to extend.")
+@flags.target()
 @click.option("--samples", type=int, default=64, show_default=True, help="How many samples layers are measured on.")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Where the recipe of a budget goes; plan.toml when not given.",
-)
+@flags.output(metavar="FILE", help="Where the recipe of a budget goes; plan.toml when not given.")
 @shared_flags
 def plan(model: str, **asked: Unpack[Asked]) -> None:
     """Tell what a build of MODEL would do, or choose what stays in float.

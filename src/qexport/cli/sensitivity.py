@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
+from qexport.cli import flags
 from qexport.cli.common import default_cache, make_console, make_table, print_json, shared_flags
-from qexport.cli.completion import complete_recipe, complete_target
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,26 +31,12 @@ class Asked(TypedDict):
 
 @click.command()
 @click.argument("model", type=click.Path())
-@click.option("--calib", type=click.Path(), metavar="DATA", required=True, help="Calibration data, as for build.")
-@click.option(
-    "--eval", "evaluation", type=click.Path(), metavar="DATA", help="Held-out data, with labels where there is a task."
-)
-@click.option(
-    "--recipe",
-    metavar="FILE",
-    shell_complete=complete_recipe,
-    default="int8",
-    show_default=True,
-    help="A recipe that quantizes.",
-)
-@click.option(
-    "--target",
-    metavar="NAME",
-    shell_complete=complete_target,
-    help="Backend: tensorrt-rtx, tensorrt, ort-cpu, ort-cuda.",
-)
+@flags.calib(required=True)
+@flags.evaluation()
+@flags.recipe(default="int8", show_default=True, help="A recipe that quantizes.")
+@flags.target()
 @click.option("--samples", type=int, default=64, show_default=True, help="How many samples to measure on.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder for plots and JSON.")
+@flags.output(metavar="DIR", help="Folder for plots and JSON.")
 @shared_flags
 def sensitivity(model: str, **asked: Unpack[Asked]) -> None:
     """Tell which parts of MODEL lose what in 8 bits.
