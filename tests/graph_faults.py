@@ -71,6 +71,8 @@ FAULTS: dict[str, tuple[int, Fault]] = {
     "reads itself": (3, lambda m: m.graph.node[-1].input.__setitem__(0, m.graph.node[-1].output[0])),
     "writes twice": (3, lambda m: m.graph.node.append(m.graph.node[0])),
     "writes the input": (3, lambda m: m.graph.node.add(op_type="Relu", input=["x"], output=["x"])),
+    "an attribute without a name": (3, lambda m: m.graph.node[0].attribute.add(name="", type=2, i=1)),
+    "an attribute of no type": (3, lambda m: m.graph.node[0].attribute.add(name="__note", i=1)),
     "unknown operator": (3, lambda m: setattr(m.graph.node[0], "op_type", "Rleu")),
     "foreign domain": (6, lambda m: setattr(m.graph.node[0], "domain", "acme")),
     "opset of the future": (3, lambda m: setattr(m.opset_import[0], "version", 999)),

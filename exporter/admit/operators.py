@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -12,6 +13,7 @@ from qexport.exporter.admit.functions import Key, known
 from qexport.exporter.admit.subject import Body, Subject, place, quoted, standard
 
 STANDARD_DOMAINS = frozenset({"", "ai.onnx.ml", "ai.onnx.preview", "ai.onnx.preview.training", "ai.onnx.training"})
+_KINDS = frozenset(onnx.AttributeProto.AttributeType.values()) - {onnx.AttributeProto.UNDEFINED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,8 @@ def check_operators(subject: Subject) -> None:
     functions = known(subject)
     shapes: dict[tuple[str, str, int], Shape] = {}
     for _, body in subject.running():
+        if isinstance(body.proto, onnx.FunctionProto):
+            _demand(_ill_formed(body.proto.attribute_proto), body.where)
         for node in body.proto.node:
             _check_node(node, body, subject, functions, shapes)
 
@@ -85,6 +89,7 @@ def _check_node(
     functions: dict[Key, int],
     shapes: dict[tuple[str, str, int], Shape],
 ) -> None:
+    _demand(_ill_formed(node.attribute), _where(body, node))
     domain = standard(node.domain)
     local = (domain, node.op_type, node.overload) in functions
     if not local and domain not in STANDARD_DOMAINS | subject.limits.domains:
@@ -101,9 +106,12 @@ def _check_node(
     key = (domain, node.op_type, version)
     if key not in shapes:
         shapes[key] = _shape(node, version, _where(body, node))
-    complaint = _misuse(node, shapes[key])
+    _demand(_misuse(node, shapes[key]), _where(body, node))
+
+
+def _demand(complaint: str | None, where: str) -> None:
     if complaint:
-        raise ModelInvalid(complaint, where=_where(body, node))
+        raise ModelInvalid(complaint, where=where)
 
 
 def _where(body: Body, node: onnx.NodeProto) -> str:
@@ -126,16 +134,24 @@ def _shape(node: onnx.NodeProto, version: int, where: str) -> Shape:
     return Shape.of(schema)
 
 
+def _ill_formed(attributes: Sequence[onnx.AttributeProto]) -> str | None:
+    """What is wrong with attributes, whatever the operator."""
+    names = {attribute.name for attribute in attributes}
+    if len(names) != len(attributes):
+        return "has an attribute twice"
+    if "" in names:
+        return "has an attribute without a name"
+    odd = next((attribute for attribute in attributes if attribute.type not in _KINDS), None)
+    return None if odd is None else f"attribute {quoted(odd.name)} has the unknown type {odd.type}"
+
+
 def _misuse(node: onnx.NodeProto, shape: Shape) -> str | None:
     """What is wrong with a node, or ``None``; attributes that start with ``__`` are private notes."""
     if len(node.input) not in shape.inputs:
         return f"has {len(node.input)} inputs, expected {_span(shape.inputs)}"
     if len(node.output) not in shape.outputs:
         return f"has {len(node.output)} outputs, expected {_span(shape.outputs)}"
-    names = {attribute.name for attribute in node.attribute}
-    if len(names) != len(node.attribute):
-        return "has an attribute twice"
-    missing = shape.required - names
+    missing = shape.required - {attribute.name for attribute in node.attribute}
     if missing:
         return f"lacks the attribute {min(missing)!r}"
     for attribute in node.attribute:
