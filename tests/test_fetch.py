@@ -16,7 +16,7 @@ from faults.server import COMMIT, FILES, LATER, WEIGHTS
 from helpers import call
 
 from qexport.errors import IntegrityError, ModelInvalid, ResourceExhausted, UnsafeInput, UsageError
-from qexport.exporter.hub import connection, download
+from qexport.exporter.hub import connection, download, patience
 from qexport.exporter.hub.connection import Hub, Meter
 from qexport.exporter.hub.fetch import fetch
 from qexport.exporter.hub.listing import Listed, choose, parse_name, read_listing
@@ -217,6 +217,44 @@ def test_nobody_at_the_other_end_is_told_after_three_tries(tmp_path):
     with pytest.raises(ResourceExhausted, match=r"cannot be asked.*refused"):
         fetch("a/b", tmp_path / "out", Hub("http://127.0.0.1:1"))
     assert os.listdir(tmp_path) == []
+
+
+def test_a_server_is_left_alone_for_as_long_as_it_asks(tmp_path, hub, monkeypatch):
+    slept = []
+    monkeypatch.setattr(connection.time, "sleep", slept.append)
+    fetch("patient/overloaded_shortly", tmp_path / "out", hub)
+    assert slept == [7.0]
+    with pytest.raises(ResourceExhausted, match=r"answers 429, and wants to be left alone for 5 minutes.*what has arr"):
+        fetch("patient/overloaded_for_long", tmp_path / "long", hub)
+    assert slept == [7.0]
+    assert len(server.hub().model("patient/overloaded_for_long").ranges()) == 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, None),
+        ({"Retry-After": " 120 "}, 120.0),
+        ({"Retry-After": "Thu, 01 Jan 1970 00:01:40 GMT"}, 90.0),
+        ({"Retry-After": "Thu, 01 Jan 1970 00:01:40 -0000"}, 90.0),
+        ({"Retry-After": "Thu, 01 Jan 1970 00:00:01 GMT"}, 0.0),
+        ({"Retry-After": "-5"}, None),
+        ({"Retry-After": "soon"}, None),
+        ({"Retry-After": "1e9"}, None),
+        ({"Retry-After": "9" * 400}, None),
+        ({"RateLimit": '"api";r=0;t=55'}, 55.0),
+        ({"RateLimit": '"api";r=3;t=55'}, None),
+        ({"RateLimit": '"pages";r=9;t=200, "api"; r=0; t=55'}, 55.0),
+    ],
+    ids=str,
+)
+def test_how_long_a_server_wants_to_be_left_alone(monkeypatch, headers, seconds):
+    monkeypatch.setattr(patience.time, "time", lambda: 10.0)
+    assert patience.asked_pause(headers) == seconds
+
+
+def test_pauses_are_told_in_words():
+    assert [patience.words(each) for each in (7, 300, 86400)] == ["7 s", "5 minutes", "24 hours"]
 
 
 def test_slowness_is_bytes_by_seconds_over_a_while(monkeypatch):

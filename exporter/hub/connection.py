@@ -29,13 +29,14 @@ from urllib.request import (
 )
 
 from qexport.errors import IntegrityError, QexportError, ResourceExhausted, UsageError
+from qexport.exporter.hub.patience import LONGEST, asked_pause, words
 
 STALL = 30.0
 """Seconds without a byte after which a server is left."""
 SLOWEST = 1024
 """Bytes a second, over ``STALL`` seconds, below which it is left too."""
 PAUSES = (1.0, 4.0)
-"""Seconds before the second and the third try of what a server could not do."""
+"""Seconds before the second and the third try of what a server could not do, if it does not ask for more."""
 
 _MOST_JSON = 32 << 20
 _PIECE = 1 << 18
@@ -172,10 +173,11 @@ class Hub:
             try:
                 return Answer(self._open(address, start), address, meter or Meter())
             except _AgainError as error:
-                if not pauses:
-                    what = f"the hub cannot be asked: {error}"
+                if not pauses or error.pause > LONGEST:
+                    later = f", and wants to be left alone for {words(error.pause)}" if error.pause else ""
+                    what = f"the hub cannot be asked: {error}{later}"
                     raise ResourceExhausted(what, where=address, hint=_AGAIN) from error
-                time.sleep(pauses.pop(0))
+                time.sleep(max(pauses.pop(0), error.pause))
 
     def sign(self, request: Request) -> None:
         """Add the token where the request goes to the hub itself."""
@@ -190,14 +192,18 @@ class Hub:
             response: HTTPResponse = self._opener.open(request, timeout=STALL)
         except HTTPError as error:
             with error:
-                raise _refused(error.code, address) from error
+                raise _refused(error.code, address, asked_pause(error.headers) or 0.0) from error
         except (OSError, HTTPException, ValueError) as error:
             raise _failed(error, address) from error
         return response
 
 
 class _AgainError(Exception):
-    """What may work a moment later."""
+    """What may work a moment later, or after the ``pause`` in seconds that the server has asked for."""
+
+    def __init__(self, what: str, pause: float = 0.0) -> None:
+        super().__init__(what)
+        self.pause = pause
 
 
 class _Redirects(HTTPRedirectHandler):
@@ -252,10 +258,10 @@ def _start(response: HTTPResponse) -> int:
     return int(first) if first.isascii() and first.isdecimal() else -1
 
 
-def _refused(code: int, where: str) -> Exception:
+def _refused(code: int, where: str, pause: float) -> Exception:
     """What an answer of 300 and more means."""
     if code == _OVERLOADED or code >= 500:
-        return _AgainError(f"it answers {code}")
+        return _AgainError(f"it answers {code}", pause)
     if code < 400:
         return _astray("the server leads in a circle, or to what is no https:// address", where)
     told: Mapping[int, tuple[str, str]] = {

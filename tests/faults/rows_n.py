@@ -93,6 +93,7 @@ REFUSED = [
     case("N01", "stalled", 9, "too slow: nothing has come", after=goes_on),
     case("N01", "trickle", 9, "too slow: it sends"),
     case("N01", "failing_always", 9, "it answers 503"),
+    case("N01", "overloaded_for_long", 9, "it answers 429, and wants to be left alone for 5 minutes"),
     case("N01", "cut_always", 11, "it ends after 0 bytes"),
     case("N01", "short", 11, f"it ends after {len(WEIGHTS) - 100} bytes"),
     case("N01", "long", 11, f"it goes on after {len(WEIGHTS)} bytes"),

@@ -9,11 +9,12 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import MappingProxyType
 
 from qexport.exporter.hub import connection, download
 
@@ -133,9 +134,19 @@ def send(ask: Handler, content: bytes, count: int, *, announced: int | None = No
     ask.wfile.write(content[start:])
 
 
-def fail(code: int, times: int) -> Callable[[Handler, bytes, int], None]:
+def fail(code: int, times: int, headers: Mapping[str, str] = MappingProxyType({})) -> Callable[..., None]:
     """Answer with a code so many times."""
-    return lambda ask, content, count: ask.send_error(code) if count <= times else send(ask, content, count)
+
+    def act(ask: Handler, content: bytes, count: int) -> None:
+        if count > times:
+            send(ask, content, count)
+            return
+        ask.send_response(code)
+        for name, value in {"Content-Length": "0", **headers}.items():
+            ask.send_header(name, value)
+        ask.end_headers()
+
+    return act
 
 
 def lead(to: Callable[[Handler], str]) -> Callable[[Handler, bytes, int], None]:
@@ -195,6 +206,8 @@ BEHAVIOURS: dict[str, Callable[[Handler, bytes, int], None]] = {
     "failing": fail(500, 2),
     "failing_always": fail(503, 99),
     "overloaded": fail(429, 2),
+    "overloaded_shortly": fail(429, 1, {"Retry-After": "7"}),
+    "overloaded_for_long": fail(429, 99, {"Retry-After": "300"}),
     "missing": fail(404, 99),
     "damaged": lambda a, c, n: send(a, flipped(c), n),
     "damaged_once": lambda a, c, n: send(a, flipped(c) if n == 1 else c, n),
