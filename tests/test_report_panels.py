@@ -15,9 +15,9 @@ from report_trees import make_result, tiny
 
 from qexport.calibration.running.execute import open_model
 from qexport.exporter.looking.element_types import element_types
-from qexport.exporter.outcome.result import DecisionInfo, SampleQuality, Tried
+from qexport.exporter.outcome.result import DecisionInfo, SampleQuality, TaskScore, Tried
 from qexport.exporter.precision.costs import attribute, flops
-from qexport.exporter.precision.tried import Remembering
+from qexport.exporter.precision.tried import Remembering, loss_of
 from qexport.exporter.proof.quality import layer_quality
 from qexport.exporter.recipe import GatesSpec
 from qexport.exporter.report import roofline
@@ -235,7 +235,7 @@ def test_points_hold_float_the_tries_and_the_result_and_tell_who_is_beaten():
     found = points(result, report.nodes, 23_900_000)
     float_, tried, chosen = (point for point in found if point.measured)
     assert (float_.label, float_.loss, float_.ms, float_.bytes) == ("float", 0.0, 10.0, 90_900_000)
-    assert (tried.kept, tried.bytes, tried.fits) == (0, 23_100_000, False)
+    assert (tried.label, tried.bytes, tried.fits) == ("1 in float", 23_100_000, False)
     assert (chosen.chosen, chosen.loss, chosen.ms) == (True, 0.32, 5.0)
     assert all(point.pareto for point in (float_, tried, chosen))
     slower = result.model_copy(update={"tried": (result.tried[0].model_copy(update={"ms": 6.0, "bytes": 10**9}),)})
@@ -243,7 +243,34 @@ def test_points_hold_float_the_tries_and_the_result_and_tell_who_is_beaten():
     assert points(result.model_copy(update={"quality": None}), report.nodes, 0) == ()
 
 
-def test_estimates_fall_with_the_errors_that_are_left_and_have_exact_sizes():
+def test_what_stayed_in_float_from_the_start_counts_in_everything_that_was_tried():
+    result, report = tiny()
+    states = ("quantized", "kept", "kept", "backed off", "float")
+    nodes = tuple(replace(report.nodes[0], name=str(i), state=state) for i, state in enumerate(states))
+    found = {point.label: point.kept for point in points(result, nodes, 0) if point.measured}
+    assert found == {"float": 4, "2 in float": 2, "result": 3}
+
+
+def test_a_loss_is_in_points_where_more_is_better_and_in_the_metric_where_less_is():
+    result, report = tiny()
+    rise = TaskScore(name="perplexity", better="lower", reference=6.0, result=7.0, drop=1.0)
+    quality = result.quality.model_copy(update={"task": rise})
+    assert loss_of(result.quality) == (0.32, "points")
+    assert loss_of(quality) == (1.0, "perplexity")
+    assert loss_of(quality.model_copy(update={"task": None})) == (pytest.approx(1 - 0.98512), "1 - cosine")
+    found = points(result.model_copy(update={"quality": quality, "tried": ()}), report.nodes, 0)
+    assert {point.unit for point in found} == {"perplexity"}
+
+
+def test_estimates_of_a_result_in_half_precision_have_its_sizes():
+    result, report = tiny()
+    row = replace(report.nodes[0], error=0.1)
+    rest = replace(row, name="rest", state="float", bytes_before=4000, bytes_after=2000, error=None)
+    last = points(result, (row, rest), 0)[-1]
+    assert (last.measured, last.bytes - result.bytes_after) == (False, 589_824 // 2 - 148_992)
+
+
+def test_estimates_fall_with_the_errors_that_are_left_and_have_the_sizes_of_their_weights():
     result, report = tiny()
     row = report.nodes[0]
     nodes = tuple(replace(row, name=str(i), error=0.1 * (i + 1)) for i in range(4))

@@ -181,8 +181,9 @@ class BackedOff(_Record):
 class Tried(_Record):
     """A choice of layers that was built and judged on the way to the one that was published.
 
-    ``kept`` counts nodes that were back in float; ``loss`` is the task's drop in points where there is a task, else
-    1 - the mean cosine, as ``unit`` says; the time of one call is there where it was measured.
+    ``kept`` counts nodes that were back in float; ``loss`` is the task's drop where there is a task, else 1 - the mean
+    cosine, as ``unit`` says: "points", the name of a metric that is better where it is lower, or "1 - cosine". The time
+    of one call is there where it was measured.
     """
 
     kept: int

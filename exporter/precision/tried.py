@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qexport.exporter.precision.regions import Region
 
 POINTS, COSINE = "points", "1 - cosine"
-"""Units of a loss: of the task's metric, or how far the worst output's mean cosine is from 1."""
+"""Units of a loss: of a task's metric where higher is better, or how far the worst output's mean cosine is from 1."""
 
 
 @dataclass(slots=True)
@@ -84,7 +84,7 @@ def loss_of(quality: Quality | None) -> tuple[float | None, str]:
     if quality is None:
         return None, COSINE
     if quality.task is not None:
-        return quality.task.drop, POINTS
+        return quality.task.drop, POINTS if quality.task.better == "higher" else quality.task.name
     return max(0.0, 1 - quality.least_mean), COSINE
 
 

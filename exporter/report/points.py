@@ -25,14 +25,15 @@ def points(result: Result, nodes: Sequence[Node], constants: int) -> tuple[Point
         return ()
     latency = None if result.latency is None or result.latency.foreign else result.latency
     many = sum(node.state == "quantized" for node in nodes)
-    kept = sum(node.state in ("kept", "backed off") for node in nodes)
+    stayed = sum(node.state == "kept" for node in nodes)  # from the start, in everything that was tried
+    kept = stayed + sum(node.state == "backed off" for node in nodes)
     around = result.bytes_after - constants  # the graph itself
     found = [
         _point("float", many + kept, 0.0, unit, result.bytes_before),
         *(
             Point(
-                f"{t.kept} in float",
-                t.kept,
+                f"{stayed + t.kept} in float",
+                stayed + t.kept,
                 t.loss,
                 t.unit,
                 t.bytes + around,
@@ -63,16 +64,18 @@ def _point(label: str, kept: int, loss: float, unit: str, size: int) -> Point:
 def _estimates(result: Point, nodes: Sequence[Node]) -> Iterator[Point]:
     """What to expect of leaving more layers in float, the worst first: their errors hardly correlate, so they add up.
 
-    The loss is taken to fall with the sum of the errors that are left; sizes are exact.
+    The loss is taken to fall with the sum of the errors that are left. Weights are as large as in the float model, or
+    as much smaller as those are that the result has in float.
     """
     layers = sorted((n for n in nodes if n.state == "quantized" and n.error is not None), key=lambda n: -(n.error or 0))
     whole = sum(node.error or 0.0 for node in layers)
     if result.loss is None or result.loss <= 0 or whole <= 0:
         return
+    shrunk = _shrunk(nodes)
     counts = sorted({max(1, round(len(layers) * 2.0**-step)) for step in range(ESTIMATES)})
     for count in counts:
         left = sum(node.error or 0.0 for node in layers[count:])
-        more = sum(max(node.bytes_before - node.bytes_after, 0) for node in layers[:count])
+        more = sum(max(round(shrunk * node.bytes_before) - node.bytes_after, 0) for node in layers[:count])
         yield replace(
             result,
             label=f"{count} more in float",
@@ -84,6 +87,13 @@ def _estimates(result: Point, nodes: Sequence[Node]) -> Iterator[Point]:
             measured=False,
             chosen=False,
         )
+
+
+def _shrunk(nodes: Sequence[Node]) -> float:
+    """What is left of a byte of weights that stay in float: half of it where they are stored in half precision."""
+    rest = [node for node in nodes if node.state not in ("quantized", "gone")]
+    before = sum(node.bytes_before for node in rest)
+    return min(sum(node.bytes_after for node in rest) / before, 1.0) if before else 1.0
 
 
 def _is_best(point: Point, others: Sequence[Point]) -> bool:
