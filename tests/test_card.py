@@ -73,6 +73,9 @@ def test_a_card_of_an_engine_says_what_it_needs():
     )
     card = model_card(replace_record(result, target="tensorrt", engine=engine), report)
     assert "`engine.plan` needs tensorrt 10.9 and a GPU of compute capability 8.6." in card
+    anywhere = replace_record(engine, compute_capabilities=())
+    card = model_card(replace_record(result, target="tensorrt", engine=anywhere), report)
+    assert "`engine.plan` needs tensorrt 10.9 and a GPU that this release knows." in card
     assert front_matter(card)["library_name"] == "tensorrt"
 
 

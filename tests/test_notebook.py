@@ -53,6 +53,16 @@ def test_a_build_shows_its_verdict_and_its_numbers():
         assert told in words, told
 
 
+def test_a_build_that_grew_or_gained_is_not_said_to_be_smaller_or_to_have_lost():
+    result = tiny()[0]
+    task = replace_record(result.quality.task, result=82.13, drop=-0.1)
+    better = replace_record(result, quality=replace_record(result.quality, task=task), bytes_after=100_000_000)
+    words = checked(fragment(better))
+    assert "better by 0.10" in words
+    assert "LARGER" in words
+    assert "as large" in checked(fragment(replace_record(better, bytes_after=90_900_001)))
+
+
 def test_a_build_that_was_not_measured_shows_what_there_is():
     words = checked(fragment(replace_record(tiny()[0], quality=None, latency=None)))
     assert "unmeasured" in words

@@ -115,11 +115,50 @@ def test_every_panel_has_its_marks(page, name, marks):
 
 
 def test_marks_of_layers_and_of_the_roofline_are_links_to_their_rows(page):
-    for name, count in (("layers", 6), ("roofline", 2)):
+    for name, count in (("layers", 7), ("roofline", 2)):
         links = [a for t, a in Page(section(page, name)).elements if t == "a"]
         assert len(links) == count
         assert {a["href"] for a in links} <= {"#n0", "#n1"}
         assert all(a["data-node"] == a["href"][2:] for a in links)
+
+
+def test_a_layer_that_was_left_in_float_is_marked_so_although_it_was_rated(page):
+    told = [text for tag, text in Page(section(page, "layers")).texts if tag == "title"]
+    kept = [text for text in told if "output/MatMul" in text]
+    assert "/encoder/layer.0/output/MatMul: kept" in kept
+    assert any("dB alone, were it in few bits" in text for text in kept)
+    assert not any("were it" in text for text in told if "query" in text)
+
+
+def test_a_legend_tells_what_is_drawn_and_where_numbers_come_from():
+    result, report = tiny()
+    nodes = tuple(replace(node, sqnr_own=None, error=None) for node in report.nodes if node.state != "kept")
+    text = Page(section(render(result, replace(report, nodes=nodes)), "layers")).text()
+    assert "with the noise of all layers before it" in text
+    assert [words for words in ("this layer alone", "left in float") if words in text] == []
+    assert "with all before it on 16 evaluation samples" in text
+    short = replace_record(result, quality=replace_record(result.quality, samples=1))
+    assert "with all before it on 1 evaluation sample." in Page(section(render(short, report), "layers")).text()
+
+
+def test_cosines_that_are_all_alike_have_an_axis_that_ends_at_one():
+    result, report = tiny()
+    text = Page(section(render(result, replace(report, deciles=(1.0,) * 11)), "samples"))
+    ticks = [float(told) for tag, told in text.texts if tag == "text" and re.fullmatch(r"[01]\.?\d*", told)]
+    assert 0.999 in ticks
+    assert [tick for tick in ticks if 1 < tick < 10] == []
+
+
+def test_one_is_no_plural():
+    result, report = tiny()
+    source = replace_record(result.source, nodes=1, parameters=1)
+    report = replace(report, nodes=report.nodes[:1], weights=(replace(report.weights[0], channels=1),))
+    text = Page(render(replace_record(result, source=source), report)).text()
+    assert re.findall(r"(?<![\d.,])1 (?:nodes|parameters|channels|threads|samples|values)\b", text) == []
+
+
+def test_every_heading_of_a_table_says_what_it_heads(parsed):
+    assert [a for a in parsed.all("th") if a.get("scope") != "col"] == []
 
 
 def test_the_table_has_a_row_for_each_node_with_numbers_and_reason(page, parsed):

@@ -18,7 +18,7 @@ from qexport.exporter.outcome.result import (
     StepInfo,
     TaskScore,
 )
-from qexport.exporter.outcome.summary import MAX_LINES, human_bytes, summary_lines
+from qexport.exporter.outcome.summary import MAX_LINES, human_bytes, size_line, summary_lines
 from qexport.exporter.report.markdown import code, report_markdown, text
 
 DIGEST = "sha256:" + "0" * 64
@@ -103,6 +103,22 @@ def make_latency(speedup: float, low: float, high: float) -> Latency:
 
 def fact(result: Result, label: str) -> str:
     return next(line for line in summary_lines(result) if line.startswith(label))
+
+
+@pytest.mark.parametrize(
+    ("after", "told"),
+    [
+        (1000, "as large"),
+        (1009, "as large"),
+        (991, "as large"),
+        (1011, "LARGER"),
+        (970, "a little smaller"),
+        (500, "2.0x smaller"),
+    ],
+)
+def test_sizes_that_differ_by_less_than_a_hundredth_are_alike(after: int, told: str) -> None:
+    result = make_result().model_copy(update={"bytes_before": 1000, "bytes_after": after})
+    assert size_line(result).endswith(f"({told})")
 
 
 def test_the_summary_tells_sizes_counts_quality_speed_place_and_next_command() -> None:

@@ -202,6 +202,15 @@ def test_a_click_on_a_mark_leads_to_its_row_even_where_that_was_searched_away(br
         assert 0 <= page.evaluate(f"{row}.getBoundingClientRect().top") < page.evaluate("innerHeight")
 
 
+def test_the_same_mark_leads_to_its_row_a_second_time(browser, pages):
+    with browser.open(pages["tiny"]) as page:
+        page.click("#layers svg a[data-node]")
+        page.click("#search")
+        page.type("no such node")
+        page.click("#layers svg a[data-node]")
+        assert page.evaluate("document.querySelector('.nodes tr:target').checkVisibility()")
+
+
 def test_a_row_under_the_mouse_lights_its_marks_and_no_others(browser, pages):
     with browser.open(pages["tiny"]) as page:
         page.hover(".nodes tbody tr:first-child td:nth-child(2)")

@@ -10,6 +10,8 @@ from qexport.errors import printable
 from qexport.exporter.outcome.result import BackedOff, EngineInfo, Latency, Quality, Result, TaskScore
 
 MAX_LINES = 15
+ALIKE = 0.01
+"""Sizes closer than this share are alike."""
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -35,11 +37,18 @@ def counts(reasons: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda item: -item[1]))
 
 
+def growth(result: Result) -> int:
+    """1: larger than before, -1: smaller, 0: alike."""
+    before, after = result.bytes_before, result.bytes_after
+    return int(after > before * (1 + ALIKE)) - int(after < before * (1 - ALIKE))
+
+
 def size_line(result: Result) -> str:
     """Write both sizes and their ratio."""
     before, after = human_bytes(result.bytes_before), human_bytes(result.bytes_after)
-    ratio = result.bytes_before / result.bytes_after if result.bytes_after else 0.0
-    return f"{before} -> {after} ({ratio:.1f}x smaller)" if ratio >= 1 else f"{before} -> {after} (LARGER)"
+    ratio = result.bytes_before / max(result.bytes_after, 1)
+    change = {-1: f"{ratio:.1f}x smaller" if ratio >= 1.05 else "a little smaller", 0: "as large", 1: "LARGER"}
+    return f"{before} -> {after} ({change[growth(result)]})"
 
 
 def cut_line(result: Result) -> str:
@@ -90,6 +99,13 @@ LOSS = {"higher": "drop", "lower": "rise"}
 """What a loss is called, by the way a metric is better."""
 
 
+def task_change(task: TaskScore) -> str:
+    """Write what a task has lost, without its sign."""
+    if task.drop > 0:
+        return f"{LOSS[task.better]} {task.drop:.2f}"
+    return f"no {LOSS[task.better]}" if task.drop == 0 else f"better by {-task.drop:.2f}"
+
+
 def task_line(task: TaskScore) -> str:
     """Write the task metric before and after."""
     unchanged = "" if task.unchanged is None else f", {task.unchanged:.1%} of predictions unchanged"
@@ -107,7 +123,7 @@ def latency_line(latency: Latency) -> str:
     shapes = ", ".join("x".join(map(str, shape)) for shape in latency.shapes.values())
     return (
         f"{latency.reference_ms:.3g} ms -> {latency.result_ms:.3g} ms, {latency.speedup:.2f}x: {verdict} "
-        f"({latency.runtime}, {latency.threads} threads, {shapes})"
+        f"({latency.runtime}, {latency.threads} thread{'' if latency.threads == 1 else 's'}, {shapes})"
     )
 
 

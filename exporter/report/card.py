@@ -111,9 +111,10 @@ def _run(result: Result, report: Report) -> Iterator[str]:
         yield "`model.onnx` runs in onnxruntime without qexport as well."
         yield ""
     elif result.engine is not None:
-        where = ", ".join(result.engine.compute_capabilities) or "any that the builder's release knows"
+        asked = ", ".join(result.engine.compute_capabilities)
+        where = f"of compute capability {text(asked)}" if asked else "that this release knows"
         made = f"{text(result.engine.module)} {text(result.engine.version)}"
-        yield f"`engine.plan` needs {made} and a GPU of compute capability {text(where)}."
+        yield f"`engine.plan` needs {made} and a GPU {where}."
         yield ""
 
 

@@ -7,7 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from qexport.exporter.outcome.result import Result
-from qexport.exporter.outcome.summary import human_bytes
+from qexport.exporter.outcome.summary import growth, human_bytes, task_change
 from qexport.exporter.report.html.words import count, fixed, name, number
 from qexport.exporter.report.verdict import verdict
 
@@ -63,11 +63,12 @@ def _rows(result: Result) -> list[tuple[str, str, str, str]]:
     found = []
     quality, latency = result.quality, result.latency
     if quality is not None and (task := quality.task) is not None:
-        found.append((task.name, fixed(task.reference, 2), fixed(task.result, 2), f"{fixed(task.drop, 2)} lost"))
+        found.append((task.name, fixed(task.reference, 2), fixed(task.result, 2), task_change(task)))
     if quality is not None:
         found.append(("cosine, mean", "", fixed(quality.least_mean, 4), f"worst {fixed(quality.least, 4)}"))
     ratio = number(result.bytes_before / max(result.bytes_after, 1), 2)
-    found.append(("size", human_bytes(result.bytes_before), human_bytes(result.bytes_after), f"{ratio}× smaller"))
+    change = {-1: f"{ratio}× smaller", 0: "as large", 1: "LARGER"}[growth(result)]
+    found.append(("size", human_bytes(result.bytes_before), human_bytes(result.bytes_after), change))
     if latency is not None:
         note = (
             "not the target's speed" if latency.foreign else f"{latency.speedup_low:.2f} to {latency.speedup_high:.2f}×"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qexport.exporter.outcome.result import Latency, Quality, Result, TaskScore
-from qexport.exporter.outcome.summary import human_bytes
+from qexport.exporter.outcome.summary import growth, human_bytes
 from qexport.exporter.report.html.words import many
 from qexport.exporter.report.values import Verdict, Word
 
@@ -15,8 +15,6 @@ RISE = 0.01
 """The same as a share of the metric, where lower is better."""
 COSINE = 0.95
 """Least cosine of any sample to float where no gate says so."""
-ALIKE = 0.01
-"""Sizes closer than this share are alike."""
 
 
 def verdict(result: Result) -> Verdict:
@@ -53,12 +51,6 @@ def pace(latency: Latency | None) -> int | None:
     if latency is None or latency.foreign:
         return None
     return int(latency.speedup_low > 1) - int(latency.speedup_high < 1)
-
-
-def growth(result: Result) -> int:
-    """1: larger than before, -1: smaller, 0: alike."""
-    before, after = result.bytes_before, result.bytes_after
-    return int(after > before * (1 + ALIKE)) - int(after < before * (1 - ALIKE))
 
 
 def times(ratio: float) -> str:

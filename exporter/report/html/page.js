@@ -48,6 +48,7 @@
     const tally = document.getElementById("tally");
     const search = document.getElementById("search");
     const chips = all(".chip");
+    const many = (count) => `${count} node${count === 1 ? "" : "s"}`;
     document.querySelector(".tools").hidden = false;
 
     const filter = () => {
@@ -60,7 +61,7 @@
         row.hidden = !found;
         count += found;
       });
-      tally.textContent = count === rows.length ? `${rows.length} nodes` : `${count} of ${rows.length} nodes`;
+      tally.textContent = count === rows.length ? many(rows.length) : `${count} of ${many(rows.length)}`;
     };
     clear = () => {
       search.value = "";
@@ -100,5 +101,8 @@
   }
 
   addEventListener("hashchange", unfold);
+  document.addEventListener("click", (event) => { // the same link once more changes no hash
+    if (event.target.closest('a[href^="#"]')?.getAttribute("href") === location.hash) unfold();
+  });
   unfold();
 })();

@@ -21,6 +21,7 @@ from markupsafe import Markup
 from qexport.errors import printable
 from qexport.exporter.outcome.result import Result
 from qexport.exporter.outcome.summary import human_bytes
+from qexport.exporter.proof.quality import LAYER_SAMPLES
 from qexport.exporter.report.html import plots, plots_layers, table, words
 from qexport.exporter.report.html.shown import FULL, SMALLER, Caps, Shown, choose
 from qexport.exporter.report.html.tiles import tiles
@@ -103,6 +104,7 @@ def _environment() -> Environment:
         words.fixed,
         words.percent,
         words.count,
+        words.many,
         words.shape,
     )
     environment.filters.update({function.__name__: function for function in used} | {"bytes": human_bytes})
@@ -145,6 +147,7 @@ def _page(result: Result, report: Report, caps: Caps) -> str:
         "recipe": _recipe(result),
         "listed": LISTED,
         "at_once": AT_ONCE,
+        "layer_samples": LAYER_SAMPLES,
         "png": PNG,
     }
     return _environment().get_template("page.html.j2").render(values | _plots(result, report, shown, caps))

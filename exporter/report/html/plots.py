@@ -29,6 +29,7 @@ from qexport.exporter.report.html.words import fixed, middle, number, si
 from qexport.exporter.report.values import Dot, Point, Roofline
 
 WIDE, HALF, CARD, SPARK = 1200, 590, 400, 240  # widths of pictures
+FLAT = 1e-3  # least span of cosines, of which four digits are told
 
 
 def spark_steps(steps: Sequence[StepInfo]) -> Markup:
@@ -83,7 +84,7 @@ def plot_deciles(deciles: Sequence[float]) -> Markup:
     if len(deciles) < 2 or not all(map(math.isfinite, deciles)):
         return Markup("")
     x = Scale("linear", (0, 100), (58, CARD - 12))
-    y = covering(deciles, (150, 26))
+    y = covering([*deciles, max(deciles) - FLAT], (150, 26))
     shares = [100 * i / (len(deciles) - 1) for i in range(len(deciles))]
     places = [(x.at(share), y.at(value)) for share, value in zip(shares, deciles, strict=True)]
     marks = [axes(Axis(x, "samples that are worse, %", 5), Axis(y, "cosine", 5, _cosine)), line(places, "trace-a")]

@@ -58,7 +58,9 @@ def plot_sqnr(shown: Shown) -> Markup:
     together = [(x.at(i), y.at(n.sqnr)) for i, (_, n) in enumerate(layers) if n.sqnr is not None]
     marks.append(line(together, "trace-b"))
     marks += [_layer_marks(x.at(i), y, row, size) for i, row in enumerate(layers)]
-    return _sqnr_legend() + picture((WIDE, 280), "SQNR of each layer, in the order of the graph", marks)
+    return _sqnr_legend([node for _, node in layers]) + picture(
+        (WIDE, 280), "SQNR of each layer, in the order of the graph", marks
+    )
 
 
 def _rated(node: Node) -> bool:
@@ -73,25 +75,27 @@ def _layer_marks(x: float, y: Scale, row: Row, size: float) -> Markup:
     place, node = row
     name = middle(node.name, 80)
     marks = []
-    if not _rated(node):
+    if _left(node):
         marks.append(linked(dot(x, y.range[0] - 6, "hollow", "square", size * 0.8), place, f"{name}: {node.state}"))
     if node.sqnr is not None:
         title = f"{name}: {fixed(node.sqnr, 1)} dB with all before it"
         marks.append(linked(dot(x, y.at(node.sqnr), "b", "diamond", size * 0.9), place, title))
     if node.sqnr_own is not None:
-        title = f"{name}: {fixed(node.sqnr_own, 1)} dB alone"
+        would = ", were it in few bits" if _left(node) else ""
+        title = f"{name}: {fixed(node.sqnr_own, 1)} dB alone{would}"
         marks.append(linked(dot(x, y.at(node.sqnr_own), "a", "circle", size), place, title))
     return join(marks)
 
 
-def _sqnr_legend() -> Markup:
-    return legend(
-        (
-            (dot(7, 7, "a"), "this layer alone"),
-            (rule((0, 7), (14, 7), "trace-b") + dot(7, 7, "b", "diamond"), "with the noise of all layers before it"),
-            (dot(7, 7, "hollow", "square", 3.5), "left in float"),
-        )
+def _sqnr_legend(nodes: Sequence[Node]) -> Markup:
+    """What the marks mean that there are."""
+    together = rule((0, 7), (14, 7), "trace-b") + dot(7, 7, "b", "diamond")
+    entries = (
+        (any(n.sqnr_own is not None for n in nodes), dot(7, 7, "a"), "this layer alone"),
+        (any(n.sqnr is not None for n in nodes), together, "with the noise of all layers before it"),
+        (any(map(_left, nodes)), dot(7, 7, "hollow", "square", 3.5), "left in float"),
     )
+    return legend((mark, told) for drawn, mark, told in entries if drawn)
 
 
 def stage(name: str) -> tuple[str, str]:

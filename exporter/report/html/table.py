@@ -11,6 +11,7 @@ from qexport.exporter.report.html.shown import Shown
 from qexport.exporter.report.html.words import BLANK, fixed, name, number
 from qexport.exporter.report.values import Choice, Node
 
+PROFILED = "by the runtime's profile; blank where the runtime ran it as part of another one"
 GLYPHS = {"quantized": "●", "float": "○", "kept": "◆", "backed off": "◇", "gone": "×"}
 """A shape for each state, so that colour is never all that tells them apart."""
 DECISIVE = {"quantized", "skipped", "kept", "pruned"}
@@ -76,25 +77,33 @@ COLUMNS = (
         _weight_scale,
     ),
     Column("zero", "Zero point of the activation", lambda n: n.zero_point, lambda v: fixed(v, 0)),
-    Column("SQNR alone", "Signal over the noise of this layer alone, dB", lambda n: n.sqnr_own, lambda v: fixed(v, 1)),
     Column(
-        "SQNR", "Signal over the noise of this layer and all before it, dB", lambda n: n.sqnr, lambda v: fixed(v, 1)
+        "SQNR alone",
+        "Signal over the noise of this layer alone, on excerpts of the calibration data, dB",
+        lambda n: n.sqnr_own,
+        lambda v: fixed(v, 1),
+    ),
+    Column(
+        "SQNR",
+        "Signal over the noise of this layer and all before it, on a few evaluation samples, dB",
+        lambda n: n.sqnr,
+        lambda v: fixed(v, 1),
     ),
     Column(
         "error",
-        "Relative squared error of the model's output, this layer alone",
+        "Relative squared error of the model's output, this layer alone in few bits, on a few samples",
         lambda n: n.error,
         lambda v: number(v, 2),
     ),
     Column(
         "ms float",
-        "Milliseconds in the float model; blank where the runtime ran it as part of another one",
+        f"Milliseconds of one call in the float model, {PROFILED}",
         lambda n: n.ms_before or None,
         lambda v: fixed(v, 3),
     ),
     Column(
         "ms result",
-        "Milliseconds in the result; blank where the runtime ran it as part of another one",
+        f"Milliseconds of one call in the result, {PROFILED}",
         lambda n: n.ms_after or None,
         lambda v: fixed(v, 3),
     ),

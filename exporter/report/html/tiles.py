@@ -8,12 +8,12 @@ from typing import Literal
 
 from markupsafe import Markup
 
-from qexport.exporter.outcome.result import Latency, Quality, Result, TaskScore
-from qexport.exporter.outcome.summary import LOSS, cut_line, human_bytes
+from qexport.exporter.outcome.result import Latency, Quality, Result
+from qexport.exporter.outcome.summary import cut_line, growth, human_bytes, task_change
 from qexport.exporter.report.html.plots import spark_deciles, spark_size, spark_speed, spark_steps
 from qexport.exporter.report.html.words import count, fixed, many, number, shape
 from qexport.exporter.report.values import Report
-from qexport.exporter.report.verdict import broken, growth, pace
+from qexport.exporter.report.verdict import broken, pace
 
 Tone = Literal["good", "bad", "open"]
 TONES: dict[int, Tone] = {1: "good", 0: "open", -1: "bad"}
@@ -47,15 +47,8 @@ def _quality(result: Result, report: Report) -> Tile:
         change = f"worst sample {fixed(quality.least, 4)}{_gate(result.gates, 'min_worst_cosine', '≥')}"
         return Tile("Cosine to float, mean", "", fixed(quality.least_mean, 4), change, tone, spark, lines)
     before, after = fixed(task.reference, 2), fixed(task.result, 2)
-    return Tile(f"Quality: {task.name}", before, after, _change(task, result.gates), tone, spark, lines)
-
-
-def _change(task: TaskScore, gates: dict[str, float]) -> str:
-    if task.drop <= 0:
-        words = f"no {LOSS[task.better]}" if task.drop == 0 else f"better by {fixed(-task.drop, 2)}"
-    else:
-        words = f"{LOSS[task.better]} {fixed(task.drop, 2)}"
-    return words + _gate(gates, "max_drop", "≤")
+    change = task_change(task) + _gate(result.gates, "max_drop", "≤")
+    return Tile(f"Quality: {task.name}", before, after, change, tone, spark, lines)
 
 
 def _gate(gates: dict[str, float], name: str, sign: str) -> str:
@@ -83,7 +76,8 @@ def _size(result: Result) -> Tile:
         lines.append(f"{many(len(result.backed_off), 'region')} went back to float")
     if cut := cut_line(result):
         lines.append(cut)
-    lines.append(f"{count(result.source.parameters)} parameters in {count(result.source.nodes)} nodes")
+    lines.append(f"before: {many(result.source.parameters, 'parameter')} in {many(result.source.nodes, 'node')}")
+    lines += [f"engine.plan: {human_bytes(result.engine.bytes)}"] if result.engine is not None else []
     return Tile(
         "Size", human_bytes(before), human_bytes(after), change, TONES[-way], spark_size(before, after), tuple(lines)
     )
