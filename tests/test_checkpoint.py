@@ -17,7 +17,7 @@ from qexport.exporter.load import load_source
 from qexport.exporter.options import BuildOptions
 from qexport.exporter.product import requantize, run_recipe
 from qexport.exporter.recipe import load_recipe, override
-from qexport.exporter.resume import checkpoint, journal
+from qexport.exporter.resume import checkpoint, journal, shelf
 from qexport.exporter.resume.journal import open_journal
 from qexport.exporter.samples import open_samples
 from qexport.safe_io import Cache
@@ -120,8 +120,8 @@ def test_what_is_recalled_is_what_was_made_and_goes_on_alike(once, monkeypatch):
 def notes(product):
     """Every note with its type, where it is."""
     for model in (product.model, product.plain, *([product.snapshot.model] if product.snapshot else ())):
-        for number, holder in enumerate(checkpoint._holders(model)):
-            for key, note in checkpoint._notes(holder).items():
+        for number, holder in enumerate(shelf.holders(model)):
+            for key, note in shelf.notes_of(holder).items():
                 yield number, key, plain(note)
 
 
@@ -161,7 +161,7 @@ def test_with_a_note_that_nobody_knows_there_is_no_checkpoint(product, note):
 
 def test_what_would_not_come_back_as_it_is_has_no_checkpoint(product, monkeypatch):
     """As if reading lost a note."""
-    real = checkpoint._Reader.model
+    real = shelf.Reader.model
 
     def forgets(self, told):
         model = real(self, told)
@@ -170,7 +170,7 @@ def test_what_would_not_come_back_as_it_is_has_no_checkpoint(product, monkeypatc
 
     product.model.graph.inputs[0].meta["qexport.flag"] = True
     assert checkpoint.checkpoint(product) is not None
-    monkeypatch.setattr(checkpoint._Reader, "model", forgets)
+    monkeypatch.setattr(shelf.Reader, "model", forgets)
     assert checkpoint.checkpoint(product) is None
 
 
@@ -197,5 +197,5 @@ def test_a_checkpoint_that_says_something_else_is_told_and_the_recipe_run_again(
 
 
 def test_what_is_too_large_has_no_checkpoint(product, monkeypatch):
-    monkeypatch.setattr(checkpoint, "MOST", 1000)
+    monkeypatch.setattr(shelf, "MOST", 1000)
     assert checkpoint.checkpoint(product) is None
