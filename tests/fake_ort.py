@@ -86,7 +86,7 @@ class RunOptions:
 class InferenceSession:
     made = None
 
-    def __init__(self, source, settings, providers, disabled_optimizers):
+    def __init__(self, source, settings, providers, disabled_optimizers, enable_fallback):
         self.providers = providers
         self._inner = ort.InferenceSession(source, settings, providers=["CPUExecutionProvider"])
         self.recorded, self.released, self.runs = {}, [], []

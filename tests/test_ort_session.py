@@ -130,6 +130,20 @@ def test_an_input_that_is_missing_or_wrong_is_told(session):
         session.run({"a": A, "b": B.astype(np.float64)})
 
 
+def test_a_session_that_cannot_be_made_is_no_other_one_and_stdout_stays_empty(monkeypatch, capfd):
+    tries = []
+
+    def create(self, providers, *_):
+        tries.append(providers)
+        raise RuntimeError("no threads")
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "_create_inference_session", create)
+    with pytest.raises(BuildFailed, match="cannot load the model: no threads"):
+        OrtSession(SUM, ONE)
+    assert len(tries) == 1
+    assert capfd.readouterr().out == ""
+
+
 def test_a_session_runs_in_several_threads_at_once():
     session = OrtSession(SUM, ONE)
     with ThreadPoolExecutor(4) as pool:

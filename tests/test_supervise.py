@@ -21,6 +21,7 @@ HEAD = """
 import os, signal, sys, time
 import qexport.cli.supervise
 from qexport.cli.supervise import Death, Limits, supervise, tell_stage
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us in the background
 def tell(found):
     if isinstance(found, Death):
         words = "" if found.failure is None else f"{type(found.failure).__name__}: {found.failure}"

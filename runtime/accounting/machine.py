@@ -188,7 +188,7 @@ class HostMeter:
         ort = load_onnxruntime()
         settings = ort.SessionOptions()
         settings.intra_op_num_threads, settings.log_severity_level = self.threads, 4
-        session = ort.InferenceSession(data, settings, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(data, settings, providers=["CPUExecutionProvider"], enable_fallback=0)
         return lambda feeds: session.run(None, feeds)
 
 

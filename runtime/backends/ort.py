@@ -135,7 +135,13 @@ class OrtSession:
         source = model if isinstance(model, bytes) else str(model)
         providers = [_provider(name, chosen) for name in chosen.providers]
         try:
-            return ort.InferenceSession(source, settings, providers=providers, disabled_optimizers=disabled)
+            return ort.InferenceSession(
+                source,
+                settings,
+                providers=providers,
+                disabled_optimizers=disabled,
+                enable_fallback=0,  # else it says on stdout that it tries again, elsewhere and with other optimizers
+            )
         except Exception as error:
             raise failure(f"onnxruntime cannot load the model: {error}") from error
 

@@ -59,6 +59,12 @@ def killed(root: str) -> None:
     hooks_files.killed(root)
 
 
+def failing(root: str) -> None:
+    """An error of the disk as ``FAULT`` says, in such a build."""
+    all_counts(root)
+    hooks_files.failing(root)
+
+
 def tensorrt(root: str) -> None:
     """Let engines be built by a stand-in."""
     sys.path.insert(0, str(Path(__file__).parent / "modules"))

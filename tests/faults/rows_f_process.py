@@ -110,5 +110,7 @@ HANGS = [
 SPENT = [
     Case("F08_descriptors", building, 9, "open files|gives no more", hook="hooks_process:crowded"),
     Case("F08_threads", building, 9, "no more threads", quickly, hook="hooks_process:no_threads"),
-]
+    *(Case(f"F08_processes_{most}", building, 9, "[Tt]hread", quickly, limits={"uid": 65534, "NPROC": most})
+      for most in (0, 3)),
+]  # fmt: skip
 CASES = [*SIGNALS, *MEMORY, *DEATHS, *HANGS, *SPENT]

@@ -1,9 +1,10 @@
-"""F03, the whole of it: a build that keeps all it can, killed at every step it takes on every file, and run again."""
+"""F03 and F09, all of them: a build that keeps all it can, killed and failed at every step it takes on every file."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,6 +35,8 @@ POINTS = [
     ("rename", "out/a"),
     ("sync-folder", "out"),
 ]
+LAST = POINTS[-1]
+"""When this fails the artefact is there, and nobody knows whether it would be after a loss of power."""
 ALWAYS = {("rename", KEPT["recipe"]), ("create", KEPT["latency"]), ("fsync", "out/.a.stage-*/manifest.json")}
 """What is swept without ``--table`` too."""
 ENGINES = [("create", f"{BUILDS}/*engine-*"), ("rename", f"{BUILDS}/*engine-*"), ("adopt", "out/*/engine.plan")]
@@ -106,6 +109,43 @@ WHOLE = [Case("F03_sweep", lambda room: room.build(), 0, after=is_whole, hook="h
 SWEEP = [killed(*step, slow=step not in ALWAYS) for step in POINTS]
 
 
+def only_not_kept(room: Room, ended: Ended) -> None:
+    """The artefact is what it would have been, and there is a word about the cache."""
+    assert digests(room.artefact) == undisturbed_elsewhere(room)
+    assert any("cache" in warning for warning in result(room.artefact)["warnings"])
+
+
+def undisturbed_elsewhere(room: Room) -> dict[str, str]:
+    """The same as ``undisturbed``, with the artefact left as it is."""
+    room.artefact.rename(room.tmp / "kept")
+    wanted = undisturbed(room, ())
+    if room.artefact.exists():
+        shutil.rmtree(room.artefact)
+    (room.tmp / "kept").rename(room.artefact)
+    return wanted
+
+
+def nothing_new(room: Room, ended: Ended) -> None:
+    """No artefact, and no stage that another one would have to remove."""
+    assert list(room.out.iterdir()) == []
+
+
+def failed(point: str, pattern: str) -> Case:
+    """A build for which a step fails: a cache it can do without."""
+    of_cache = pattern.startswith("cache")
+    where = re.sub(r"[/.]+", "_", pattern.replace("*", "x")).strip("_")
+    return Case(
+        f"F09_sweep_{point}_{where}",
+        lambda room: room.build(),
+        0 if of_cache else 9,
+        "" if of_cache else "input/output error",
+        after=only_not_kept if of_cache else None if (point, pattern) == LAST else nothing_new,
+        hook="hooks_build:failing",
+        env={"FAULT": f"{point} {pattern}"},
+        slow=True,
+    )
+
+
 def decides_alike(room: Room, ended: Ended) -> None:
     """Layers are chosen by measured times: the next run has those of the killed one, and so the same bytes."""
     (dead,) = room.out.glob(".a.stage-*")
@@ -135,4 +175,5 @@ BY_TIMES = [
     for point in ("create", "fsync")
 ]
 WITH_ENGINE = [killed(*step, *RTX) for step in ENGINES if find_spec("tensorrt_rtx")]
-CASES = [*WHOLE, *SWEEP, *BY_TIMES, *WITH_ENGINE]
+FAILED = [failed(*step) for step in POINTS if step[0] != "lock"]  # K06: without locks it goes on
+CASES = [*WHOLE, *SWEEP, *BY_TIMES, *WITH_ENGINE, *FAILED]

@@ -53,6 +53,7 @@ def serve(channel: socket.socket) -> None:
         if not found.name.endswith("__main__"):
             with suppress(ImportError):  # what needs packages that are not there
                 importlib.import_module(found.name)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us in the background
     ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     assert len(os.listdir("/proc/self/task")) == 1, "a fork has one thread alone, and waits for the others at its end"
     gc.collect()
