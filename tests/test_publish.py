@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import stat
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qexport.errors import ResourceExhausted, UsageError
+from qexport.errors import UsageError
 from qexport.safe_io import digest_bytes, digest_file, publish, publishing, write_bytes
 
 
@@ -66,35 +65,6 @@ def test_without_the_exchange_call_two_renames_do_the_same(tmp_path, monkeypatch
             put(stage, data=data)
     assert content(tmp_path / "out")["data.bin"] == b"2"
     assert os.listdir(tmp_path) == ["out"]
-
-
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()], ids=["disk", "user"])
-@pytest.mark.parametrize("swaps", [True, False])
-@pytest.mark.parametrize("old", [True, False])
-def test_names_that_cannot_be_flushed_are_put_back(tmp_path, monkeypatch, error, swaps, old):
-    """Who is told of a failure finds what was there before, also when it comes after the exchange."""
-    out = tmp_path / "new" / "out"
-    if old:
-        with publish(out) as stage:
-            put(stage, data=b"old")
-    sync = publishing.sync_folder
-
-    def fail(folder):
-        if folder == out.parent:
-            assert content(out)["data.bin"] == b"new"
-            raise error
-        sync(folder)
-
-    monkeypatch.setattr(publishing, "sync_folder", fail)
-    if not swaps:
-        monkeypatch.setattr(publishing, "exchange", lambda one, other: False)
-    with pytest.raises((ResourceExhausted, KeyboardInterrupt)), publish(out) as stage:
-        put(stage)
-    if old:
-        assert content(out)["data.bin"] == b"old"
-        assert os.listdir(out.parent) == ["out"]
-    else:
-        assert os.listdir(tmp_path) == []
 
 
 def test_readers_never_see_a_missing_or_mixed_folder(tmp_path):
