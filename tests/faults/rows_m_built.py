@@ -107,6 +107,15 @@ def named(name: str) -> onnx.ModelProto:
     return model
 
 
+TOLD: dict[str, Callable[[Room, Path], list[str]]] = {
+    "tree": lambda room, path: ["inspect", "--tree", str(path)],
+    "plan": lambda room, path: ["plan", str(path), "--target", "ort-cpu"],
+    "diff": lambda room, path: ["diff", str(path), str(room.good / "model.onnx")],
+    "export": lambda room, path: ["export", str(path), "-o", str(room.artefact)],
+}
+"""Other commands that speak of names."""
+
+
 def shown_safely(room: Room, ended: Ended) -> None:
     """Nothing of a name acts in what is published for people to read."""
     for name in ("report.md", "report.html", "README.md"):
@@ -190,6 +199,8 @@ CASES = [
     Case("M30_again_float32", lambda room: room.build_of(quantized(room), *FLOAT), after=same_model),
     *(Case(f"M31_check_{id}", checking(named(name))) for id, name in NAMES.items()),
     *(Case(f"M31_inspect_{id}", inspecting(named(name), "--sparsity")) for id, name in NAMES.items()),
+    *(Case(f"M31_{command}_{id}", lambda room, id=id, tell=tell: tell(room, planted(room, named(NAMES[id]))))
+      for command, tell in TOLD.items() for id in ("escape", "lines", "c1")),
     *(Case(f"M31_build_{id}", built(named(name)), after=shown_safely, slow=id == "long") for id, name in NAMES.items()),
     *(Case(f"M35_{id}", contradicting(profiles), 2, says, after=before_the_work)
       for id, (profiles, says) in PROFILES.items()),
