@@ -140,6 +140,8 @@ def _several_stores(tensor: TensorProto, filled: Lengths) -> str | None:
         return "names an external file but says that the data is inside"
     if len(filled) > 1:
         return f"data in two fields, {' and '.join(filled)}"
+    if filled and tensor.HasField("raw_data") and "raw_data" not in filled:
+        return f"raw_data that is there and empty, beside {next(iter(filled))}"  # which others read
     return None
 
 
