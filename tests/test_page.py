@@ -149,6 +149,16 @@ def test_cosines_that_are_all_alike_have_an_axis_that_ends_at_one():
     assert [tick for tick in ticks if 1 < tick < 10] == []
 
 
+def test_what_was_timed_and_not_judged_has_neither_loss_nor_gates():
+    result, report = tiny()
+    slow = replace(report.points[1], label="slow", loss=None, unit="1 - cosine", chosen=False)
+    found = render(result, replace(report, points=(report.points[0], slow)))
+    row = next(row for row in re.findall(r"<tr.*?</tr>", section(found, "pareto")) if "slow" in row)
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", row)
+    assert cells[1].startswith("timed, not judged")
+    assert [cells[3], cells[4], cells[-1]] == ["", "", ""]
+
+
 def test_one_is_no_plural():
     result, report = tiny()
     source = replace_record(result.source, nodes=1, parameters=1)

@@ -18,7 +18,14 @@ from qexport.exporter.outcome.result import (
     StepInfo,
     TaskScore,
 )
-from qexport.exporter.outcome.summary import MAX_LINES, human_bytes, size_line, summary_lines
+from qexport.exporter.outcome.summary import (
+    MAX_LINES,
+    human_bytes,
+    size_line,
+    summary_lines,
+    task_change,
+    task_line,
+)
 from qexport.exporter.report.markdown import code, report_markdown, text
 
 DIGEST = "sha256:" + "0" * 64
@@ -103,6 +110,16 @@ def make_latency(speedup: float, low: float, high: float) -> Latency:
 
 def fact(result: Result, label: str) -> str:
     return next(line for line in summary_lines(result) if line.startswith(label))
+
+
+@pytest.mark.parametrize(
+    ("drop", "line", "change"),
+    [(0.32, "drop +0.32", "drop 0.32"), (-0.32, "drop -0.32", "better by 0.32"), (-0.001, "drop +0.00", "no drop")],
+)
+def test_a_change_that_rounds_to_nothing_has_no_sign(drop: float, line: str, change: str) -> None:
+    task = TaskScore(name="top1", reference=90.0, result=90.0 - drop, drop=drop)
+    assert f"({line})" in task_line(task)
+    assert task_change(task) == change
 
 
 @pytest.mark.parametrize(

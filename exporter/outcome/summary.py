@@ -101,15 +101,15 @@ LOSS = {"higher": "drop", "lower": "rise"}
 
 def task_change(task: TaskScore) -> str:
     """Write what a task has lost, without its sign."""
-    if task.drop > 0:
-        return f"{LOSS[task.better]} {task.drop:.2f}"
-    return f"no {LOSS[task.better]}" if task.drop == 0 else f"better by {-task.drop:.2f}"
+    if abs(task.drop) < 0.005:  # two digits are told
+        return f"no {LOSS[task.better]}"
+    return f"{LOSS[task.better]} {task.drop:.2f}" if task.drop > 0 else f"better by {-task.drop:.2f}"
 
 
 def task_line(task: TaskScore) -> str:
     """Write the task metric before and after."""
     unchanged = "" if task.unchanged is None else f", {task.unchanged:.1%} of predictions unchanged"
-    change = f"{LOSS[task.better]} {task.drop:+.2f}"
+    change = f"{LOSS[task.better]} {round(task.drop, 2) + 0.0:+.2f}"
     return f"{task.name} {task.reference:.2f} -> {task.result:.2f} ({change}{unchanged})"
 
 

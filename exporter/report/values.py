@@ -156,7 +156,7 @@ class Point:
     Attributes:
         label: What it is called.
         kept: How many nodes stay in float.
-        loss: How much worse than float, in ``unit``.
+        loss: How much worse than float, in ``unit``; ``None`` where it was too slow to be judged.
         unit: Of the loss; points of different units cannot be compared.
         bytes: Of the model.
         ms: Of one call.
