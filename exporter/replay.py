@@ -21,19 +21,16 @@ import qexport
 from qexport.calibration.reading.given import Data, name_of
 from qexport.errors import DataInvalid, IntegrityError, ModelInvalid, UsageError
 from qexport.exporter.admit import Limits
-from qexport.exporter.load import COMPANIONS, ONNX_FILE, Source, load_source
+from qexport.exporter.load import ONNX_FILE, Source, load_source
 from qexport.exporter.onnx_file import save_onnx
 from qexport.exporter.options import BuildOptions, Progress, Silent
+from qexport.exporter.outcome.intact import FileCheck, check_folder, judge_files
 from qexport.exporter.outcome.receipt import MANIFEST, Given, ReplayInfo, processor, tool_versions
 from qexport.exporter.product import run_recipe
 from qexport.exporter.recipe import Recipe
 from qexport.exporter.samples import Samples, open_samples
 from qexport.runtime.backends.artefact import Artefact, open_artefact
-from qexport.safe_io import digest_file, open_beneath, publish
-
-REPLAYED = (ONNX_FILE, *COMPANIONS)
-"""Files whose bytes follow from the inputs, with all whose names go on after a full stop (external data). The others
-hold measured times, or are made by an engine builder that measures."""
+from qexport.safe_io import publish
 
 _DIFFERENT = "not what the build was given"
 _AGAIN = "build it again: manifests of earlier versions do not say how; --files checks the digests alone"
@@ -46,25 +43,6 @@ class Inputs:
     model: str | Path | None = None
     calib: Data | None = None
     eval: Data | None = None
-
-
-class FileCheck(BaseModel):
-    """One file of an artefact.
-
-    Attributes:
-        name: In the folder.
-        digest: What the manifest says; empty for a file that it does not list.
-        found: What was found: in the folder, or in the replay where the file was replayed.
-        verdict: ``intact`` is the file that was written; ``same`` was also built again with the same bytes,
-            ``differs`` with other ones; ``missing`` and ``new`` are in one of both alone.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    digest: str
-    found: str
-    verdict: Literal["intact", "same", "differs", "missing", "new"]
 
 
 class Replayed(BaseModel):
@@ -138,7 +116,7 @@ def verify(
         inputs, left_out = _find_inputs(info, Inputs(model, calib, eval))
         source, samples = _open_inputs(info, inputs, again)
     built = _build_again(source, samples, again, stages)
-    judged = tuple(_judge(intact, built))
+    judged = tuple(judge_files(intact, built))
     return Replayed(
         schema="qexport.verify/1",
         folder=str(folder),
@@ -148,61 +126,6 @@ def verify(
         notes=(*notes, *left_out, *_surroundings(artefact, info)),
         seconds=time.perf_counter() - started,
     )
-
-
-# ---------------------------------------------------------------- the folder
-
-
-def check_folder(artefact: Artefact) -> tuple[tuple[FileCheck, ...], tuple[str, ...]]:
-    """Compare every file with the manifest; returns the files, and a note for each that is not listed.
-
-    Raises:
-        IntegrityError: Files are missing or not those that were written; all are named.
-    """
-    checks = [_check_file(artefact, name, record) for name, record in artefact.files.items()]
-    bad = [f"{check.name} ({check.verdict})" for check in checks if check.verdict != "intact"]
-    if bad:
-        what = f"{len(bad)} of {len(checks)} files are not those that were written: {', '.join(bad)}"
-        raise IntegrityError(what, where=str(artefact.folder), hint="take a good copy, or build it again")
-    known = {MANIFEST, *artefact.files}
-    strangers = sorted(entry.name for entry in os.scandir(artefact.folder) if entry.name not in known)
-    return tuple(checks), tuple(f"the manifest does not list {name!r}" for name in strangers)
-
-
-def _check_file(artefact: Artefact, name: str, record: object) -> FileCheck:
-    digest = record.get("digest") if isinstance(record, dict) else None
-    if not isinstance(digest, str):
-        raise IntegrityError("the manifest is not one of qexport's", where=str(artefact.folder / MANIFEST))
-    try:
-        open_beneath(artefact.folder, name).close()
-    except ModelInvalid:
-        return FileCheck(name=name, digest=digest, found="", verdict="missing")
-    found = digest_file(artefact.folder / name)
-    return FileCheck(name=name, digest=digest, found=found, verdict="intact" if found == digest else "differs")
-
-
-def is_replayed(name: str) -> bool:
-    """Whether the bytes of a file follow from the inputs."""
-    return name in REPLAYED or name.startswith(f"{ONNX_FILE}.")
-
-
-def _judge(intact: tuple[FileCheck, ...], built: Mapping[str, str]) -> Iterator[FileCheck]:
-    """The files with what the replay says of them."""
-    for file in intact:
-        if not is_replayed(file.name):
-            yield file
-        elif file.name not in built:
-            yield file.model_copy(update={"found": "", "verdict": "missing"})
-        else:
-            verdict = "same" if built[file.name] == file.digest else "differs"
-            yield file.model_copy(update={"found": built[file.name], "verdict": verdict})
-    known = {file.name for file in intact}
-    for name, digest in built.items():
-        if is_replayed(name) and name not in known:
-            yield FileCheck(name=name, digest="", found=digest, verdict="new")
-
-
-# ---------------------------------------------------------------- the receipt
 
 
 def read_replay(artefact: Artefact) -> tuple[ReplayInfo, Recipe]:

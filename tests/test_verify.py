@@ -15,12 +15,13 @@ import qexport
 from qexport.errors import IntegrityError, UnsafeInput, UsageError
 from qexport.exporter import replay
 from qexport.exporter.options import BuildOptions, Silent
+from qexport.exporter.outcome.intact import is_replayed
 from qexport.exporter.outcome.receipt import ReplayInfo
 from qexport.exporter.precision.bench import BuildBench
 from qexport.exporter.precision.costs import Cost
 from qexport.exporter.precision.recalled import RecallingBench
 from qexport.exporter.recipe import load_recipe, override
-from qexport.exporter.replay import is_replayed, replay_recipe
+from qexport.exporter.replay import replay_recipe
 
 TEXT = """<ir_version: 10, opset_import: ["" : 21]>
 g (float[n, 32] x) => (float[n, 32] y) { a = MatMul(x, w1)
