@@ -246,6 +246,13 @@ def test_a_narrow_screen_needs_no_scrolling_to_the_side(browser, pages):
             assert page.evaluate("document.documentElement.scrollWidth") <= 400
 
 
+def test_a_narrow_table_scrolls_instead_of_breaking_its_words(browser, pages):
+    cells = "[...document.querySelectorAll('.flat td:not(.n)')].map(cell => cell.getBoundingClientRect().width)"
+    with browser.open(pages["tiny"], width=400) as page:
+        assert min(page.evaluate(cells)) > 70
+        assert page.evaluate("document.documentElement.scrollWidth") <= 400
+
+
 def test_paper_gets_all_of_it_in_dark_on_white(browser, pages):
     with browser.open(pages["tiny"], dark=True) as page:
         page.click("#theme")

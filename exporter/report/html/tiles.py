@@ -74,9 +74,8 @@ def _size(result: Result) -> Tile:
     lines = [f"{many(result.quantized, 'node')} quantized, {count(sum(result.skipped.values()))} skipped"]
     if result.backed_off:
         lines.append(f"{many(len(result.backed_off), 'region')} went back to float")
-    if cut := cut_line(result):
-        lines.append(cut)
-    lines.append(f"before: {many(result.source.parameters, 'parameter')} in {many(result.source.nodes, 'node')}")
+    before_it = f"before: {many(result.source.parameters, 'parameter')} in {many(result.source.nodes, 'node')}"
+    lines.append(cut_line(result) or before_it)
     lines += [f"engine.plan: {human_bytes(result.engine.bytes)}"] if result.engine is not None else []
     return Tile(
         "Size", human_bytes(before), human_bytes(after), change, TONES[-way], spark_size(before, after), tuple(lines)
