@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from qexport.safe_io import Cache
+from qexport.safe_io.caches import LIMIT, Cache
 
 LAYOUTS = ("cached", "scoring")
 """How decoders are written: with caches of keys and values, or reading whole rows."""
@@ -47,6 +47,7 @@ class BuildOptions:
         max_drop: Gate: how many points of the task metric may be lost; replaces the recipe's.
         output: Folder of the artefact; derived from the model's name when not given.
         cache: Folder where what took long is kept for the next build; nothing is kept when not given.
+        cache_limit: Bytes that it may take; 20 GiB when not given.
         strict_cache: Whether what is damaged in the cache ends the build; else it is computed again, with a warning.
         lock_timeout: Seconds to wait for an equal build that is under way.
         allow_nonfinite: Whether weights may hold NaN or infinity.
@@ -58,6 +59,7 @@ class BuildOptions:
     max_drop: float | None = None
     output: Path | None = None
     cache: Path | None = None
+    cache_limit: int | None = None
     strict_cache: bool = False
     lock_timeout: float = 3600.0
     allow_nonfinite: bool = False
@@ -65,7 +67,7 @@ class BuildOptions:
 
     def open_cache(self) -> Cache:
         """The cache that was asked for; one of its own for each build, since doubts are those of one build."""
-        return Cache(self.cache, strict=self.strict_cache)
+        return Cache(self.cache, self.cache_limit or LIMIT, self.strict_cache)
 
 
 @dataclass(frozen=True)

@@ -92,10 +92,12 @@ def verify(
 
     Raises:
         IntegrityError: A file is not the one that was written, or an input is not what the build was given.
-        UsageError: The manifest does not say how to build again, or an input is not there.
+        UsageError: There is no such folder, the manifest does not say how to build again, or an input is not there.
         UnsafeInput: There is no manifest, or a file of the folder is a link.
     """
     started, stages = time.perf_counter(), progress or Silent()
+    if not Path(folder).is_dir():
+        raise UsageError("no such folder", where=str(folder), hint="name a folder that qexport build wrote")
     artefact = open_artefact(Path(folder))
     with stages.stage("files"):
         intact, notes = check_folder(artefact)

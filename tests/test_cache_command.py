@@ -6,9 +6,12 @@ import json
 import os
 import time
 
+import click
 import pytest
 from helpers import call
 
+from qexport.cli import cli
+from qexport.exporter.options import BuildOptions
 from qexport.safe_io import Cache
 
 DAY = 86400.0
@@ -81,6 +84,40 @@ def test_only_what_is_old_or_too_much_is_removed(folder, capsys):
     told = json.loads(call(capsys, "cache", "prune", "--max-bytes", str(size), "--json")[1])
     assert [entry["key"] for entry in told["entries"]] == [f"{'b' * 64}/verify"]
     assert files(folder) == BOTH[1:]
+
+
+def test_the_limit_of_the_environment_is_that_of_prune_too(folder, capsys, monkeypatch):
+    monkeypatch.setenv("QEXPORT_CACHE_LIMIT", "1k")
+    assert call(capsys, "cache", "prune")[0] == 0
+    assert files(folder) == BOTH[:1]
+    assert call(capsys, "cache", "prune", "--all")[0] == 0
+    assert files(folder) == []
+    monkeypatch.setenv("QEXPORT_CACHE_LIMIT", "much")
+    code, _, err = call(capsys, "cache", "prune")
+    assert (code, "'much' is no size" in err) == (2, True)
+
+
+@pytest.mark.parametrize("command", ["build", "plan", "sensitivity", "fetch"])
+def test_every_command_that_keeps_something_minds_a_limit(command, monkeypatch):
+    chosen = cli.get_command(click.Context(cli), command)
+    words = {"sensitivity": ["--calib", "c.npz"], "fetch": ["-o", "out"]}.get(command, [])
+
+    def limit(*more):
+        return chosen.make_context(command, ["m", *words, *more]).params["cache_limit"]
+
+    assert limit() is None
+    monkeypatch.setenv("QEXPORT_CACHE_LIMIT", "5G")
+    assert limit() == 5 << 30
+    assert limit("--cache-limit", "800M") == 800 << 20
+
+
+def test_a_build_keeps_to_its_limit(tmp_path):
+    assert BuildOptions(cache=tmp_path).open_cache().limit == 20 << 30
+    cache = BuildOptions(cache=tmp_path / "cache", cache_limit=1000).open_cache()
+    assert not cache.entry("statistics", "a").write(b"x" * 1000)
+    assert cache.entry("statistics", "b").write(b"x" * 600)
+    assert cache.entry("statistics", "c").write(b"x" * 600)
+    assert files(tmp_path / "cache") == ["statistics/c"]
 
 
 def test_all_goes_but_strangers_links_and_folders_stay(folder, capsys, tmp_path):

@@ -16,8 +16,8 @@ from helpers import call, save_model
 
 import qexport.cli
 from qexport.cli import build as build_module
-from qexport.cli import cli
-from qexport.cli.common import print_json
+from qexport.cli import bundle, cli
+from qexport.cli.common import default_cache, print_json
 from qexport.errors import GateFailed, QexportError
 from qexport.exporter.recipe import list_recipes
 
@@ -36,6 +36,7 @@ FLAGS = {
     "--no-cache": [],
     "--allow-nonfinite": [],
     "--strict-cache": [],
+    "--cache-limit": ["5G"],
     "--lock-timeout": ["5"],
     "--limit-memory": ["4G"],
     "--limit-time": ["900"],
@@ -288,6 +289,28 @@ def test_a_home_that_cannot_be_written_is_no_trouble(tmp_path: Path, model: Path
     assert run("check", str(model), HOME=str(home)).returncode == 0
     assert run("check", str(model), HOME=str(home / "missing")).returncode == 0
     assert not list(home.iterdir())
+
+
+def test_without_a_home_nothing_is_kept_and_relative_places_are_none(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    assert default_cache() == tmp_path / "home/.cache/qexport"
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os.path, "expanduser", str)  # what it does for a user whom the system does not know
+    assert default_cache() is None
+    assert bundle.write_bundle([], "", "", "") is None
+    assert call(capsys, "cache", "ls")[0] == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("columns", [{}, {"COLUMNS": "40"}], ids=str)
+def test_lines_of_tables_end_with_their_last_letter(model: Path, columns: dict[str, str]) -> None:
+    told = run("inspect", str(model), **columns).stdout.decode()
+    assert "MatMul" in told
+    assert [line for line in told.splitlines() if line != line.rstrip()] == []
 
 
 def test_a_reader_that_goes_away_is_no_crash() -> None:

@@ -353,6 +353,14 @@ def test_the_command_tells_file_by_file_and_leaves_with_0(room, capsys):
     assert code == 0, err
     assert "model.onnx" in out
     assert "built again" in out
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+
+
+def test_a_folder_that_is_not_there_is_exit_code_2(tmp_path, capsys):
+    code, _, err = call(capsys, "verify", str(tmp_path / "nowhere"))
+    assert (code, "no such folder" in err) == (2, True)
+    tmp_path.joinpath("empty").mkdir()
+    assert call(capsys, "verify", str(tmp_path / "empty"))[0] == 4
 
 
 def test_the_command_leaves_with_11_where_bytes_differ(room, capsys):
@@ -363,6 +371,7 @@ def test_the_command_leaves_with_11_where_bytes_differ(room, capsys):
     edit(room / "out", leave_out)
     code, out, err = call(capsys, "verify", str(room / "out"))
     assert code == 11
+    assert "found instead" in out
     assert "built again, it is not the same: model.onnx" in err
     code, out, _ = call(capsys, "verify", str(room / "out"), "--json")
     told = json.loads(out)

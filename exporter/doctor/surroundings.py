@@ -85,7 +85,7 @@ def check_folder(name: str, path: Path) -> Check:
         probe.unlink()
         free = shutil.disk_usage(place).free
     except (QexportError, OSError) as error:
-        reason = error.what if isinstance(error, QexportError) else str(error)
+        reason = error.what if isinstance(error, QexportError) else _said(error)
         return Check(name=name, status="problem", found=f"{path}: {reason}", advice="choose another folder")
     advice = "free some space" if free < _LOW_DISK else ""
     found = f"{path}, {free / _GIB:.1f} GiB free"
@@ -128,6 +128,10 @@ def _folders(cache: Path | None) -> Iterator[Check]:
         try:
             path = Path(find())
         except OSError as error:
-            yield Check(name=name, status="problem", found=str(error), advice="choose another folder")
+            yield Check(name=name, status="problem", found=_said(error), advice="choose another folder")
         else:
             yield check_folder(name, path)
+
+
+def _said(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()

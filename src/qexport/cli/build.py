@@ -25,6 +25,7 @@ class Asked(TypedDict):
     output: Path | None
     cache: Path | None
     no_cache: bool
+    cache_limit: int | None
     strict_cache: bool
     lock_timeout: float
     allow_nonfinite: bool
@@ -43,6 +44,7 @@ class Asked(TypedDict):
 @flags.output(metavar="DIR", help="Folder of the result; MODEL-RECIPE here when not given.")
 @click.option("--cache", type=flags.PATH, metavar="DIR", help="Keep there what took long to find out.")
 @click.option("--no-cache", is_flag=True, help="Neither read nor keep what took long to find out.")
+@flags.cache_limit()
 @click.option("--strict-cache", is_flag=True, help="Fail where the cache is damaged, instead of computing it again.")
 @click.option(
     "--lock-timeout",
@@ -74,6 +76,7 @@ def build(model: str, **asked: Unpack[Asked]) -> None:
         max_drop=asked["max_drop"],
         output=asked["output"],
         cache=None if asked["no_cache"] else asked["cache"] or default_cache(),
+        cache_limit=asked["cache_limit"],
         strict_cache=asked["strict_cache"],
         lock_timeout=asked["lock_timeout"],
         allow_nonfinite=asked["allow_nonfinite"],

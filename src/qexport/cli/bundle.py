@@ -35,7 +35,10 @@ def write_bundle(arguments: Sequence[str], stage: str, death: str, stack: str) -
     from qexport.errors import QexportError
     from qexport.safe_io import write_json
 
-    folder = default_cache() / "crashes"
+    cache = default_cache()
+    if cache is None:
+        return None
+    folder = cache / "crashes"
     path = folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.json"
     told = {
         "schema": SCHEMA,

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from qexport.cli.common import default_cache, make_console, make_table, print_json, shared_flags
-from qexport.cli.supervise import parse_bytes
+from qexport.cli import flags
+from qexport.cli.common import default_cache, demand_size, make_console, make_table, print_json, shared_flags
 from qexport.errors import IntegrityError, UsageError
 
 if TYPE_CHECKING:
@@ -58,22 +59,33 @@ def verify(*, folder: Path | None, as_json: bool) -> None:
 @cache.command()
 @_FOLDER
 @click.option("--older-than", metavar="AGE", help="What was not used for so long, such as 30d or 12h.")
-@click.option("--max-bytes", metavar="SIZE", help="The least recently used until so much is left, such as 1G.")
+@click.option(
+    "--max-bytes",
+    metavar="SIZE",
+    envvar=flags.CACHE_LIMIT,
+    callback=demand_size,
+    help="The least recently used until so much is left, such as 1G.  [default: what builds keep to]",
+)
 @click.option("--all", "everything", is_flag=True, help="All of it.")
 @shared_flags
+@click.pass_context
 def prune(
-    *, folder: Path | None, older_than: str | None, max_bytes: str | None, everything: bool, as_json: bool
+    context: click.Context,
+    *,
+    folder: Path | None,
+    older_than: str | None,
+    max_bytes: int | None,
+    everything: bool,
+    as_json: bool,
 ) -> None:
     """Remove what is of no use, and more where that is asked for; what a build uses at this moment stays."""
-    if everything and (older_than or max_bytes):
+    typed = context.get_parameter_source("max_bytes") is ParameterSource.COMMANDLINE
+    if everything and (older_than or typed):
         raise UsageError("--all excludes --older-than and --max-bytes")
     age = None if older_than is None else _parse_age(older_than)
-    limit = None if max_bytes is None else parse_bytes(max_bytes)
-    if max_bytes is not None and limit is None:
-        raise UsageError(f"--max-bytes {max_bytes!r} is no size", hint="write it as 800M or 4G")
     opened = _open(folder)
     if not everything:
-        removed = opened.prune(limit, age)
+        removed = opened.prune(max_bytes, age)
     else:
         removed = tuple(entry for entry in opened.entries() if opened.remove(entry))
     _tell(removed, as_json=as_json, word="removed")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -39,7 +40,7 @@ def shared_flags(command: F) -> F:
     command = click.option(
         MEMORY,
         metavar="SIZE",
-        callback=_demand_size,
+        callback=demand_size,
         expose_value=False,
         help="The same when it takes more memory, such as 800M or 4G.  [default: nine tenths of what there is]",
     )(command)
@@ -48,14 +49,24 @@ def shared_flags(command: F) -> F:
     )
 
 
-def _demand_size(context: click.Context, option: click.Parameter, text: str | None) -> None:
-    if text is not None and parse_bytes(text) is None:
+def demand_size(context: click.Context, option: click.Parameter, text: str | None) -> int | None:
+    """The callback of options that take a size; ``None`` where none was given."""
+    found = None if text is None else parse_bytes(text)
+    if text is not None and found is None:
         raise click.BadParameter(f"{text!r} is no size, expected such as 800M or 4G", context, option)
+    return found
 
 
-def default_cache() -> Path:
-    """Where calibration statistics are kept: ``$XDG_CACHE_HOME/qexport``, ``~/.cache/qexport`` without it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "qexport"
+def default_cache() -> Path | None:
+    """Where builds keep things: ``$XDG_CACHE_HOME/qexport``, ``~/.cache/qexport`` where that is no absolute path.
+
+    ``None`` for somebody who has no home.
+    """
+    told = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if told.is_absolute():
+        return told / "qexport"
+    home = Path(os.path.expanduser("~"))
+    return home / ".cache" / "qexport" if home.is_absolute() else None
 
 
 def print_json(value: BaseModel | dict[str, Any]) -> None:
@@ -67,14 +78,31 @@ def print_json(value: BaseModel | dict[str, Any]) -> None:
 def make_console(*, stderr: bool = False) -> Console:
     """Return a console that prints text as it is; rich minds NO_COLOR, TERM and whether it is a terminal.
 
-    Where it is none, and nobody says how wide it is, tables may be as wide as the names in them.
+    Where it is none, lines end with their last letter, and tables may be as wide as the names in them if nobody says
+    how wide it is.
     """
     from rich.console import Console
 
     console = Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = FILE_WIDTH
+    if not console.is_terminal:
+        console.file = cast("IO[str]", _Trimmed(console.file))
+        if "COLUMNS" not in os.environ:
+            console.width = FILE_WIDTH
     return console
+
+
+class _Trimmed:
+    """A stream without the spaces that tables are filled up with."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write the lines."""
+        return self._stream.write(re.sub(r" +(?=\n)", "", text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def make_table(header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> Table:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import click
 
+from qexport.cli import flags
 from qexport.cli.common import default_cache, make_console, make_table, print_json, shared_flags
 from qexport.errors import printable
 
@@ -17,14 +18,26 @@ if TYPE_CHECKING:
 _FOLDER = click.Path(path_type=Path)
 
 
+class Asked(TypedDict):
+    """The options of ``fetch`` as click hands them over."""
+
+    output: Path
+    update: bool
+    folder: Path | None
+    no_cache: bool
+    cache_limit: int | None
+    as_json: bool
+
+
 @click.command()
 @click.argument("name", metavar="REPO[@REVISION]")
 @click.option("-o", "--output", type=_FOLDER, metavar="DIR", required=True, help="Folder of the result.")
 @click.option("--update", is_flag=True, help="Follow a branch that has moved since DIR was fetched.")
 @click.option("--cache", "folder", type=_FOLDER, metavar="DIR", help="Where to keep what has arrived until all has.")
 @click.option("--no-cache", is_flag=True, help="Keep nothing: what is interrupted begins again.")
+@flags.cache_limit()
 @shared_flags
-def fetch(name: str, *, output: Path, update: bool, folder: Path | None, no_cache: bool, as_json: bool) -> None:
+def fetch(name: str, **asked: Unpack[Asked]) -> None:
     """Fetch a model from a hub, the only command that connects to anything.
 
     HF_ENDPOINT is the hub's address and HF_TOKEN, if it is set, what it knows you by. Settings, tokenizer and
@@ -35,12 +48,12 @@ def fetch(name: str, *, output: Path, update: bool, folder: Path | None, no_cach
     from qexport.cli.progress import RichProgress
     from qexport.exporter.hub.connection import Hub
     from qexport.exporter.hub.fetch import fetch as run_fetch
-    from qexport.safe_io import Cache
+    from qexport.safe_io.caches import LIMIT, Cache
 
     hub = Hub(os.environ.get("HF_ENDPOINT"), os.environ.get("HF_TOKEN"))
-    cache = Cache(None if no_cache else folder or default_cache())
-    found = run_fetch(name, output, hub, cache=cache, update=update, progress=RichProgress())
-    if as_json:
+    cache = Cache(None if asked["no_cache"] else asked["folder"] or default_cache(), asked["cache_limit"] or LIMIT)
+    found = run_fetch(name, asked["output"], hub, cache=cache, update=asked["update"], progress=RichProgress())
+    if asked["as_json"]:
         print_json(_plain(found))
         return
     _print(found)

@@ -10,7 +10,11 @@ from pathlib import Path
 
 import click
 
+from qexport.cli.common import demand_size
 from qexport.cli.completion import complete_recipe, complete_target
+
+CACHE_LIMIT = "QEXPORT_CACHE_LIMIT"
+"""The variable of the environment that says how large the cache may be."""
 
 PATH = click.Path(path_type=Path)
 """A file or folder; whoever opens it says whether it is there."""
@@ -34,6 +38,16 @@ target = partial(
     metavar="NAME",
     shell_complete=complete_target,
     help="Backend: tensorrt-rtx, tensorrt, ort-cpu, ort-cuda.",
+)
+
+# of what is kept
+cache_limit = partial(
+    click.option,
+    "--cache-limit",
+    metavar="SIZE",
+    envvar=CACHE_LIMIT,
+    callback=demand_size,
+    help="How large the cache may be, such as 5G; $QEXPORT_CACHE_LIMIT without it.  [default: 20G]",
 )
 
 # of folders that are run

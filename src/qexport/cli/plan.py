@@ -29,6 +29,7 @@ class Asked(TypedDict):
     target: str | None
     samples: int
     output: Path | None
+    cache_limit: int | None
     as_json: bool
 
 
@@ -42,6 +43,7 @@ class Asked(TypedDict):
 @flags.target()
 @click.option("--samples", type=int, default=64, show_default=True, help="How many samples layers are measured on.")
 @flags.output(metavar="FILE", help="Where the recipe of a budget goes; plan.toml when not given.")
+@flags.cache_limit()
 @shared_flags
 def plan(model: str, **asked: Unpack[Asked]) -> None:
     """Tell what a build of MODEL would do, or choose what stays in float.
@@ -61,7 +63,9 @@ def plan(model: str, **asked: Unpack[Asked]) -> None:
     from qexport.exporter.options import BuildOptions
     from qexport.exporter.precision.lab import Question
 
-    options = BuildOptions(target=asked["target"], cache=default_cache(), progress=RichProgress())
+    options = BuildOptions(
+        target=asked["target"], cache=default_cache(), cache_limit=asked["cache_limit"], progress=RichProgress()
+    )
     question = Question(model, asked["recipe"], asked["calib"], asked["evaluation"], options, asked["samples"])
     if dry:
         from qexport.exporter.forecast.forecast import forecast

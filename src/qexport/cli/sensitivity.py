@@ -26,6 +26,7 @@ class Asked(TypedDict):
     target: str | None
     samples: int
     output: Path | None
+    cache_limit: int | None
     as_json: bool
 
 
@@ -37,6 +38,7 @@ class Asked(TypedDict):
 @flags.target()
 @click.option("--samples", type=int, default=64, show_default=True, help="How many samples to measure on.")
 @flags.output(metavar="DIR", help="Folder for plots and JSON.")
+@flags.cache_limit()
 @shared_flags
 def sensitivity(model: str, **asked: Unpack[Asked]) -> None:
     """Tell which parts of MODEL lose what in 8 bits.
@@ -50,7 +52,9 @@ def sensitivity(model: str, **asked: Unpack[Asked]) -> None:
     from qexport.exporter.precision.publish import publish_sensitivity
     from qexport.exporter.precision.sensitivity import analyse
 
-    options = BuildOptions(target=asked["target"], cache=default_cache(), progress=RichProgress())
+    options = BuildOptions(
+        target=asked["target"], cache=default_cache(), cache_limit=asked["cache_limit"], progress=RichProgress()
+    )
     question = Question(model, asked["recipe"], asked["calib"], asked["evaluation"], options, asked["samples"])
     output = asked["output"]
     found = analyse(question) if output is None else publish_sensitivity(question, output)

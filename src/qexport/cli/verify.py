@@ -11,7 +11,10 @@ from qexport.cli.common import make_console, make_table, print_json, shared_flag
 from qexport.errors import IntegrityError, printable
 
 if TYPE_CHECKING:
-    from qexport.exporter.replay import Replayed
+    from qexport.exporter.replay import FileCheck, Replayed
+
+
+DIGITS = 16  # of a digest, in a table
 
 
 @click.command()
@@ -52,13 +55,23 @@ def verify(
 
 def _print(found: Replayed) -> None:
     console = make_console()
-    rows = [
-        (file.name, file.verdict, file.digest, file.found if file.found != file.digest else "") for file in found.files
-    ]
-    console.print(make_table(("file", "", "manifest", "found instead"), rows))
+    rows = [(file.name, file.verdict, _short(file.digest), _instead(file)) for file in found.files]
+    header = ("file", "", "manifest", "found instead")
+    shown = len(header) if any(row[-1] for row in rows) else len(header) - 1
+    console.print(make_table(header[:shown], [row[:shown] for row in rows]))
     for note in found.notes:
         console.print(printable(f"note: {note}"))
     counts = Counter(file.verdict for file in found.files)
     told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     how = "built again" if found.replayed else "files alone"
     console.print(printable(f"{found.folder}: {told}; {how} in {found.seconds:.1f} s"))
+
+
+def _instead(file: FileCheck) -> str:
+    return "" if file.found == file.digest else _short(file.found)
+
+
+def _short(digest: str) -> str:
+    """Enough of a digest to tell it from others; --json has all of it."""
+    kind, colon, number = digest.partition(":")
+    return kind + colon + number[:DIGITS]
