@@ -159,6 +159,23 @@ def test_what_was_timed_and_not_judged_has_neither_loss_nor_gates():
     assert [cells[3], cells[4], cells[-1]] == ["", "", ""]
 
 
+def test_samples_that_are_not_there_are_not_warned_of(page):
+    result, report = tiny()
+    bare = render(result, replace(report, samples=(), missing={"samples": "left out by the recipe"}))
+    assert "mind that before sharing" in section(page, "samples")
+    assert "mind that before sharing" not in section(bare, "samples")
+    assert "left out by the recipe" in section(bare, "samples")
+
+
+def test_equal_outputs_are_not_told_in_decibel(parsed):
+    result, report = tiny()
+    equal = replace_record(result, quality=replace_record(result.quality, max_error=0.0, sqnr=200.0, samples=1))
+    assert "SQNR 15.2 dB, 2,758 held-out samples" in parsed.text()
+    text = Page(render(equal, report)).text()
+    assert "no difference, 1 held-out sample " in text
+    assert "200.0 dB" not in text
+
+
 def test_one_is_no_plural():
     result, report = tiny()
     source = replace_record(result.source, nodes=1, parameters=1)

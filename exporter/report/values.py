@@ -130,7 +130,7 @@ class Channel:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """One float weight, by output channel.
+    """One float weight before it was rounded, with what was folded into it, by output channel.
 
     Attributes:
         node: Who reads it.

@@ -62,7 +62,8 @@ def _quality_lines(quality: Quality, gates: dict[str, float]) -> Iterator[str]:
         if quality.task.unchanged is not None:
             yield f"{quality.task.unchanged:.1%} of predictions unchanged"
     kind = "held-out" if quality.held_out else "not held-out"
-    yield f"SQNR {fixed(quality.sqnr, 1)} dB, {count(quality.samples)} {kind} samples"
+    noise = "no difference" if quality.max_error == 0 else f"SQNR {fixed(quality.sqnr, 1)} dB"
+    yield f"{noise}, {many(quality.samples, f'{kind} sample')}"
     asked = [f"{name} {value:g}" for name, value in gates.items() if name != "max_drop"]
     if asked:
         yield f"gates: {', '.join(asked)}"
