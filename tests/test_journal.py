@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
 from helpers import save_model
 
@@ -102,14 +103,17 @@ def given(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {"x": rng.standard_normal((20, 32)).astype(np.float32), "labels": np.arange(20)}
     path = save_model(tmp_path / "model.onnx")
+    model = path.read_bytes()
 
-    def opened(*settings, tokenizer=None, **changes):
+    def opened(*settings, tokenizer=None, judged=None, change=bytes, **changes):
+        path.write_bytes(model + change())
         np.savez(tmp_path / "calib.npz", **{**arrays, **changes})
+        np.savez(tmp_path / "eval.npz", **{**arrays, **(changes if judged is None else judged)})
         if tokenizer is not None:
             (tmp_path / "vocab.txt").write_text(tokenizer)
         recipe = override(load_recipe("int8"), ["export.target=ort-cpu", *settings])
         source = load_source(path)
-        return source, recipe, open_samples(source, recipe, tmp_path / "calib.npz", tmp_path / "calib.npz")
+        return source, recipe, open_samples(source, recipe, tmp_path / "calib.npz", tmp_path / "eval.npz")
 
     opened.arrays = arrays
     return opened
@@ -126,14 +130,20 @@ def test_the_key_of_a_build_is_that_of_all_it_depends_on(given, monkeypatch):
     others = [
         key(given(x=x + 1)),
         key(given(x=x[::-1])),
+        *(key(given(x=x + more, judged={})) for more in (1, 2)),
+        key(given(judged={"x": x + 1})),
         key(given(labels=labels[::-1])),
+        key(given(change=onnx.ModelProto(doc_string="another").SerializeToString)),
         key(given("gates.min_cosine=0.5")),
         key(given("calibrate.samples=8")),
         key(given(), allow_nonfinite=True),
         key(given(tokenizer="a")),
         key(given(tokenizer="b")),
     ]
-    monkeypatch.setattr(journal, "tool_versions", lambda: {"onnx": "0"})
+    for whose in ("tool_versions", "processor"):
+        monkeypatch.setattr(journal, whose, lambda: {"onnx": "0"})
+        others.append(key(given()))
+    monkeypatch.setattr(qexport, "__version__", "0")
     others.append(key(given()))
     assert len({first, *others}) == len(others) + 1
 
