@@ -239,4 +239,4 @@ def _warnings(data: Dataset | None, judge: Judge | None) -> Iterator[str]:
         seen = set() if data is None else set(data.digests)
         count, total = sum(digest in seen for digest in judge.data.digests), len(judge.data)
         which = "" if count == total else f", {count} of {total}"
-        yield f"quality was measured on samples that calibration has seen too{which}; give held-out ones with --eval"
+        yield f"quality is measured on samples that calibration has seen too{which}; give held-out ones with --eval"

@@ -8,6 +8,7 @@ import click
 import pytest
 
 from qexport.cli.export import export as command
+from qexport.exporter.outcome.export_summary import same_share
 
 FLAGS = {
     "-o": "out",
@@ -39,3 +40,8 @@ def test_every_pair_of_flags_parses(one, other):
     with click.Context(command) as context:
         command.parse_args(context, ["SOURCE", *given])
     assert context.params["output"] == Path("out")
+
+
+def test_all_rows_are_told_as_all_and_less_is_never_rounded_up_to_it():
+    assert same_share(1.0) == "the same at all rows"
+    assert same_share(0.99999) == "the same at 99.9% of the rows or more"

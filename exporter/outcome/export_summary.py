@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator
 from pathlib import PurePath
@@ -35,9 +36,14 @@ def _facts(result: ExportResult) -> Iterator[tuple[str, str]]:
     )
     scored = [check.argmax for check in proven.checks if check.argmax is not None]
     if scored:
-        yield "argmax", f"the same at {min(scored):.1%} of the rows, or more"
+        yield "argmax", same_share(min(scored))
     yield from (("warning", warning) for warning in result.warnings)
     yield "published", f"{result.directory}, after {result.seconds:.1f} s and {human_bytes(result.peak_rss_bytes)}"
+
+
+def same_share(least: float) -> str:
+    """At how many rows the largest number stands at the same place; rounded down, so that all is all."""
+    return "the same at all rows" if least == 1 else f"the same at {math.floor(1000 * least) / 10}% of the rows or more"
 
 
 def _strain(check: CheckInfo) -> float:

@@ -328,7 +328,7 @@ READING = [
          hook="rows_d:give_failing"),
     Case("D09_never_ends", good(), 9, "more than 500 samples.*data.max_samples", hook="rows_d:give_endless"),
     Case("D09_never_ends_but_is_capped", good("--set", "data.max_samples=20"), hook="rows_d:give_endless",
-         after=warned("quality was measured on samples")),
+         after=warned("quality is measured on samples")),
 ]  # fmt: skip
 
 
