@@ -40,7 +40,7 @@ def checked(text):
 def test_a_build_shows_its_verdict_and_its_numbers():
     words = checked(fragment(tiny()[0]))
     for told in (
-        "better",
+        "mixed",
         "82.03",
         "81.71",
         "90.9 MB",

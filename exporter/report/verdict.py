@@ -21,8 +21,9 @@ def verdict(result: Result) -> Verdict:
     """Judge a build by its own measurements.
 
     "worse": quality is outside the gates, or outside what is said above where there is none; "mixed": it is inside, but
-    the result is slower or larger; "better": it is inside, and the result is smaller and measured faster; "as good":
-    anything else that was measured. A time of another runtime than the target's counts for nothing.
+    the result is slower or larger, or has lost more than is said above and gates allow that; "better": neither, and the
+    result is smaller and measured faster; "as good": anything else that was measured. A time of another runtime than
+    the target's counts for nothing.
     """
     return Verdict(_word(result), _sentence(result), tuple(_facts(result)))
 
@@ -37,8 +38,12 @@ def broken(quality: Quality, gates: dict[str, float]) -> list[str]:
         found.append(f"has a mean cosine of {quality.least_mean:.4f} to float where {gates['min_cosine']:g} is asked")
     if "min_worst_cosine" in gates and not quality.least >= gates["min_worst_cosine"]:
         found.append(f"has a sample with cosine {quality.least:.4f} where {gates['min_worst_cosine']:g} is asked")
-    if gates:
-        return found
+    return found if gates else losses(quality)
+
+
+def losses(quality: Quality) -> list[str]:
+    """What makes a result less good than float, whatever gates allow, as words."""
+    task, found = quality.task, []
     if task is not None and not task.drop <= _allowed(task):
         found.append(_lost(task))
     if not quality.least >= COSINE:
@@ -74,7 +79,7 @@ def _word(result: Result) -> Word:
     if broken(result.quality, result.gates):
         return "worse"
     speed, size = pace(result.latency), growth(result)
-    if size > 0 or speed == -1:
+    if size > 0 or speed == -1 or losses(result.quality):
         return "mixed"
     return "better" if speed == 1 and size < 0 else "as good"
 
@@ -87,16 +92,19 @@ def _sentence(result: Result) -> str:
         return f"The result is {told}; how good it is was not measured, as there was no data."
     where = "on held-out data" if quality.held_out else "on data of which calibration has seen some"
     failures = broken(quality, result.gates)
-    if failures:
+    if lost := failures or losses(quality):
         told = " and ".join([*merits, *faults])
-        return f"The result {' and '.join(failures)} {where}{f'; it is {told}' if told else ''}."
+        allowed = "" if failures else ", which its gates allow"
+        return f"The result {' and '.join(lost)} {where}{allowed}{f'; it is {told}' if told else ''}{_untimed(result)}."
     good = ", ".join([f"as good as float {where}", *merits[:-1]])
     sentence = f"The result is {good}{f' and {merits[-1]}' if merits else ''}"
     if faults:
         sentence += f", but {' and '.join(faults)}"
-    if pace(result.latency) is None:
-        sentence += f"; its speed on {result.target} was not measured"
-    return f"{sentence}."
+    return f"{sentence}{_untimed(result)}."
+
+
+def _untimed(result: Result) -> str:
+    return f"; its speed on {result.target} was not measured" if pace(result.latency) is None else ""
 
 
 def _merits(result: Result) -> tuple[list[str], list[str]]:
