@@ -11,7 +11,8 @@ from qexport.cli.common import make_console, make_table, print_json, shared_flag
 from qexport.errors import IntegrityError, printable
 
 if TYPE_CHECKING:
-    from qexport.exporter.replay import FileCheck, Replayed
+    from qexport.exporter.outcome.intact import FileCheck
+    from qexport.exporter.replay import Replayed
 
 
 DIGITS = 16  # of a digest, in a table
