@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from qexport.cli.common import demand_size
-from qexport.cli.completion import complete_recipe, complete_target
+from qexport.cli.completion import TARGETS, complete_recipe, complete_target
 
 CACHE_LIMIT = "QEXPORT_CACHE_LIMIT"
 """The variable of the environment that says how large the cache may be."""
@@ -37,7 +37,7 @@ target = partial(
     "--target",
     metavar="NAME",
     shell_complete=complete_target,
-    help="Backend: tensorrt-rtx, tensorrt, ort-cpu, ort-cuda.",
+    help=f"Backend: {', '.join(TARGETS)}.",
 )
 
 # of what is kept
