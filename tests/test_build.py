@@ -12,9 +12,11 @@ from contextlib import contextmanager
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 import qexport
+import qexport.exporter.build as builder
 from qexport.errors import GateFailed, ModelInvalid, QexportError, UsageError
 from qexport.exporter.options import BuildOptions
 from qexport.exporter.outcome.summary import summary_lines
@@ -343,3 +345,21 @@ def test_compact_cuts_quantizes_and_tells_of_both(tmp_path, calib):
         "the model has no heads",
         "the model has no channels",
     }
+
+
+@pytest.mark.parametrize("change", ["weights", "graph"])
+def test_what_was_made_is_admitted_as_what_comes_in_is(model, calib, monkeypatch, change):
+    """A pass with a bug is found out before anything is published."""
+
+    def save_broken(made, stage, name):
+        proto = ir.to_proto(made)
+        if change == "graph":
+            proto.graph.node[-1].input[0] = "nowhere"
+        else:
+            proto.graph.initializer[0].raw_data += b"\0"
+        stage.write_bytes(name, proto.SerializeToString())
+
+    monkeypatch.setattr(builder, "save_onnx", save_broken)
+    with pytest.raises(ModelInvalid, match=r"nowhere|holds \d+ bytes"):
+        build(model, calib, recipe="float32")
+    assert not (model.parent / "out").exists()
