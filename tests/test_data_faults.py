@@ -327,6 +327,14 @@ def test_d08_a_file_that_changes_between_passes_is_found(tmp_path, keep_time):
         list(dataset)
 
 
+def test_d08_a_change_behind_the_samples_that_are_taken_is_found_too(tmp_path):
+    path = write(tmp_path / "x.npy", npy_bytes(VALUES))
+    dataset = open_dataset(path, X, DataSpec(max_samples=2))
+    rewrite(path, npy_bytes(np.concatenate([VALUES[:2], -VALUES[2:]])), keep_time=False)
+    with pytest.raises(IntegrityError, match="changed since"):
+        list(dataset)
+
+
 @pytest.mark.parametrize("content", [b"", npy_bytes(VALUES)[:-20], npy_bytes(VALUES[:3])])
 def test_d08_a_file_that_shrinks_during_a_pass_is_found_and_kills_nobody(tmp_path, content):
     values = np.arange(3 << 18, dtype=np.float32).reshape(-1, 3)[: 1 << 12]

@@ -64,6 +64,13 @@ def test_a_file_over_the_limit_is_refused_with_both_numbers(tmp_path):
         read_bytes(tmp_path / "a", limit=3)
 
 
+def test_a_file_that_tells_no_size_is_read_up_to_the_limit():
+    assert os.stat("/proc/self/status").st_size == 0
+    assert read_bytes("/proc/self/status", limit=1 << 20).startswith(b"Name:")
+    with pytest.raises(ResourceExhausted, match="more than 10 bytes"):
+        read_bytes("/proc/self/status", limit=10)
+
+
 def test_text_that_is_not_utf8_is_a_usage_error_with_the_offset(tmp_path):
     (tmp_path / "a").write_bytes(b"ab\xff")
     with pytest.raises(UsageError, match="offset 2"):

@@ -20,6 +20,7 @@ _FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 _FOLDER = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY
 _PIN = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC  # while it is open, no other folder gets its number
 _TRIES = 8
+_PIECE = 1 << 16
 
 T = TypeVar("T")
 
@@ -59,7 +60,13 @@ def read_bytes(path: str | os.PathLike[str], *, limit: int | None = None) -> byt
         size = os.fstat(file.fileno()).st_size
         if limit is not None and size > limit:
             raise ResourceExhausted(f"the file has {size} bytes, the limit is {limit}", where=os.fspath(path))
-        return file.read()
+        data = file.read(size)
+        while more := file.read(_PIECE):  # it grows, or is one of those of the kernel, which have no size
+            data += more
+            if limit is not None and len(data) > limit:
+                what = f"the file has more than {limit} bytes, which is the limit"
+                raise ResourceExhausted(what, where=os.fspath(path))
+        return data
 
 
 def read_text(path: str | os.PathLike[str], *, limit: int | None = None) -> str:
