@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
 from qexport.cli import flags
-from qexport.cli.common import default_cache, make_console, make_table, print_json, shared_flags
+from qexport.cli.common import make_console, make_table, print_json, shared_flags
+from qexport.cli.questions import Asked, question_about
 from qexport.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,19 +19,11 @@ if TYPE_CHECKING:
     from qexport.exporter.precision.plan import Plan, Point
 
 
-class Asked(TypedDict):
+class PlanAsked(Asked):
     """The options of ``plan`` as click hands them over."""
 
-    calib: str | None
-    evaluation: str | None
     max_drop: float | None
     min_cosine: float | None
-    recipe: str
-    target: str | None
-    samples: int
-    output: Path | None
-    cache_limit: int | None
-    as_json: bool
 
 
 @click.command()
@@ -45,7 +38,7 @@ class Asked(TypedDict):
 @flags.output(metavar="FILE", help="Where the recipe of a budget goes; plan.toml when not given.")
 @flags.cache_limit()
 @shared_flags
-def plan(model: str, **asked: Unpack[Asked]) -> None:
+def plan(model: str, **asked: Unpack[PlanAsked]) -> None:
     """Tell what a build of MODEL would do, or choose what stays in float.
 
     Without a budget this is a dry run: what would be quantized, and about how many bytes, seconds and how much memory
@@ -59,14 +52,7 @@ def plan(model: str, **asked: Unpack[Asked]) -> None:
         hint = "leave out -o, or give a budget: --max-drop POINTS or --min-cosine COSINE"
         raise UsageError("without a budget there is no recipe to write", where="--output", hint=hint)
 
-    from qexport.cli.progress import RichProgress
-    from qexport.exporter.options import BuildOptions
-    from qexport.exporter.precision.lab import Question
-
-    options = BuildOptions(
-        target=asked["target"], cache=default_cache(), cache_limit=asked["cache_limit"], progress=RichProgress()
-    )
-    question = Question(model, asked["recipe"], asked["calib"], asked["evaluation"], options, asked["samples"])
+    question = question_about(model, asked)
     if dry:
         from qexport.exporter.forecast.forecast import forecast
 

@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
 from qexport.cli import flags
-from qexport.cli.common import default_cache, make_console, make_table, print_json, shared_flags
+from qexport.cli.common import make_console, make_table, print_json, shared_flags
+from qexport.cli.questions import Asked, question_about
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from qexport.exporter.precision.sensitivity import Measured, Sensitivity
-
-
-class Asked(TypedDict):
-    """The options of ``sensitivity`` as click hands them over."""
-
-    recipe: str
-    calib: str
-    evaluation: str | None
-    target: str | None
-    samples: int
-    output: Path | None
-    cache_limit: int | None
-    as_json: bool
 
 
 @click.command()
@@ -46,16 +33,10 @@ def sensitivity(model: str, **asked: Unpack[Asked]) -> None:
     First every activation is quantized but one group at a time, as in Bondarenko et al. 2021; then every layer alone
     is, measured and estimated. With -o, plots (PNG, SVG) and the numbers go to a folder.
     """
-    from qexport.cli.progress import RichProgress
-    from qexport.exporter.options import BuildOptions
-    from qexport.exporter.precision.lab import Question
     from qexport.exporter.precision.publish import publish_sensitivity
     from qexport.exporter.precision.sensitivity import analyse
 
-    options = BuildOptions(
-        target=asked["target"], cache=default_cache(), cache_limit=asked["cache_limit"], progress=RichProgress()
-    )
-    question = Question(model, asked["recipe"], asked["calib"], asked["evaluation"], options, asked["samples"])
+    question = question_about(model, asked)
     output = asked["output"]
     found = analyse(question) if output is None else publish_sensitivity(question, output)
     if asked["as_json"]:
