@@ -1,4 +1,4 @@
-"""What every command shares: its two flags, its one object on stdout, its console and tables."""
+"""What every command shares: four flags, the one object on stdout, the cache, console and tables."""
 
 from __future__ import annotations
 
