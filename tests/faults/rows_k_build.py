@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
@@ -19,6 +20,8 @@ OTHERS: dict[Path, Running] = {}
 """Rooms in which another command is under way."""
 KILLED: dict[Path, float] = {}
 """Rooms in which it was ended, and when."""
+BEFORE: dict[Path, dict[str, str]] = {}
+"""Rooms to what a build has made there before."""
 DESCRIPTORS: dict[Path, int] = {}
 """Rooms whose build the tests hold themselves."""
 
@@ -130,4 +133,50 @@ def went_on(room: Room, ended: Ended) -> None:
 
 DYING = [Case("K05_killed", beside_a_dying_one, 0, after=went_on, hook="hooks_build:tells_when")]
 
-CASES = [*EQUAL, *DYING]
+# ---------------------------------------------------------------- K01, K03: what builds keep
+
+
+def after_an_equal_one(change: Callable[[Path], None], *more: str):
+    """The good build again, after something has happened to what the recipe has made."""
+
+    def plant(room: Room) -> list[str]:
+        how = Case("", lambda _: [], hook="hooks_build:all_counts")
+        assert room.run(room.build(), how).code == 0
+        (entry,) = (room.cache / "qexport/builds").glob("*/recipe-*")
+        change(entry)
+        BEFORE[room.root] = digests(room.artefact)
+        return room.build(*more)
+
+    return plant
+
+
+def flip(entry: Path) -> None:
+    """One bit of a weight is another."""
+    content = entry.read_bytes()
+    entry.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+
+
+def link(entry: Path) -> None:
+    """It leads elsewhere."""
+    entry.rename(entry.with_name("elsewhere"))
+    entry.symlink_to("elsewhere")
+
+
+def made_again(room: Room, ended: Ended) -> None:
+    """The recipe was run again, which is said, and the bytes are the same."""
+    told = result(room.artefact)
+    assert told["resumed"] == ["verify", "latency"]
+    assert any("damaged" in warning for warning in told["warnings"]), told["warnings"]
+    assert digests(room.artefact) == BEFORE.pop(room.root)
+
+
+COUNTS = "hooks_build:all_counts"
+UNSOUND = [
+    Case("K01_build_flip", after_an_equal_one(flip), 0, after=made_again, hook=COUNTS),
+    Case("K01_build_flip_strict", after_an_equal_one(flip, "--strict-cache"), 11, "damaged", hook=COUNTS, slow=True,
+         again=lambda room: room.build("--no-cache")),
+    Case("K03_build_link", after_an_equal_one(link), 4, "symbolic link", hook=COUNTS, slow=True,
+         again=lambda room: room.build("--no-cache")),
+]  # fmt: skip
+
+CASES = [*EQUAL, *DYING, *UNSOUND]
