@@ -273,6 +273,19 @@ def test_data_is_the_same_where_its_samples_are_whatever_it_is_called():
         check(qexport.diff(Side("a", result(), data=one), Side("b", result(), data=other)), [parse("spearman<0")])
 
 
+def test_scores_by_other_labels_are_not_compared():
+    def scored(reference, digest="sha256:1"):
+        task = TaskScore(name="spearman", reference=reference, result=reference, drop=0.0)
+        source = SourceInfo(path="m", digest=digest, bytes=1, nodes=1, parameters=1)
+        return result(quality=result().quality.model_copy(update={"task": task}), source=source)
+
+    with pytest.raises(UsageError, match="different labels: the float model has 82; 41"):
+        check(qexport.diff(scored(82.0), scored(41.0)), [parse("spearman<-0.2")])
+    check(qexport.diff(scored(82.0), scored(82.05)), [parse("spearman<-0.2")])
+    with pytest.raises(GateFailed):
+        check(qexport.diff(scored(82.0), scored(41.0, "sha256:2")), [parse("spearman<-0.2")])
+
+
 def test_every_condition_that_fails_is_named():
     found = qexport.diff(result(), result(score=79.5, ms=12.0))
     with pytest.raises(GateFailed) as failure:

@@ -75,6 +75,7 @@ METRICS: dict[str, Metric] = {
 
 OF_OUTPUT = {"cosine_mean", "cosine_worst", "sqnr", "max_error"}
 JUDGED = {"sqnr_worst_layer", *OF_OUTPUT, *TASKS}
+ROUNDING = 1e-3  # share by which scores of one model on one evaluation may differ from machine to machine
 TIMED = {"latency", "speedup"}
 
 
@@ -93,7 +94,7 @@ def incomparable(name: str, a: Side, b: Side) -> str:
     one, other = a.result, b.result
     if name in JUDGED and one.quality is not None and other.quality is not None:
         told = f"judged on different data: {_data_of(a, one.quality)}; {_data_of(b, other.quality)}"
-        return told if _other_data(a, b) else _other_output(name, one.quality, other.quality)
+        return told if _other_data(a, b) else _other_question(name, one, other)
     if name in TIMED and one.latency is not None and other.latency is not None:
         strange = [side.target for side in (one, other) if side.latency is not None and side.latency.foreign]
         if strange:
@@ -117,8 +118,20 @@ def _data_of(side: Side, quality: Quality) -> str:
     return f"{quality.data}, {quality.samples} samples{f', {digest[:DIGEST]}' if digest else ''}"
 
 
-def _other_output(name: str, one: Quality, other: Quality) -> str:
-    return _unless_equal("judged at different outputs", one.output, other.output) if name in OF_OUTPUT else ""
+def _other_question(name: str, one: Result, other: Result) -> str:
+    """Why the same samples were asked for something else: at another output, or by other labels.
+
+    Labels are in no digest, but the float model scores otherwise with others.
+    """
+    assert one.quality is not None
+    assert other.quality is not None
+    if name in OF_OUTPUT:
+        return _unless_equal("judged at different outputs", one.quality.output, other.quality.output)
+    scores = [quality.task.reference for quality in (one.quality, other.quality) if quality.task is not None]
+    same = one.source.digest == other.source.digest and len(scores) > 1
+    if name in TASKS and same and abs(scores[0] - scores[1]) > ROUNDING * abs(scores[0]):
+        return f"judged by different labels: the float model has {scores[0]:.6g}; {scores[1]:.6g}"
+    return ""
 
 
 def _unless_equal(what: str, one: str, other: str) -> str:
