@@ -14,13 +14,16 @@ from PIL import Image
 from report_trees import make_result, tiny
 
 from qexport.calibration.running.execute import open_model
+from qexport.calibration.statistics.histogram import Histogram
+from qexport.calibration.statistics.sketch import sketch
 from qexport.exporter.looking.element_types import element_types
-from qexport.exporter.outcome.result import DecisionInfo, SampleQuality, TaskScore, Tried
+from qexport.exporter.outcome.result import DecisionInfo, LayerQuality, SampleQuality, TaskScore, Tried
 from qexport.exporter.precision.costs import attribute, flops
 from qexport.exporter.precision.tried import Remembering, loss_of
 from qexport.exporter.proof.quality import layer_quality
 from qexport.exporter.recipe import GatesSpec
 from qexport.exporter.report import roofline
+from qexport.exporter.report.activations import activation_rows
 from qexport.exporter.report.nodes import Graphs, bytes_of, find_rows, node_rows
 from qexport.exporter.report.points import points
 from qexport.exporter.report.roofline import peaks
@@ -28,6 +31,8 @@ from qexport.exporter.report.samples import picture, worst_samples
 from qexport.exporter.report.scales import Scales, scale_of
 from qexport.exporter.report.times import milliseconds, nodes_of
 from qexport.exporter.report.weights import weight_rows
+from qexport.passes.numbers.notes import ERROR_KEY, SKETCH_KEY
+from qexport.passes.numbers.range import RANGE_KEY, SQNR_KEY, Range
 from qexport.passes.target import find_target
 from qexport.runtime.accounting.machine import Machine, fingerprint
 from qexport.runtime.profile import Kernel, profile
@@ -61,6 +66,46 @@ def test_what_was_decided_about_and_is_not_there_any_more_is_gone():
         ("Relu", "float", 0), ("Neg", "float", 0), ("Add", "gone", 16),
     ]  # fmt: skip
     assert rows[2].why[0].reason == "r"
+
+
+def test_numbers_before_are_of_the_float_model_and_numbers_after_of_the_result():
+    text = "g (float[n, 4] x) => (float[n, 4] y) { y = Add(x, c) }"
+    source, plain, after = (model_from(text, c=np.ones(size, np.float32)) for size in (4, 1, 1))
+    for model in (source, plain, after):
+        model.graph[0].name = "sum"
+    plain.graph[0].meta.update({SQNR_KEY: 33.0, ERROR_KEY: 0.25})
+    after.graph.initializers["c"].const_value = ir.tensor(np.ones(1, np.float16))
+    result, _ = tiny()
+    layers = (LayerQuality(node="sum", tensor="y", sqnr=22.0),)
+    result = result.model_copy(update={"quality": result.quality.model_copy(update={"layers": layers}), "steps": ()})
+    kernels = ([Kernel("sum", "Add", 0.002)], [Kernel("sum", "Add", 0.001)])
+    (row,) = node_rows(Graphs(source, plain, after), result, kernels)
+    assert (row.ms_before, row.ms_after) == (2.0, 1.0)
+    assert (row.bytes_before, row.bytes_after) == (16, 2)  # what the source has, although a pass has cut it since
+    assert (row.sqnr_own, row.sqnr, row.error) == (33.0, 22.0, 0.25)
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "tensorrt-rtx"])
+def test_what_a_range_clips_and_the_noise_it_makes_are_those_of_numpy(target):
+    values = np.random.default_rng(0).standard_normal(20_000).astype(np.float32)
+    model = model_from("g (float[n, 4] x) => (float[n, 4] y) { y = Neg(x) }")
+    histogram, value = Histogram(), model.graph.inputs[0]
+    histogram.add(values)
+    span = Range(-0.5, 1.5)
+    value.meta.update({RANGE_KEY: span, SKETCH_KEY: sketch(histogram)})
+    (row,) = activation_rows(model, find_target(target))
+    chosen = row.candidates[0]
+    assert (chosen.method, chosen.low, chosen.high) == ("chosen", -0.5, 1.5)
+    assert chosen.clipped == pytest.approx(np.mean((values < -0.5) | (values > 1.5)), rel=0.02)
+    if row.kind == "uint8":
+        scale, low, high = 2.0 / 255, -0.5, 1.5
+    else:
+        scale, low, high = 1.5 / 127, -1.5 * 128 / 127, 1.5
+    assert row.scale == pytest.approx(scale, rel=2e-3)
+    found = np.clip(np.rint(values / scale) * scale, low, high)
+    noise = np.square(values - found).sum() / np.square(values).sum()
+    assert chosen.noise == pytest.approx(noise, rel=0.03)
+    assert row.readers == (model.graph[0].name,)
 
 
 def test_nodes_written_for_another_belong_to_its_row():
@@ -249,6 +294,24 @@ def test_what_stayed_in_float_from_the_start_counts_in_everything_that_was_tried
     nodes = tuple(replace(report.nodes[0], name=str(i), state=state) for i, state in enumerate(states))
     found = {point.label: point.kept for point in points(result, nodes, 0) if point.measured}
     assert found == {"float": 4, "2 in float": 2, "result": 3}
+
+
+def test_points_of_a_target_that_did_not_run_here_have_no_times():
+    result, report = tiny()
+    foreign = result.model_copy(update={"latency": result.latency.model_copy(update={"foreign": True})})
+    assert {(point.ms, point.speedup) for point in points(foreign, report.nodes, 0)} == {(None, None)}
+
+
+def test_a_gain_does_not_beat_float():
+    result, report = tiny()
+    gain = result.quality.task.model_copy(update={"result": 82.1, "drop": -0.07})
+    larger = result.model_copy(
+        update={"quality": result.quality.model_copy(update={"task": gain}), "tried": (), "latency": None}
+    )
+    larger = larger.model_copy(update={"bytes_before": larger.bytes_after})
+    assert [(p.label, p.pareto) for p in points(larger, report.nodes, 0) if p.measured] == [
+        ("float", True), ("result", True),
+    ]  # fmt: skip
 
 
 def test_a_loss_is_in_points_where_more_is_better_and_in_the_metric_where_less_is():
