@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from qexport.calibration.running.execute import open_model
 from qexport.calibration.statistics.store import Store
 from qexport.exporter.load import Source, load_source
-from qexport.exporter.recipe import Recipe, instantiate, load_recipe, override
+from qexport.exporter.recipe import Recipe, instantiate
+from qexport.exporter.recipe_files import load_recipe, override
 from qexport.exporter.samples import open_samples
 from qexport.exporter.steps import find_pass
 from qexport.passes.base import Pass

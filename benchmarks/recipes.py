@@ -90,7 +90,8 @@ def build(model: str, recipe: str, target: str) -> dict[str, Any]:
 def left_over(path: Path, name: str, target: str, calibration: Path) -> tuple[int, int] | None:
     """How many values ``smooth`` divides, and how many more Mul nodes the graph has after it."""
     from qexport.exporter.load import load_source
-    from qexport.exporter.recipe import instantiate, load_recipe, override
+    from qexport.exporter.recipe import instantiate
+    from qexport.exporter.recipe_files import load_recipe, override
     from qexport.exporter.samples import open_samples
     from qexport.passes.pipeline import run
 

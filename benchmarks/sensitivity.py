@@ -13,7 +13,8 @@ from qexport.exporter.options import BuildOptions
 from qexport.exporter.precision.lab import Question
 from qexport.exporter.precision.sensitivity import analyse
 from qexport.exporter.proof.quality import compare
-from qexport.exporter.recipe import instantiate, load_recipe, override
+from qexport.exporter.recipe import instantiate
+from qexport.exporter.recipe_files import load_recipe, override
 from qexport.exporter.samples import Samples, open_samples
 from qexport.passes.pipeline import run
 from qexport.passes.target import find_target

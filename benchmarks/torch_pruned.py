@@ -34,7 +34,8 @@ from qexport.exporter.engines.profiles import derive_profile
 from qexport.exporter.load import load_model
 from qexport.exporter.looking.sparsity import zeros_of
 from qexport.exporter.onnx_file import save_onnx
-from qexport.exporter.recipe import instantiate, load_recipe
+from qexport.exporter.recipe import instantiate
+from qexport.exporter.recipe_files import load_recipe
 from qexport.exporter.steps import find_pass
 from qexport.passes.pipeline import parameters, run
 from qexport.passes.target import find_target

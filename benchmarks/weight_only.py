@@ -11,7 +11,8 @@ import measure
 from qexport.calibration.gptq import ROUNDING_KEY
 from qexport.exporter.load import Source, load_source
 from qexport.exporter.proof.quality import compare
-from qexport.exporter.recipe import Recipe, instantiate, load_recipe, override
+from qexport.exporter.recipe import Recipe, instantiate
+from qexport.exporter.recipe_files import load_recipe, override
 from qexport.exporter.samples import Samples, open_samples
 from qexport.passes.pipeline import run
 from qexport.passes.target import find_target

@@ -10,7 +10,8 @@ from qexport.exporter.admit import Limits
 from qexport.exporter.engines.shapes import engine_shapes
 from qexport.exporter.load import Source, load_source
 from qexport.exporter.options import BuildOptions
-from qexport.exporter.recipe import Recipe, load_recipe, override
+from qexport.exporter.recipe import Recipe
+from qexport.exporter.recipe_files import load_recipe, override
 from qexport.exporter.samples import Samples
 from qexport.exporter.steps import find_pass
 from qexport.passes.portable import PAST

@@ -10,7 +10,8 @@ from qexport.calibration.gradients.backward import cotangent, differentiate, gra
 from qexport.calibration.reading.data import DataSpec, input_specs, open_dataset
 from qexport.errors import UsageError
 from qexport.exporter.load import load_model, load_source
-from qexport.exporter.recipe import instantiate, load_recipe, override
+from qexport.exporter.recipe import instantiate
+from qexport.exporter.recipe_files import load_recipe, override
 
 
 def test_casts_between_floats_pass_and_integers_stop():

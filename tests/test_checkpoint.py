@@ -16,7 +16,7 @@ from qexport.exporter.admit import Limits
 from qexport.exporter.load import load_source
 from qexport.exporter.options import BuildOptions
 from qexport.exporter.product import requantize, run_recipe
-from qexport.exporter.recipe import load_recipe, override
+from qexport.exporter.recipe_files import load_recipe, override
 from qexport.exporter.resume import checkpoint, journal, shelf
 from qexport.exporter.resume.journal import open_journal
 from qexport.exporter.samples import open_samples

@@ -19,7 +19,7 @@ from qexport.cli import build as build_module
 from qexport.cli import bundle, cli
 from qexport.cli.common import default_cache, print_json
 from qexport.errors import GateFailed, QexportError
-from qexport.exporter.recipe import list_recipes
+from qexport.exporter.recipe_files import list_recipes
 
 HEAVY = ("numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "onnxslim", "pydantic", "tokenizers", "rich", "torch")
 

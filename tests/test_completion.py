@@ -12,7 +12,7 @@ import pytest
 from helpers import call
 
 from qexport.cli.completion import TARGETS
-from qexport.exporter.recipe import list_recipes
+from qexport.exporter.recipe_files import list_recipes
 from qexport.passes.target import TARGETS as KNOWN
 
 HEAVY = ("numpy", "onnx", "onnx_ir", "onnxruntime", "pydantic", "rich")

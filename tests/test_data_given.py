@@ -15,7 +15,7 @@ from qexport.calibration.reading.data import DataSpec, InputSpec, open_dataset
 from qexport.calibration.reading.evaluation import open_evaluation
 from qexport.errors import DataInvalid, IntegrityError, ResourceExhausted, UsageError
 from qexport.exporter.load import load_source
-from qexport.exporter.recipe import load_recipe
+from qexport.exporter.recipe_files import load_recipe
 from qexport.exporter.samples import open_samples
 
 X = (InputSpec("x", np.dtype(np.float32), (None, 3)),)

@@ -19,7 +19,8 @@ from qexport.calibration.reading.data import open_dataset
 from qexport.calibration.reading.spec import DataSpec, input_specs
 from qexport.cli import cli
 from qexport.errors import UsageError
-from qexport.exporter.recipe import Recipe, instantiate, list_recipes, load_recipe, needs, override
+from qexport.exporter.recipe import Recipe, instantiate, needs
+from qexport.exporter.recipe_files import list_recipes, load_recipe, override
 from qexport.exporter.steps import PASSES, find_pass, settable
 from qexport.passes.pipeline import run
 from qexport.passes.target import TARGETS

@@ -17,7 +17,8 @@ from qexport.calibration.drop_layers import FEW, REPAIRED, SPARED, Layers
 from qexport.calibration.few_bits import UNSEEN
 from qexport.errors import DataInvalid, UsageError
 from qexport.exporter.load import load_model
-from qexport.exporter.recipe import Recipe, instantiate, override
+from qexport.exporter.recipe import Recipe, instantiate
+from qexport.exporter.recipe_files import override
 from qexport.passes.cleanup import Cleanup
 from qexport.passes.match import array, dims
 from qexport.passes.pruning.blocks import find_blocks, find_layers, remove

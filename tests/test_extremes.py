@@ -9,7 +9,8 @@ from onnx.reference import ReferenceEvaluator
 
 from qexport.calibration.extremes import Extremes, observe
 from qexport.errors import DataInvalid
-from qexport.exporter.recipe import instantiate, load_recipe, needs, override
+from qexport.exporter.recipe import instantiate, needs
+from qexport.exporter.recipe_files import load_recipe, override
 from qexport.passes.numbers.extreme import EXTREME_KEY, extreme_of
 from qexport.passes.pipeline import run
 

@@ -25,7 +25,7 @@ from qexport.exporter.options import BuildOptions
 from qexport.exporter.outcome.artefact import summarize
 from qexport.exporter.precision.lab import Question
 from qexport.exporter.product import run_recipe
-from qexport.exporter.recipe import list_recipes, load_recipe, override
+from qexport.exporter.recipe_files import list_recipes, load_recipe, override
 from qexport.exporter.samples import Samples, open_samples
 from qexport.exporter.steps import find_pass
 from qexport.passes.target import TARGETS, find_target

@@ -23,7 +23,7 @@ from qexport.exporter.outcome.result import EngineInfo, Latency, Quality
 from qexport.exporter.outcome.summary import summary_lines
 from qexport.exporter.precision.recalled import RecallingBench
 from qexport.exporter.precision.regions import Region
-from qexport.exporter.recipe import load_recipe, override
+from qexport.exporter.recipe_files import load_recipe, override
 from qexport.exporter.resume import journal
 from qexport.exporter.resume.journal import FRESH, Journal, build_key, open_journal
 from qexport.exporter.samples import open_samples

@@ -4,7 +4,8 @@ from helpers import call, save_model
 
 from qexport.calibration.least import check_least
 from qexport.errors import UsageError
-from qexport.exporter.recipe import instantiate, load_recipe, override
+from qexport.exporter.recipe import instantiate
+from qexport.exporter.recipe_files import load_recipe, override
 from qexport.exporter.steps import PASSES
 
 COUNTS = [(name, "samples") for name in ("observe", "calibrate", "extremes", "correct-bias", "gptq", "awq", "adaround")]

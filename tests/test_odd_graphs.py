@@ -12,7 +12,7 @@ from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.load import load_source
 from qexport.exporter.options import BuildOptions
 from qexport.exporter.proof.equality import distance
-from qexport.exporter.recipe import load_recipe
+from qexport.exporter.recipe_files import load_recipe
 from qexport.exporter.samples import open_samples
 
 RNG = np.random.default_rng(0)

@@ -25,7 +25,8 @@ from qexport.exporter.outcome.result import Quality, TaskScore
 from qexport.exporter.proof.gates import check_gates
 from qexport.exporter.proof.layout import ELEMENTS, find_layout
 from qexport.exporter.proof.quality import Judge, compare
-from qexport.exporter.recipe import GatesSpec, load_recipe, override
+from qexport.exporter.recipe import GatesSpec
+from qexport.exporter.recipe_files import load_recipe, override
 from qexport.exporter.samples import data_spec, open_samples
 from qexport.passes.target import find_target
 from qexport.runtime.decoder import Decoder

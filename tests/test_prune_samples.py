@@ -12,7 +12,8 @@ from qexport.calibration.reading.data import open_dataset
 from qexport.calibration.reading.spec import DataSpec, input_specs
 from qexport.calibration.running.execute import open_model
 from qexport.exporter.load import load_model
-from qexport.exporter.recipe import instantiate, load_recipe, override
+from qexport.exporter.recipe import instantiate
+from qexport.exporter.recipe_files import load_recipe, override
 from qexport.passes.cleanup import Cleanup
 from qexport.passes.match import array
 from qexport.passes.pipeline import run as pipeline

@@ -14,7 +14,7 @@ from qexport.exporter.load import load_source
 from qexport.exporter.opening import choose_recipe
 from qexport.exporter.options import BuildOptions
 from qexport.exporter.product import run_recipe
-from qexport.exporter.recipe import load_recipe
+from qexport.exporter.recipe_files import load_recipe
 from qexport.exporter.samples import open_samples
 from qexport.passes.numbers.range import RANGE_KEY, Range
 from qexport.passes.qlinear import QLinear

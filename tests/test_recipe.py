@@ -12,7 +12,8 @@ import pytest
 
 from qexport.errors import QexportError, UsageError
 from qexport.exporter import toml
-from qexport.exporter.recipe import instantiate, list_recipes, load_recipe, needs, override
+from qexport.exporter.recipe import instantiate, needs
+from qexport.exporter.recipe_files import list_recipes, load_recipe, override
 from qexport.exporter.recipe_text import annotated
 from qexport.exporter.steps import PASSES, LazyTable
 from qexport.passes.base import Outcome, Pass

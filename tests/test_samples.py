@@ -9,7 +9,8 @@ import pytest
 
 from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.load import load_source
-from qexport.exporter.recipe import Recipe, load_recipe, override
+from qexport.exporter.recipe import Recipe
+from qexport.exporter.recipe_files import load_recipe, override
 from qexport.exporter.samples import calibration_passes, longest, open_samples
 from qexport.passes.portable import MAX_POSITIONS
 

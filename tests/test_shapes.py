@@ -12,7 +12,8 @@ from qexport.calibration.running.execute import open_model
 from qexport.errors import ModelInvalid, UsageError
 from qexport.exporter.engines.shapes import engine_shapes
 from qexport.exporter.options import BuildOptions
-from qexport.exporter.recipe import Recipe, load_recipe, override
+from qexport.exporter.recipe import Recipe
+from qexport.exporter.recipe_files import load_recipe, override
 from qexport.exporter.samples import Samples
 
 NONE = Samples(calibration=None, judge=None, proof=(), made_up=True, warnings=())

@@ -13,7 +13,8 @@ from qexport.calibration.running.execute import open_model
 from qexport.errors import UsageError
 from qexport.exporter.load import load_model
 from qexport.exporter.proof.equality import distance
-from qexport.exporter.recipe import instantiate, load_recipe, override
+from qexport.exporter.recipe import instantiate
+from qexport.exporter.recipe_files import load_recipe, override
 from qexport.passes.folding.activation import activation_of
 from qexport.passes.pipeline import run
 from qexport.passes.shift import Shift

@@ -7,7 +7,8 @@ import pytest
 from helpers import Samples, model_from, session
 
 from qexport.exporter.looking.sparsity import zeros_of
-from qexport.exporter.recipe import instantiate, list_recipes, load_recipe, override
+from qexport.exporter.recipe import instantiate
+from qexport.exporter.recipe_files import list_recipes, load_recipe, override
 from qexport.passes.pipeline import run
 
 OFF = {

@@ -12,7 +12,8 @@ from qexport.calibration.statistics.halves import measure_halves
 from qexport.calibration.zeros.choice import DENSE, DONE, SHARED
 from qexport.calibration.zeros.kernels import Kernel
 from qexport.errors import DataInvalid, UsageError
-from qexport.exporter.recipe import Recipe, instantiate, override
+from qexport.exporter.recipe import Recipe, instantiate
+from qexport.exporter.recipe_files import override
 from qexport.passes.numbers.masks import Pattern, keep_mask, wanda
 from qexport.passes.numbers.refit import refit
 from qexport.passes.numbers.sparse_gpt import sparse_gpt

@@ -15,7 +15,8 @@ from qexport.calibration.calibrate import Calibrate
 from qexport.calibration.sparsify import Sparsify
 from qexport.errors import BuildFailed
 from qexport.exporter.looking.sparsity import zeros_of
-from qexport.exporter.recipe import instantiate, load_recipe, override
+from qexport.exporter.recipe import instantiate
+from qexport.exporter.recipe_files import load_recipe, override
 from qexport.passes.pipeline import run
 from qexport.passes.quantize import Quantize
 from qexport.passes.weight_only import WeightOnly

@@ -20,7 +20,7 @@ from qexport.exporter.outcome.receipt import ReplayInfo
 from qexport.exporter.precision.bench import BuildBench
 from qexport.exporter.precision.costs import Cost
 from qexport.exporter.precision.recalled import RecallingBench
-from qexport.exporter.recipe import load_recipe, override
+from qexport.exporter.recipe_files import load_recipe, override
 from qexport.exporter.replay import replay_recipe
 
 TEXT = """<ir_version: 10, opset_import: ["" : 21]>

@@ -17,7 +17,7 @@ from qexport.calibration.running.whole_rows import read_whole_rows
 from qexport.errors import UsageError
 from qexport.exporter.options import BuildOptions
 from qexport.exporter.precision.lab import Question, open_lab
-from qexport.exporter.recipe import load_recipe, override
+from qexport.exporter.recipe_files import load_recipe, override
 
 
 @pytest.fixture(scope="module")

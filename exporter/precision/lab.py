@@ -16,7 +16,8 @@ from qexport.exporter.product import Product, can_keep, run_recipe
 from qexport.exporter.proof.gates import check_judge
 from qexport.exporter.proof.layout import Feeds
 from qexport.exporter.proof.quality import Judge
-from qexport.exporter.recipe import Recipe, instantiate, override
+from qexport.exporter.recipe import Recipe, instantiate
+from qexport.exporter.recipe_files import override
 from qexport.exporter.samples import Samples, open_samples
 from qexport.exporter.steps import find_pass
 from qexport.passes.target import Target, find_target

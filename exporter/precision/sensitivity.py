@@ -15,7 +15,8 @@ from qexport.exporter.precision.lab import Lab, Question, open_lab
 from qexport.exporter.precision.layers import correlation, estimate, measure_groups, open_probe, weight_bytes
 from qexport.exporter.precision.regions import Region, label
 from qexport.exporter.precision.yardstick import Score
-from qexport.exporter.recipe import instantiate, override
+from qexport.exporter.recipe import instantiate
+from qexport.exporter.recipe_files import override
 from qexport.passes.numbers.range import SQNR_KEY
 from qexport.passes.pipeline import run
 from qexport.runtime.profile import profile

@@ -16,7 +16,7 @@ import test_admit_numbers
 import test_admit_sizes
 
 from fuzz.run import BUILD, HERE
-from qexport.exporter.recipe import list_recipes, load_recipe
+from qexport.exporter.recipe_files import list_recipes, load_recipe
 
 LARGEST, MOST = 4096, 300_000
 SCRIPTS = 16

@@ -10,7 +10,8 @@ from pathlib import Path
 from fuzz.admit_target import demand_shown
 from fuzz.script import Tape
 from qexport.errors import QexportError
-from qexport.exporter.recipe import Recipe, load_recipe, override
+from qexport.exporter.recipe import Recipe
+from qexport.exporter.recipe_files import load_recipe, override
 
 MOST_SECONDS = 1.0
 """Of the processor, without a fuzzer that counts along."""

@@ -17,7 +17,7 @@ def recipe() -> None:
 @shared_flags
 def list_(*, as_json: bool) -> None:
     """List the shipped recipes."""
-    from qexport.exporter.recipe import list_recipes
+    from qexport.exporter.recipe_files import list_recipes
 
     found = list_recipes()
     if as_json:
@@ -38,7 +38,7 @@ def show(name: str, *, settings: tuple[str, ...], as_json: bool) -> None:
     NAME is a shipped recipe or a file. Comments say what each step is for and what else it could be told; the text
     is a recipe itself.
     """
-    from qexport.exporter.recipe import load_recipe, override
+    from qexport.exporter.recipe_files import load_recipe, override
     from qexport.exporter.recipe_text import annotated
 
     found = override(load_recipe(name), settings)
