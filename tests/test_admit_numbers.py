@@ -54,7 +54,7 @@ TENSORS = [
     ("M20_strings", tensor(T.STRING, [2], string_data=[b"a"]), "holds 1 entries in string_data.* need 2"),
     ("M21_dims_overflow", tensor(T.FLOAT, [2**62, 2**62]), "overflow"),
     ("M21_many_dims", tensor(T.FLOAT, [1] * 260, raw_data=bytes(4)), "260 dimensions"),
-    ("M20_empty_raw_data", tensor(T.FLOAT, [2], raw_data=b"", float_data=[1, 2]), "there and empty, beside float_data"),
+    ("M22_empty_raw_data", tensor(T.FLOAT, [2], raw_data=b"", float_data=[1, 2]), "there and empty, beside float_data"),
     ("M21_neg_dim", tensor(T.FLOAT, [-1]), "negative dimension"),
     ("M21_two_neg_dims", tensor(T.FLOAT, [-2, -2], raw_data=bytes(16)), "negative dimension"),
     ("M21_2_40_no_data", tensor(T.FLOAT, [2**40]), "holds 0 bytes.* need 4398046511104"),
