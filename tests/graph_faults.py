@@ -73,6 +73,11 @@ FAULTS: dict[str, tuple[int, Fault]] = {
     "writes the input": (3, lambda m: m.graph.node.add(op_type="Relu", input=["x"], output=["x"])),
     "an attribute without a name": (3, lambda m: m.graph.node[0].attribute.add(name="", type=2, i=1)),
     "an attribute of no type": (3, lambda m: m.graph.node[0].attribute.add(name="__note", i=1)),
+    "an input left out that is not optional": (3, lambda m: m.graph.node[0].input.__setitem__(0, "")),
+    "an output left out that is not optional": (
+        3,
+        lambda m: m.graph.node.add(op_type="Relu", input=["x"], output=[""]),
+    ),
     "unknown operator": (3, lambda m: setattr(m.graph.node[0], "op_type", "Rleu")),
     "foreign domain": (6, lambda m: setattr(m.graph.node[0], "domain", "acme")),
     "opset of the future": (3, lambda m: setattr(m.opset_import[0], "version", 999)),

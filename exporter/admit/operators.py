@@ -24,6 +24,7 @@ class Shape:
     outputs: range
     attributes: dict[str, int]
     required: frozenset[str]
+    named: tuple[tuple[int, ...], tuple[int, ...]]  # places of inputs and outputs that may not be left out
 
     @classmethod
     def of(cls, schema: OpSchema) -> Shape:
@@ -33,7 +34,13 @@ class Shape:
             range(schema.min_output, schema.max_output + 1),
             {name: _code(attribute.type) for name, attribute in schema.attributes.items()},
             frozenset(name for name, attribute in schema.attributes.items() if attribute.required),
+            (_single(schema.inputs), _single(schema.outputs)),
         )
+
+
+def _single(parameters: Sequence[OpSchema.FormalParameter]) -> tuple[int, ...]:
+    single = OpSchema.FormalParameterOption.Single
+    return tuple(place for place, parameter in enumerate(parameters) if parameter.option == single)
 
 
 def _code(kind: OpSchema.AttrType) -> int:
@@ -151,6 +158,10 @@ def _misuse(node: onnx.NodeProto, shape: Shape) -> str | None:
         return f"has {len(node.input)} inputs, expected {_span(shape.inputs)}"
     if len(node.output) not in shape.outputs:
         return f"has {len(node.output)} outputs, expected {_span(shape.outputs)}"
+    for word, names, places in zip(("input", "output"), (node.input, node.output), shape.named, strict=True):
+        empty = next((place for place in places if not names[place]), None)
+        if empty is not None:
+            return f"{word} {empty} is left out, which is not optional"
     missing = shape.required - {attribute.name for attribute in node.attribute}
     if missing:
         return f"lacks the attribute {min(missing)!r}"
