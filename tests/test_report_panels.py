@@ -288,6 +288,24 @@ def test_points_hold_float_the_tries_and_the_result_and_tell_who_is_beaten():
     assert points(result.model_copy(update={"quality": None}), report.nodes, 0) == ()
 
 
+def test_a_dot_of_the_roofline_counts_what_is_read_and_made_with_the_weights_as_they_are_stored(monkeypatch):
+    monkeypatch.setattr(roofline, "peaks", lambda cache: Machine(fingerprint(), 1, ((1, 2.0),), 3.0, 4.0))
+    head, w = "g (float[4, 8] x) => (float[4, 16] y) ", np.ones((8, 16), np.float32)
+    plain = model_from(head + "{ y = MatMul(x, w) }", w=w)
+    stored = model_from(
+        head + "{ d = DequantizeLinear(w, s)  y = MatMul(x, d) }", w=w.astype(np.int8), s=np.float32(0.5)
+    )
+    for model in (plain, stored):
+        model.graph[-1].name = "product"
+    kernel = Kernel("product", "MatMul", 0.001, ((4, 8),), ((4, 16),), 4 * (4 * 8 + 4 * 16))
+    found = roofline.roofline(plain, stored, ([kernel], [kernel]), Cache(None))
+    work = 2 * 4 * 8 * 16
+    assert [(dot.model, dot.node, dot.rate, dot.ms) for dot in found.dots] == [
+        ("float", "product", work / 0.001, 1.0), ("result", "product", work / 0.001, 1.0),
+    ]  # fmt: skip
+    assert [work / dot.intensity for dot in found.dots] == pytest.approx([384 + 512, 384 + 128 + 4])
+
+
 def test_what_stayed_in_float_from_the_start_counts_in_everything_that_was_tried():
     result, report = tiny()
     states = ("quantized", "kept", "kept", "backed off", "float")
