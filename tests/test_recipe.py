@@ -76,8 +76,7 @@ def failure(path: Path | str) -> UsageError:
 
 def test_a_recipe_without_a_name_is_called_after_its_file(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, '[[step]]\npass = "tidy"\nrounds = 3\n'), TABLE)
-    assert recipe.name == "mine"
-    assert recipe.step[0].pass_ == "tidy"
+    assert (recipe.name, recipe.step[0].pass_) == ("mine", "tidy")
     assert recipe.step[0].options == {"rounds": 3}
 
 

@@ -63,8 +63,7 @@ def output(model, x):
 
 
 def two_of_four(numbers, axis):
-    groups = np.moveaxis(numbers, axis, -1)
-    return (groups.reshape(*groups.shape[:-1], -1, 4) == 0).sum(axis=-1)
+    return (np.moveaxis(numbers, axis, -1).reshape(-1, 4) == 0).sum(axis=-1)
 
 
 def actions(outcome):
