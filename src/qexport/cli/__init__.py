@@ -57,7 +57,11 @@ _COMPLETE = "_QEXPORT_COMPLETE"  # set by a shell that wants to know what may fo
 
 
 class _TerminatedError(BaseException):
-    """Raised by SIGTERM, so that what was staged is removed on the way out."""
+    """Raised by SIGTERM and SIGHUP, so that what was staged is removed on the way out."""
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__(number)
+        self.code = 128 + number
 
 
 class _ClosedError(BaseException):
@@ -108,7 +112,7 @@ def run(arguments: list[str]) -> int:
     return_freed_blocks()
     for name in ("onnxscript", "onnx_ir"):  # their notes are for their own developers, and unescaped
         logging.getLogger(name).addHandler(logging.NullHandler())
-    _end_by_exception(signal.SIGTERM)
+    _end_by_exception(signal.SIGTERM, signal.SIGHUP)
     if _COMPLETE in os.environ:
         importlib.import_module("qexport.cli.shells")
     try:
@@ -123,8 +127,8 @@ def _run(arguments: list[str], flags: list[str]) -> int:
         code: int | None = cli.main(arguments, prog_name="qexport", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
         return _report_end("interrupted", INTERRUPTED, as_json="--json" in flags)
-    except _TerminatedError:
-        return _report_end("terminated", TERMINATED, as_json="--json" in flags)
+    except _TerminatedError as error:
+        return _report_end(_WORDS[error.code], error.code, as_json="--json" in flags)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
@@ -135,21 +139,41 @@ def _run(arguments: list[str], flags: list[str]) -> int:
         _report(failure, type(failure).__name__, as_json="--json" in flags)
         return failure.exit_code
     except Exception as error:  # noqa: BLE001 - the last line: whatever is left becomes one line and exit code 1
+        ended = _signal_behind(error)  # as where a terminal is gone, and a bar of progress cannot be taken away
+        if ended is not None:
+            return _report_end(_WORDS[ended], ended, as_json="--json" in flags)
         return _report_crash(error, arguments, flags)
     return code or 0
+
+
+def _signal_behind(error: BaseException | None) -> int | None:
+    """The exit code of the signal while whose way out was cleaned up something failed; ``None`` without one."""
+    while error is not None and not isinstance(error, KeyboardInterrupt | _TerminatedError):
+        error = error.__context__
+    if error is None:
+        return None
+    return error.code if isinstance(error, _TerminatedError) else INTERRUPTED
 
 
 def _flags(arguments: list[str]) -> list[str]:
     return arguments[: arguments.index("--")] if "--" in arguments else arguments
 
 
-def _end_by_exception(number: signal.Signals) -> None:
-    """Let a signal unwind the stack; outside the main thread signals are somebody else's business."""
+def _end_by_exception(*numbers: signal.Signals) -> None:
+    """Let the first of these signals unwind the stack, undisturbed by a second; those that are ignored stay so.
 
-    def end(*_: object) -> None:
-        raise _TerminatedError
+    Outside the main thread they are somebody else's business.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
-    if threading.current_thread() is threading.main_thread():
+    def end(number: int, _: object) -> None:
+        for each in heard:
+            signal.signal(each, signal.SIG_IGN)
+        raise _TerminatedError(number)
+
+    for number in heard:
         signal.signal(number, end)
 
 

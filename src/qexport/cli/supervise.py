@@ -27,7 +27,7 @@ SHARE = 0.9  # of the machine's memory, or of the control group's: what a comman
 MEMORY, TIME = "--limit-memory", "--limit-time"
 ENDS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-_FROM_TERMINAL = 0x80  # SI_KERNEL: the whole group of processes got it
+_FROM_TERMINAL = 0x80  # SI_KERNEL: of an interrupt, that the whole group of processes got it
 _SET_PARENT_DEATH_SIGNAL = 1
 _STAGE = 512  # bytes of a stage's name
 _LEAVING = "the end"  # a stage: all is done, and what is loaded is taken down
@@ -185,12 +185,12 @@ class _Watch:
         return ENDS[self._asked or signal.SIGTERM]
 
     def _hand_on(self, number: signal.Signals, code: int) -> None:
-        """The first is a request, the second one is not; a terminal tells the child by itself."""
+        """The first is a request, the second one is not; a terminal that interrupts tells the child by itself."""
         if self._asked is not None:
             self._kill()
             return
         self._asked, self._patience = number, time.monotonic() + GRACE
-        if code != _FROM_TERMINAL:
+        if code != _FROM_TERMINAL or number == signal.SIGHUP:  # which only the leader of a session is told
             with suppress(ProcessLookupError):
                 os.kill(self._child, number)
 
