@@ -21,7 +21,6 @@ HEAD = """
 import os, signal, sys, time
 import qexport.cli.supervise
 from qexport.cli.supervise import Death, Limits, supervise, tell_stage
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us in the background
 def tell(found):
     if isinstance(found, Death):
         words = "" if found.failure is None else f"{type(found.failure).__name__}: {found.failure}"
@@ -33,6 +32,15 @@ def work():
     tell_stage("calibrate")
     print("ready", flush=True)
 """
+
+
+@pytest.fixture(autouse=True)
+def signals_are_heard():
+    """A shell that starts tests in the background has them ignore some, and whatever they start too."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def script(work, limits="Limits(8 << 30)", before=""):
@@ -90,6 +98,10 @@ def test_what_dies_when_all_was_done_is_not_said_to_have_published_nothing():
     assert "NativeCrash" in found.stdout
     assert "died by SIGABRT, when all was done" in found.stdout
     assert "nothing was published" not in found.stdout
+
+
+def test_what_dies_leaves_no_core_of_the_model_and_the_data():
+    assert "(0, 0)" in ended("import resource; print(resource.getrlimit(resource.RLIMIT_CORE))").stdout
 
 
 def test_a_child_that_is_killed_from_outside_ran_out_of_memory_most_likely():
