@@ -64,6 +64,15 @@ def test_a_model_comes_with_its_folders_and_nothing_else(tmp_path, hub, model):
     assert {each.path.partition(COMMIT + "/")[2] for each in told.asked[1:]} == taken  # not asked for either
 
 
+def test_a_list_that_does_not_end_is_not_read_to_its_end(tmp_path, hub, model, monkeypatch):
+    monkeypatch.setattr(connection, "_MOST_JSON", 1000)
+    told, name = model
+    told.files = {**FILES, **{f"{number}.json": b"" for number in range(100)}}
+    with pytest.raises(ResourceExhausted, match="more than 1000 bytes"):
+        fetch(name, tmp_path / "out", hub)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_there_already_is_not_asked_for_again(tmp_path, hub, model):
     told, name = model
     told.files |= POOLING

@@ -21,6 +21,8 @@ LEFTOVER = re.compile(r"\.(stage|old|tmp)-|\.lock$")
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 ANYWHERE = re.compile(r"/dev/(null|full|tty|shm(/.*)?)|/proc/.*")
 HERE = re.compile(r"127\.0\.0\.1|::1|localhost|/")
+OURS = re.compile(r"(error|hint|warning): |\[ *\d+\.\d s\] |(interrupted|terminated); nothing was published$")
+"""Lines of ours on stderr."""
 SCHEMA = "qexport.error/1"
 
 
@@ -143,6 +145,9 @@ def one_cause(run: Run) -> None:
     failed = 1 <= run.ended.code <= 12
     run.demand(len(errors) == (failed and not run.as_json), "I7", f"{len(errors)} lines of error")
     run.demand(len(hints) <= len(errors), "I7", f"{len(hints)} hints")
+    others = [line for line in lines if not OURS.match(line)]
+    run.demand(not others, "I7", f"others speak on stderr: {others[:3]}")
+    run.demand(not failed or run.as_json or not out, "I7", f"stdout of a failure: {out[:300]}")
     told = _object(run, out) if run.as_json else {}
     if run.ended.code:
         line = f"{errors[0]} ({''.join(hints)[6:]})" if failed and not told else err
