@@ -171,6 +171,22 @@ def test_a_folder_without_permission_is_a_problem(tmp_path: Path, mode: int, ben
     assert check_folder("cache folder", folder / beneath).status == "problem"
 
 
+@pytest.mark.parametrize("inner", [".", "statistics"])
+def test_a_cache_that_builds_refuse_is_a_problem(tmp_path: Path, inner: str) -> None:
+    assert judged_cache(tmp_path / "cache").status == "ok"
+    folder = tmp_path / "cache" / inner
+    folder.mkdir(parents=True)
+    assert judged_cache(tmp_path / "cache").status == "ok"
+    folder.chmod(0o777)
+    found = judged_cache(tmp_path / "cache")
+    assert (found.status, str(folder) in found.found) == ("problem", True)
+    assert "chmod go-w" in found.advice
+
+
+def judged_cache(folder: Path) -> Check:
+    return next(check for check in diagnose(folder).checks if check.name == "cache folder")
+
+
 def test_a_current_folder_that_is_gone_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()

@@ -15,9 +15,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from qexport.errors import EnvironmentMismatch, QexportError
+from qexport.errors import EnvironmentMismatch, QexportError, UnsafeInput
 from qexport.runtime.backends.gpus import find_gpus
-from qexport.safe_io import read_text, write_bytes
+from qexport.safe_io import Cache, read_text, write_bytes
 
 _OLDEST_PYTHON = (3, 11)
 _INT8_FLAGS = ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
@@ -26,6 +26,7 @@ _LOW_MEMORY = 2 * _GIB
 _LOW_DISK = 2 * _GIB
 _LOW_SHARED = _GIB // 16
 _SHARED = "/dev/shm"
+CACHE_FOLDER = "cache folder"
 
 
 class Check(BaseModel):
@@ -92,6 +93,17 @@ def check_folder(name: str, path: Path) -> Check:
     return Check(name=name, status="warning" if advice else "ok", found=found, advice=advice)
 
 
+def check_cache(path: Path) -> Check:
+    """Judge the folder of the cache as a folder, and by what builds demand of it: that it is its user's alone."""
+    try:
+        with suppress(OSError):  # which the other check tells
+            Cache(path).entries()
+    except UnsafeInput as error:
+        found, advice = f"{error.where}: {error.what}", f"{error.hint}; builds refuse it"
+        return Check(name=CACHE_FOLDER, status="problem", found=found, advice=advice)
+    return check_folder(CACHE_FOLDER, path)
+
+
 def _python() -> Check:
     fine = sys.version_info >= _OLDEST_PYTHON
     found = f"{platform.python_version()} on {platform.system()}"
@@ -123,7 +135,7 @@ def _shared_memory() -> Iterator[Check]:
 def _folders(cache: Path | None) -> Iterator[Check]:
     """Checks of the folders that are used when none is named."""
     if cache is not None:
-        yield check_folder("cache folder", cache)
+        yield check_cache(cache)
     for name, find in (("temporary folder", tempfile.gettempdir), ("current folder", os.getcwd)):
         try:
             path = Path(find())
