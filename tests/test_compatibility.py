@@ -56,16 +56,18 @@ def test_versions_of_runtimes(name: str, told: str, status: str | None, words: s
 @pytest.mark.parametrize(
     ("release", "tensorrt", "status", "words"),
     [
-        (35, None, "warning", "JetPack 5"),
-        (36, None, "ok", "TensorRT 10.3"),
-        (36, "10.3.0", "ok", "JetPack 6"),
-        (36, "11.4.0", "warning", "needs JetPack 7.2"),
-        (38, "11.4.0", "ok", "JetPack 7"),
-        (99, None, "warning", "unknown to qexport"),
+        ("35.4", None, "warning", "JetPack 5"),
+        ("36.3", None, "warning", "TensorRT 8.6: too old"),
+        ("36.4", None, "ok", "TensorRT 10.3"),
+        ("36.4", "10.3.0", "ok", "JetPack 6.1"),
+        ("36.4", "11.4.0", "warning", "needs JetPack 7.2"),
+        ("38.2", "11.4.0", "ok", "JetPack 7"),
+        ("99.1", None, "warning", "unknown to qexport"),
     ],
 )
-def test_jetpacks_by_the_release_of_their_linux(release: int, tensorrt: str | None, status: str, words: str) -> None:
-    text = R36.replace("R36", f"R{release}")
+def test_jetpacks_by_the_release_of_their_linux(release: str, tensorrt: str | None, status: str, words: str) -> None:
+    number, _, revision = release.partition(".")
+    text = R36.replace("R36", f"R{number}").replace("4.0", f"{revision}.0")
     found = judged("jetpack", tegra=text, packages={"tensorrt": tensorrt})
     assert found is not None
     assert found[0] == status
@@ -127,7 +129,7 @@ def test_the_open_kernel_module_tells_its_version_as_well() -> None:
 def test_numbers_are_read_from_versions_of_all_kinds() -> None:
     texts = ("1.31.1", "10.3.0.post1", "11", "", None, "unknown version")
     assert [version(text) for text in texts] == [(1, 31, 1), (10, 3, 0), (11,), (), (), ()]
-    assert [jetson_release(text) for text in (R36, "", "R36")] == [36, None, None]
+    assert [jetson_release(text) for text in (R36, "", "R36")] == [(36, 4), None, None]
 
 
 def test_the_driver_tells_the_cuda_that_it_speaks() -> None:

@@ -22,10 +22,15 @@ RTX_GPUS = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 PORTABLE = (8, 0)  # plans that name no GPU begin here
 OLDEST_GPU = (7, 5)
 FP8 = (8, 9)
-JETPACKS = {35: ("5", "8.5"), 36: ("6", "10.3"), 38: ("7", "10.13 or later")}
-"""Release of Jetson Linux to the JetPack that holds it, and the TensorRT that comes with it."""
+JETPACKS = {
+    (38, 0): ("7", "10.13 or later"),
+    (36, 4): ("6.1 or later", "10.3"),
+    (36, 0): ("6.0", "8.6"),
+    (35, 0): ("5", "8.5"),
+}
+"""First of the releases of Jetson Linux to the JetPack that holds them, and the TensorRT that comes with it."""
 
-OLDEST_JETPACK, JETPACK_FOR_11 = 36, 38
+OLDEST_JETPACK, JETPACK_FOR_11 = (36, 4), (38, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +66,10 @@ def version(text: str | None) -> tuple[int, ...]:
     return tuple(map(int, head[0].split("."))) if head else ()
 
 
-def jetson_release(tegra: str) -> int | None:
-    """The release of Jetson Linux that ``/etc/nv_tegra_release`` names, such as 36; ``None`` where there is none."""
-    named = re.search(r"\bR(\d+) \(release\)", tegra)
-    return int(named[1]) if named else None
+def jetson_release(tegra: str) -> tuple[int, int] | None:
+    """Release and revision of Jetson Linux in ``/etc/nv_tegra_release``, such as 36, 4; ``None`` where they are not."""
+    named = re.search(r"\bR(\d+) \(release\), REVISION: (\d+)", tegra)
+    return (int(named[1]), int(named[2])) if named else None
 
 
 def _onnxruntime(found: Found) -> Iterator[Check]:
@@ -106,14 +111,16 @@ def _jetpack(found: Found) -> Iterator[Check]:
     release = jetson_release(found.tegra)
     if release is None:
         return
-    if release not in JETPACKS:
-        yield _doubtful("jetpack", f"Jetson Linux R{release}", "unknown to qexport", "look up its TensorRT first")
+    linux = f"R{release[0]}.{release[1]}"
+    known = next((first for first in JETPACKS if first[0] == release[0] and first <= release), None)
+    if known is None:
+        yield _doubtful("jetpack", f"Jetson Linux {linux}", "unknown to qexport", "look up its TensorRT first")
         return
-    jetpack, comes_with = JETPACKS[release]
-    told = f"JetPack {jetpack} (R{release}), which comes with TensorRT {comes_with}"
+    jetpack, comes_with = JETPACKS[known]
+    told = f"JetPack {jetpack} ({linux}), which comes with TensorRT {comes_with}"
     wanted = version(found.packages.get("tensorrt"))
     if release < OLDEST_JETPACK:
-        yield _doubtful("jetpack", told, "too old to build engines", "install JetPack 6 or later")
+        yield _doubtful("jetpack", told, "too old to build engines", "install JetPack 6.1 or later")
     elif wanted and wanted[0] >= 11 and release < JETPACK_FOR_11:
         advice = "install the tensorrt that came with the JetPack, or JetPack 7.2"
         yield _doubtful("jetpack", told, f"TensorRT {found.packages['tensorrt']} needs JetPack 7.2", advice)
