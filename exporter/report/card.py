@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from qexport.errors import printable
 from qexport.exporter.outcome.result import Result
 from qexport.exporter.outcome.summary import counts, human_bytes
 from qexport.exporter.report.html.words import many, model_name, name
@@ -129,7 +128,7 @@ def _limits(result: Result, report: Report) -> Iterator[str]:
         yield from (f"- Sample {s.index} has a cosine of {s.cosine:.4f} to float." for s in report.samples[:WORST])
     if result.latency is None or result.latency.foreign:
         yield f"- Its speed on {text(result.target)} was not measured."
-    yield from (f"- {text(printable(warning))}" for warning in result.warnings[:20])
+    yield from (f"- {text(warning)}" for warning in result.warnings[:20])
     if report.samples:
         yield "- `report.html` and `report.json` show evaluation samples: mind what is in them before sharing."
     yield ""

@@ -107,6 +107,17 @@ def named(name: str) -> onnx.ModelProto:
     return model
 
 
+def idle(name: str) -> Callable[[Room], list[str]]:
+    """Build it where nothing can be quantized, of which the result warns by the names of nodes."""
+
+    def plant(room: Room) -> list[str]:
+        argv = built(named(name))(room)
+        np.savez(room.inputs / "calib.npz", x=np.zeros((16, 32), "f"))
+        return argv
+
+    return plant
+
+
 TOLD: dict[str, Callable[[Room, Path], list[str]]] = {
     "tree": lambda room, path: ["inspect", "--tree", str(path)],
     "plan": lambda room, path: ["plan", str(path), "--target", "ort-cpu"],
@@ -126,6 +137,16 @@ def shown_safely(room: Room, ended: Ended) -> None:
         assert "\nerror: forged" not in text, name
         assert len(text) < 6 << 20, name
     assert not Path("/tmp/owned").exists()
+
+
+def both(*checks: Callable[[Room, Ended], None]) -> Callable[[Room, Ended], None]:
+    """All of them."""
+
+    def after(room: Room, ended: Ended) -> None:
+        for check in checks:
+            check(room, ended)
+
+    return after
 
 
 def reasoned(room: Room, ended: Ended) -> None:
@@ -201,6 +222,8 @@ CASES = [
     *(Case(f"M31_inspect_{id}", inspecting(named(name), "--sparsity")) for id, name in NAMES.items()),
     *(Case(f"M31_{command}_{id}", lambda room, id=id, tell=tell: tell(room, planted(room, named(NAMES[id]))))
       for command, tell in TOLD.items() for id in ("escape", "lines", "c1")),
+    *(Case(f"M31_idle_{id}", idle(NAMES[id]), after=both(warned("nothing was quantized"), shown_safely))
+      for id in ("escape", "lines", "c1")),
     *(Case(f"M31_build_{id}", built(named(name)), after=shown_safely, slow=id == "long") for id, name in NAMES.items()),
     *(Case(f"M35_{id}", contradicting(profiles), 2, says, after=before_the_work)
       for id, (profiles, says) in PROFILES.items()),
