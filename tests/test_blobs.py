@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import hashlib
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qexport.errors import IntegrityError, ModelInvalid, UnsafeInput
-from qexport.safe_io import check_blob, open_companion
+from qexport.safe_io import check_blob, demand_inside, open_companion
 
 CONTENT = b"weights" * 100
 
@@ -113,6 +114,22 @@ def test_no_other_link_is_followed(snapshot, target):
     companion = link(snapshot, target(snapshot))
     with pytest.raises(UnsafeInput):
         open_companion(snapshot, companion)
+
+
+def test_a_link_that_is_swapped_for_a_file_while_it_is_read_is_refused(snapshot, monkeypatch):
+    companion = link(snapshot, blob(snapshot))
+
+    def readlink(path, **_):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), path)  # as of what is no link any more
+
+    monkeypatch.setattr(os, "readlink", readlink)
+    for look in (
+        lambda: open_companion(snapshot, companion),
+        lambda: check_blob(snapshot / companion),
+        lambda: demand_inside(snapshot / companion, snapshot),
+    ):
+        with pytest.raises(UnsafeInput, match="changes while it is read"):
+            look()
 
 
 def test_links_are_followed_in_such_a_cache_alone(tmp_path):

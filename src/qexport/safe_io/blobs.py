@@ -35,10 +35,9 @@ def open_companion(root: Path, relative: str) -> BufferedReader:
         ResourceExhausted: It cannot be read.
     """
     file = root.joinpath(*safe_parts(relative))
-    name = Path(os.path.realpath(file)).name
-    home = next(
-        (blobs for blobs in _blobs(root) if file.is_symlink() and Path(os.path.realpath(file)) == blobs / name), None
-    )
+    real = _real(file)
+    name = real.name
+    home = next((blobs for blobs in _blobs(root) if file.is_symlink() and real == blobs / name), None)
     if home is None or not _DIGEST.fullmatch(name):
         return open_beneath(root, relative)
     stream = open_beneath(home.parent, f"{_BLOBS}/{name}")
@@ -58,7 +57,7 @@ def demand_inside(file: Path, folder: Path) -> None:
     """
     if "\0" in str(file):
         raise UnsafeInput("not the name of a file", where=str(file))
-    root, real = (Path(os.path.realpath(path)) for path in (folder, file))
+    root, real = _real(folder), _real(file)
     if not any(place in real.parents for place in (root, *_blobs(root))):
         hint = "copy the folder with its links resolved (cp -rL) and use the copy"
         raise UnsafeInput("leads out of its folder", where=str(file), hint=hint)
@@ -69,7 +68,7 @@ def check_blob(file: Path, digest: str | None = None) -> None:
 
     ``digest`` is that of the file, where it is known.
     """
-    name = Path(os.path.realpath(file)).name
+    name = _real(file).name
     if not file.is_symlink() or not _DIGEST.fullmatch(name):
         return
     if digest is None or len(name) == _GIT_LENGTH:
@@ -79,9 +78,17 @@ def check_blob(file: Path, digest: str | None = None) -> None:
         raise _damaged(name, str(file))
 
 
+def _real(path: Path) -> Path:
+    """Where a path leads; ``UnsafeInput`` where a link is swapped for a file while it is read."""
+    try:
+        return Path(os.path.realpath(path))
+    except OSError as error:
+        raise UnsafeInput("a link that changes while it is read", where=str(path)) from error
+
+
 def _blobs(folder: Path) -> list[Path]:
     """Where files of the folder may lie in such a cache: for every snapshot that it is in, the blobs beside it."""
-    root = Path(os.path.realpath(folder))
+    root = _real(folder)
     return [above.parent.parent / _BLOBS for above in (root, *root.parents) if above.parent.name == "snapshots"]
 
 
