@@ -291,9 +291,12 @@ def test_an_engine_is_built_once_for_the_same_model_and_options(known, tmp_path)
     assert made(low)[1] == b"engine 2\n"
     assert made(plain, b"other")[1] == b"engine 3\n"
     (entry,) = [e for e in known().cache.entries() if e.path.read_bytes().endswith(b"engine 1\n")]
-    assert known().cache.entry(entry.kind, entry.key).write(b'{"bytes": 3}\nengine')
-    with pytest.raises(IntegrityError, match="says something else"):
-        made(plain, strict=True)
+    place = known().cache.entry(entry.kind, entry.key)
+    sound = place.read()
+    for content, says in ((sound[:-1], "another size"), (b'{"bytes": 3}\nengine', "says something else")):
+        assert place.write(content)
+        with pytest.raises(IntegrityError, match=says):
+            made(plain, strict=True)
     assert made(plain)[1] == b"engine 4\n"
 
 
