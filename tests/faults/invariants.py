@@ -145,7 +145,8 @@ def one_cause(run: Run) -> None:
     failed = 1 <= run.ended.code <= 12
     run.demand(len(errors) == (failed and not run.as_json), "I7", f"{len(errors)} lines of error")
     run.demand(len(hints) <= len(errors), "I7", f"{len(hints)} hints")
-    others = [line for line in lines if not OURS.match(line)]
+    others = [line for line in lines if line and not OURS.match(line)]  # click ends the line of a ^C
+    run.demand(len([line for line in lines if line.endswith("; nothing was published")]) <= 1, "I7", "told twice")
     run.demand(not others, "I7", f"others speak on stderr: {others[:3]}")
     run.demand(not failed or run.as_json or not out, "I7", f"stdout of a failure: {out[:300]}")
     told = _object(run, out) if run.as_json else {}

@@ -21,7 +21,7 @@ import click
 
 from qexport import __version__
 from qexport.cli.bundle import write_bundle
-from qexport.cli.supervise import Death, outcome_at, read_limits, supervise, told_stage
+from qexport.cli.supervise import Death, outcome_at, read_limits, supervise, tell_end, told_stage
 from qexport.errors import NativeCrash, QexportError, ResourceExhausted, UsageError, printable
 from qexport.runtime.memory import return_freed_blocks
 
@@ -209,6 +209,8 @@ def _report_crash(error: Exception, arguments: list[str], flags: list[str]) -> i
 def _report_death(death: Death, arguments: list[str], flags: list[str]) -> int:
     """Tell what a signal did to the process that did the work."""
     failure = death.failure
+    if failure is None and death.told:
+        return death.code
     if failure is None:
         return _report_end(_WORDS[death.code], death.code, outcome_at(death.stage), as_json="--json" in flags)
     if isinstance(failure, NativeCrash):
@@ -227,6 +229,7 @@ def _report_end(word: str, code: int, outcome: str = outcome_at(""), *, as_json:
     what = word + outcome
     if not (as_json and _told_as_json(word.capitalize(), code, {"what": what, "where": None, "hint": None})):
         _tell(what)
+    tell_end()
     return code
 
 

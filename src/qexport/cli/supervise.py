@@ -56,12 +56,14 @@ class Death:
         code: The exit code.
         stage: What it was doing; empty where that is unknown.
         stack: What the interpreter did when a signal killed it.
+        told: Whether it has said itself that it ends.
     """
 
     failure: QexportError | None
     code: int
     stage: str
     stack: str
+    told: bool = False
 
 
 def parse_bytes(text: str) -> int | None:
@@ -95,6 +97,12 @@ def tell_stage(name: str) -> None:
         _page[: len(told) + 1] = told + b"\0"
 
 
+def tell_end() -> None:
+    """Let the parent know that the person was told why this ends, which threads in native code may still hinder."""
+    if _page is not None:
+        _page[_STAGE] = 1
+
+
 def told_stage() -> str:
     """What was told last; empty in a process that has no parent to tell."""
     return _stage_of(_page) if _page is not None else ""
@@ -123,7 +131,7 @@ def supervise(work: Callable[[], int], limits: Limits) -> int | Death:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [*heard, signal.SIGCHLD])
     parent = os.getpid()
     try:
-        page, stack = mmap.mmap(-1, _STAGE), os.memfd_create("qexport-stack")
+        page, stack = mmap.mmap(-1, _STAGE + 1), os.memfd_create("qexport-stack")
         child = os.fork()
     except OSError:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -145,7 +153,8 @@ def supervise(work: Callable[[], int], limits: Limits) -> int | Death:
         return code
     stage = _stage_of(page)
     failure = watch.cause(-code, stage)
-    return Death(failure, watch.asked if failure is None else failure.exit_code, stage, _text(stack))
+    code = watch.asked if failure is None else failure.exit_code
+    return Death(failure, code, stage, _text(stack), told=bool(page[_STAGE]))
 
 
 def _settle(parent: int, stack: int) -> None:
