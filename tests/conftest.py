@@ -27,6 +27,19 @@ def minilm():
 
 
 @pytest.fixture(scope="session")
+def minilm_build(minilm, samples, tmp_path_factory):
+    """MiniLM in 8 bits for the processor, judged by 512 pairs: the folder, and what ``build`` returned."""
+    import qexport
+
+    place = tmp_path_factory.mktemp("minilm")
+    lines = (samples / "data/stsb-test.csv").read_text("utf-8").splitlines(keepends=True)
+    (place / "slice.csv").write_text("".join(lines[:513]), "utf-8")
+    options = qexport.BuildOptions(output=place / "out", cache=place / "cache")
+    data = {"calib": samples / "data/stsb-calibration.csv", "eval": place / "slice.csv"}
+    return place / "out", qexport.build(minilm, **data, target="ort-cpu", options=options)
+
+
+@pytest.fixture(scope="session")
 def samples():
     """The folder of the committed samples."""
     return ROOT / "samples"

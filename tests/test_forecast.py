@@ -22,11 +22,11 @@ from qexport.exporter.forecast.sizes import file_bytes
 from qexport.exporter.forecast.standins import CUTS
 from qexport.exporter.load import load_source
 from qexport.exporter.options import BuildOptions
-from qexport.exporter.outcome.artefact import summarize
+from qexport.exporter.outcome.artefact import count_decisions, step_infos
 from qexport.exporter.precision.lab import Question
 from qexport.exporter.product import run_recipe
 from qexport.exporter.recipe_files import list_recipes, load_recipe, override
-from qexport.exporter.samples import Samples, open_samples
+from qexport.exporter.samples import open_samples
 from qexport.exporter.steps import find_pass
 from qexport.passes.target import TARGETS, find_target
 
@@ -73,10 +73,9 @@ def snapshot(folder):
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
 
 
-def counted(recipe, product):
+def counted(product):
     """What the result of a build says was quantized, and what was not and why."""
-    facts = summarize(recipe, product, Samples(None, None, (), made_up=False, warnings=()), 0.0)
-    return facts.quantized, facts.skipped
+    return count_decisions(step_infos(product))
 
 
 @pytest.mark.parametrize("data", [True, False])
@@ -92,7 +91,7 @@ def test_decisions_and_bytes_are_those_of_the_recipe_run_on_data(folder, name, t
     source = load_source(folder / "model.onnx", cached=recipe.export.cached)
     product = run_recipe(source, recipe, open_samples(source, recipe, folder / "calib.npz", None), options)
     decisions = [decision for step in product.steps for decision in step.decisions]
-    assert (told.quantized, told.skipped) == counted(recipe, product)
+    assert (told.quantized, told.skipped) == counted(product)
     if name != "llm-int8":  # which tells how many columns stay in float
         assert told.forms == Counter(decision.reason for decision in decisions if decision.action == "quantized")
     size = len(ir.to_proto(product.model).SerializeToString())
@@ -215,22 +214,10 @@ def test_every_step_that_looks_at_data_has_a_cost():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "target"), [("minilm", "ort-cpu"), ("minilm", "tensorrt-rtx"), ("resnet20", "ort-cpu")]
-)
-def test_seconds_disk_and_memory_of_real_builds_are_foretold_within_a_factor_of_two(
-    kind, target, minilm, samples, tmp_path
-):
-    data = {
-        "minilm": (minilm, samples / "data/stsb-calibration.csv", samples / "data/stsb-test.csv"),
-        "resnet20": (
-            samples / "resnet20/resnet20.onnx",
-            samples / "resnet20/calibration.npz",
-            samples / "resnet20/test.npz",
-        ),
-    }
-    model, calib, evaluation = data[kind]
-    recipe = {"minilm": "int8", "resnet20": samples / "resnet20/int8.toml"}[kind]
+def test_disk_and_memory_of_a_real_build_are_foretold_within_a_factor_of_two(samples, tmp_path):
+    folder = samples / "resnet20"
+    model, recipe, target = folder / "resnet20.onnx", folder / "int8.toml", "ort-cpu"
+    calib, evaluation = folder / "calibration.npz", folder / "test.npz"
     cache = tmp_path / "cache"
     told = forecast(Question(model, recipe, calib, evaluation, BuildOptions(target=target, cache=cache)))
     assert not cache.exists()
@@ -239,9 +226,5 @@ def test_seconds_disk_and_memory_of_real_builds_are_foretold_within_a_factor_of_
     subprocess.run(command, check=True, capture_output=True)  # by itself, as memory is that of a process
     built = json.loads((tmp_path / "out/result.json").read_text("utf-8"))
     taken = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
-    ratios = {
-        "seconds": sum(told.seconds.values()) / built["seconds"],
-        "disk": told.disk / taken,
-        "memory": told.memory / built["peak_rss_bytes"],
-    }
-    assert all(0.5 <= ratio <= 2 for ratio in ratios.values()), ratios
+    assert 0.5 <= told.disk / taken <= 2
+    assert 0.5 <= told.memory / built["peak_rss_bytes"] <= 2

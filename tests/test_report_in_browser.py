@@ -103,18 +103,8 @@ def test_two_thousand_nodes_are_painted_within_a_second(browser, pages):
 
 
 @pytest.mark.slow
-def test_the_report_of_minilm_is_small_and_painted_within_a_second_and_asks_for_nothing(
-    browser, minilm, samples, tmp_path
-):
-    import qexport
-
-    for name, count in (("stsb-calibration", 24), ("stsb-test", 48)):
-        lines = (samples / f"data/{name}.csv").read_text(encoding="utf-8").splitlines(keepends=True)
-        (tmp_path / f"{name}.csv").write_text("".join(lines[: count + 1]), encoding="utf-8")
-    folder = tmp_path / "minilm"
-    options = qexport.BuildOptions(output=folder, set=("export.never_worse=false",))
-    calib, judge = tmp_path / "stsb-calibration.csv", tmp_path / "stsb-test.csv"
-    qexport.build(minilm, recipe="int8", calib=calib, eval=judge, target="ort-cpu", options=options)
+def test_the_report_of_minilm_is_small_and_painted_within_a_second_and_asks_for_nothing(browser, minilm_build):
+    folder, _ = minilm_build
     path = folder / "report.html"
     assert path.stat().st_size <= 6_000_000
     assert first_paint(browser, path) <= 1

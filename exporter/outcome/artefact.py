@@ -104,9 +104,8 @@ def write_manifest(stage: Stage, result: Result, built: Built, replay: dict[str,
 
 
 def _result(built: Built, output: Path, files: dict[str, FileInfo]) -> Result:
-    trial, steps = built.trial, _steps(built.trial.product)
-    decisions = [d for step in steps if PASSES[step.name].quantizes for d in step.decisions]
-    quantized = sum(d.action == "quantized" for d in decisions)
+    trial, steps = built.trial, step_infos(built.trial.product)
+    quantized, skipped = count_decisions(steps)
     return Result(
         schema=RESULT_SCHEMA,
         version=qexport.__version__,
@@ -117,7 +116,7 @@ def _result(built: Built, output: Path, files: dict[str, FileInfo]) -> Result:
         files=files,
         steps=steps,
         quantized=quantized,
-        skipped=dict(Counter(d.reason for d in decisions if d.action == "skipped").most_common()),
+        skipped=skipped,
         bytes_before=built.source.info.bytes,
         bytes_after=sum(info.bytes for name, info in files.items() if name.startswith(MODEL)),
         quality=trial.quality,
@@ -133,7 +132,8 @@ def _result(built: Built, output: Path, files: dict[str, FileInfo]) -> Result:
     )
 
 
-def _steps(product: Product) -> tuple[StepInfo, ...]:
+def step_infos(product: Product) -> tuple[StepInfo, ...]:
+    """What the steps of a recipe did, as a result tells it."""
     return tuple(
         StepInfo(
             name=step.name,
@@ -146,6 +146,13 @@ def _steps(product: Product) -> tuple[StepInfo, ...]:
         )
         for step, proof in zip(product.steps, product.proofs, strict=True)
     )
+
+
+def count_decisions(steps: Sequence[StepInfo]) -> tuple[int, dict[str, int]]:
+    """How many nodes the quantizing steps quantized, and for each reason how many they skipped, most first."""
+    decisions = [d for step in steps if PASSES[step.name].quantizes for d in step.decisions]
+    skipped = Counter(d.reason for d in decisions if d.action == "skipped")
+    return sum(d.action == "quantized" for d in decisions), dict(skipped.most_common())
 
 
 def _warnings(built: Built, steps: Sequence[StepInfo], quantized: int) -> Iterator[str]:
