@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ COUNTS = (64, 128, 256, 512)
 NOTE = (
     "all-MiniLM-L6-v2, `--int8` for tensorrt-rtx, a process for each number. Passes: until the last one; peak resident "
     "set. Whole build: the command `qexport build` from start to end, with proof, judging on the 2758 sentences of "
-    "STS-B test, latency and engine (built in a process of its own, whose memory is not counted)."
+    "STS-B test, latency, a cache that is filled, and engine (built in a process of its own, whose memory is not counted)."
 )
 
 
@@ -48,7 +49,10 @@ def main() -> None:
 
 def whole_build(calibration: Path, folder: Path) -> tuple[float, int]:
     """Seconds and peak resident set, in bytes, of the command."""
+    cache = measure.WORK / "memory-cache"
+    shutil.rmtree(cache, ignore_errors=True)
     options = ["--int8", "--target", "tensorrt-rtx", "--calib", str(calibration), "-o", str(folder), "--json"]
+    options += ["--cache", str(cache)]
     judged = ["--eval", str(measure.SAMPLES / "data/stsb-test.csv")]
     command = [sys.executable, "-m", "qexport", "build", str(measure.minilm_folder()), *options, *judged]
     start = time.perf_counter()

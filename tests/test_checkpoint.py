@@ -147,7 +147,7 @@ def test_a_weight_that_several_models_hold_is_written_once_and_shared_again(prod
     held = [model.graph.initializers for model in (product.plain, product.snapshot.model)]
     shared = [name for name in held[0] if name in held[1] and held[0][name].const_value is held[1][name].const_value]
     assert shared
-    found = checkpoint.decode(checkpoint.encode(product))
+    found = checkpoint.decode(b"".join(checkpoint.encode(product)))
     ours = [model.graph.initializers for model in (found.plain, found.snapshot.model)]
     assert all(ours[0][name].const_value is ours[1][name].const_value for name in shared)
 

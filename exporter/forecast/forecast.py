@@ -138,14 +138,17 @@ def _told(
     built = engine_bytes(amounts.bytes, amounts.nodes) if engine else None
     seconds = stages(pace, amounts, target, engine=engine)
     weights = sum(tensor.nbytes for tensor in _tensors(source.model))
-    kept = cache_bytes(weights, amounts.bytes, _measured(found.model), long=seconds["recipe"] >= WORTH)
+    quantized = sum(decision.action == QUANTIZED for decision in found.decisions)
+    # the model before numbers change, the one before quantizers, and the result
+    models = (1 + (quantized > 0)) * weights + amounts.bytes if seconds["recipe"] >= WORTH else 0
+    kept = cache_bytes(_measured(found.model), models)
     return Forecast(
         schema="qexport.forecast/1",
         model=str(question.model),
         recipe=recipe.name,
         target=target.name,
         nodes=amounts.nodes,
-        quantized=sum(decision.action == QUANTIZED for decision in found.decisions),
+        quantized=quantized,
         forms=_reasons(found, QUANTIZED),
         skipped=_reasons(found, SKIPPED),
         bytes_before=source.info.bytes,

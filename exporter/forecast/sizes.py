@@ -19,9 +19,6 @@ REPORT_BYTES = 1_500_000
 STATISTICS_BYTES = 1_900_000
 """Bytes that one measured value takes in the cache: a histogram, and excerpts for each step that looks at it."""
 
-KEPT_MODELS = 2
-"""How often the weights of the model as it came are in the cache: before numbers change, and before quantizers."""
-
 BASE_MEMORY, COPIES = 450_000_000, 6
 """Bytes of the interpreter with all its libraries, and how often a build holds the weights of the model as it came."""
 
@@ -61,16 +58,9 @@ def engine_bytes(size: int, nodes: int) -> int:
     return size + ENGINE_NODE * nodes
 
 
-def cache_bytes(weights: int, size: int, measured: int, *, long: bool) -> int:
-    """About what a build keeps for the next one.
-
-    Args:
-        weights: Bytes of the weights of the model as it came.
-        size: Bytes of the result.
-        measured: How many values are measured.
-        long: Whether the recipe takes long enough that its result is kept, with the models before it.
-    """
-    return measured * STATISTICS_BYTES + (KEPT_MODELS * weights + size) * long
+def cache_bytes(measured: int, models: int) -> int:
+    """About what a build keeps for the next one: of so many measured values, and models of so many bytes."""
+    return measured * STATISTICS_BYTES + models
 
 
 def build_memory(weights: int) -> int:

@@ -7,6 +7,7 @@ which must give the same bytes.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Iterable, Sequence
@@ -49,31 +50,29 @@ def recipe_once(journal: Journal, source: Source, recipe: Recipe, samples: Sampl
         doubts = journal.cache.doubts
         written = checkpoint(replace(product, warnings=tuple(w for w in product.warnings if w not in doubts)))
         if written is not None:
-            place.write(written)
+            place.write(*written)
     return product
 
 
-def checkpoint(product: Product) -> bytes | None:
+def checkpoint(product: Product) -> list[Buffer] | None:
     """Write a product down; ``None`` where something of it would not come back as it is."""
     try:
         written = encode(product)
-        again = _pieces(decode(written, shared=True))
-        return written if _digest(again) == _digest([written]) else None
+        again = encode(_read(*written[1:], shared=True))
+        return written if _digest(again) == _digest(written) else None
     except (Unknown, ValueError, KeyError, IndexError, TypeError):
         return None
 
 
-def encode(product: Product) -> bytes:
+def encode(product: Product) -> list[Buffer]:
     """Write a product down, but for the passes that are to be run over its snapshot.
+
+    Returns:
+        It in pieces, of which those of weights are the weights themselves, so that they take no memory.
 
     Raises:
         Unknown: Something of it cannot be written.
     """
-    return b"".join(_pieces(product))
-
-
-def _pieces(product: Product) -> list[Buffer]:
-    """A product in pieces, of which those of weights are the weights themselves."""
     shelf, snapshot = Writer(), product.snapshot
     told = {
         "model": shelf.model(product.model),
@@ -95,14 +94,20 @@ def _digest(pieces: Iterable[Buffer]) -> bytes:
     return state.digest()
 
 
-def decode(content: bytes, *, shared: bool = False) -> Product:
-    """Read what ``encode`` wrote; the snapshot has no passes yet.
-
-    ``shared`` leaves weights where they are in ``content``, for a look alone: runtimes want them aligned.
-    """
+def decode(content: bytes) -> Product:
+    """Read what ``encode`` wrote; the snapshot has no passes yet."""
     start = _LENGTH + int.from_bytes(content[:_LENGTH], "little")
-    told = json.loads(content[_LENGTH:start])
-    shelf = Reader(content, start, told["blobs"], shared=shared)
+    head = content[_LENGTH:start]
+    ends = list(itertools.accumulate(json.loads(head)["blobs"], initial=start))
+    if ends[-1] != len(content):
+        raise ValueError("a checkpoint of another size than it says")
+    return _read(head, *(memoryview(content)[a:b] for a, b in itertools.pairwise(ends)), shared=False)
+
+
+def _read(head: Buffer, *blobs: Buffer, shared: bool) -> Product:
+    """Read pieces; ``shared`` leaves numbers where they are, for a look alone: runtimes want them aligned."""
+    told = json.loads(bytes(head))
+    shelf = Reader(blobs, shared=shared)
     held = told["snapshot"]
     return Product(
         shelf.model(told["model"]),

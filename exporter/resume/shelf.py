@@ -7,9 +7,8 @@ on nodes and values. Only what is known to come back as it was is taken; anythin
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -31,7 +30,7 @@ from qexport.passes.pipeline import Step
 from qexport.passes.smooth import Smooth
 
 MOST = 2 << 30
-"""Bytes of weights from which on there is no checkpoint: it would take as much memory again."""
+"""Bytes of weights from which on there is no checkpoint: an equal build would need as much memory again to read it."""
 
 _KINDS = {
     kind.__name__: kind for kind in (Activation, Chosen, Codes, Decision, Grid, LayerError, Range, Sketch, Smooth, Step)
@@ -124,11 +123,8 @@ class Writer:
 class Reader:
     """Takes things from the shelf again."""
 
-    def __init__(self, content: bytes, start: int, sizes: list[int], *, shared: bool) -> None:
-        ends = np.cumsum([start, *sizes]).tolist()
-        if ends[-1] != len(content):
-            raise ValueError("a checkpoint of another size than it says")
-        self._blobs = [memoryview(content)[a:b] for a, b in itertools.pairwise(ends)]
+    def __init__(self, blobs: Sequence[Buffer], *, shared: bool) -> None:
+        self._blobs = blobs
         self._shared = shared
         self._tensors: dict[int, ir.TensorProtocol] = {}
 
@@ -172,7 +168,8 @@ class Reader:
         return _KINDS[kind](*map(self.value, parts))
 
     def _array(self, dtype: str, shape: list[int], place: int) -> NDArray[Any]:
-        return np.frombuffer(self._blobs[place], dtype).reshape(shape).copy()
+        numbers = np.frombuffer(self._blobs[place], dtype).reshape(shape)
+        return numbers if self._shared else numbers.copy()
 
 
 def _bytes(array: NDArray[Any]) -> memoryview:

@@ -18,7 +18,7 @@ from pathlib import Path
 from qexport.errors import IntegrityError, QexportError, UnsafeInput
 from qexport.safe_io.locking import lock, try_lock
 from qexport.safe_io.points import reach
-from qexport.safe_io.sealing import MOST, demand_own, open_own, seal, unseal
+from qexport.safe_io.sealing import MOST, Buffer, demand_own, open_own, seal, unseal
 from qexport.safe_io.translate import reason, translated
 from qexport.safe_io.writing import TEMPORARY, is_written, replacing
 
@@ -252,16 +252,19 @@ class Entry:
             self.reject(str(error))
         return None
 
-    def write(self, content: bytes) -> bool:
-        """Keep something in place of what was there; ``False``, with a doubt, where there is no room or no permission.
+    def write(self, *content: Buffer) -> bool:
+        """Keep something, which may be in pieces, in place of what was there.
+
+        Returns:
+            Whether it is kept; ``False``, with a doubt, where there is no room or no permission.
 
         Raises:
             UnsafeInput: A folder is not ours alone.
         """
         if self.path is None:
             return False
-        head = seal(f"{self.kind}/{self.key}", content)
-        size = len(head) + len(content)
+        head = seal(f"{self.kind}/{self.key}", *content)
+        size = len(head) + sum(memoryview(piece).nbytes for piece in content)
         if size > min(self.cache.limit, MOST):
             self.cache.doubt(f"{self.path}: {size} bytes are too many for the cache")
             return False
@@ -269,8 +272,8 @@ class Entry:
             self.cache._make(self.path.parent)
             self.cache.prune(self.cache.limit - size)
             with translated(self.path), replacing(self.path, 0o600) as file:
-                file.write(head)
-                file.write(content)
+                for piece in (head, *content):
+                    file.write(piece)
         except UnsafeInput:
             raise
         except QexportError as error:

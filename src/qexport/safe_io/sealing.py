@@ -17,6 +17,8 @@ from qexport.errors import UnsafeInput
 MOST = 8 << 30
 """Bytes that a sealed file may have."""
 
+Buffer = bytes | memoryview
+
 _SCHEMA = b"qexport-cache/"
 _VERSION = b"1"
 _DIGEST = hashlib.sha256().digest_size
@@ -68,10 +70,10 @@ def open_own(path: Path) -> BufferedReader:
     return os.fdopen(fd, "rb")
 
 
-def seal(name: str, content: bytes) -> bytes:
-    """What stands before ``content`` in a file that is sealed under ``name``."""
+def seal(name: str, *content: Buffer) -> bytes:
+    """What stands before ``content``, which may be in pieces, in a file that is sealed under ``name``."""
     head = _head(name)
-    return head + _digest(head, content)
+    return head + _digest(head, *content)
 
 
 def unseal(file: BufferedReader, name: str) -> bytes:
@@ -93,7 +95,8 @@ def _head(name: str) -> bytes:
     return _SCHEMA + _VERSION + b" " + name.encode() + b"\n"
 
 
-def _digest(head: bytes, content: bytes) -> bytes:
+def _digest(head: bytes, *content: Buffer) -> bytes:
     state = hashlib.sha256(head)
-    state.update(content)
+    for piece in content:
+        state.update(piece)
     return state.digest()
