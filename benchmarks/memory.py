@@ -17,7 +17,8 @@ COUNTS = (64, 128, 256, 512)
 NOTE = (
     "all-MiniLM-L6-v2, `--int8` for tensorrt-rtx, a process for each number. Passes: until the last one; peak resident "
     "set. Whole build: the command `qexport build` from start to end, with proof, judging on the 2758 sentences of "
-    "STS-B test, latency, a cache that is filled, and engine (built in a process of its own, whose memory is not counted)."
+    "STS-B test, latency, a cache that is filled, and engine (built in a process of its own, whose memory is not "
+    "counted)."
 )
 
 

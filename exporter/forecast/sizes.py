@@ -19,7 +19,7 @@ REPORT_BYTES = 1_500_000
 STATISTICS_BYTES = 1_900_000
 """Bytes that one measured value takes in the cache: a histogram, and excerpts for each step that looks at it."""
 
-BASE_MEMORY, COPIES = 450_000_000, 6
+BASE_MEMORY, COPIES = 300_000_000, 4
 """Bytes of the interpreter with all its libraries, and how often a build holds the weights of the model as it came."""
 
 
