@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -125,8 +125,8 @@ def load_source(path: str | Path, limits: Limits | None = None, *, cached: bool 
     if (place / ONNX_FILE).is_file() and not any((place / name).exists() for name in (WEIGHTS, INDEX)):
         place /= ONNX_FILE
     folder = place if place.is_dir() else place.parent
-    model, files = _load_folder(place, limits, cached=cached) if place.is_dir() else _load_file(place, limits)
-    return Source(place, model, describe(place, files, model), find_companions(folder))
+    model, digests = _load_folder(place, limits, cached=cached) if place.is_dir() else _load_file(place, limits)
+    return Source(place, model, describe(place, digests, model), find_companions(folder))
 
 
 def find_companions(folder: Path) -> tuple[Path, ...]:
@@ -148,34 +148,38 @@ def find_tokenizer(companions: Iterable[Path]) -> Path | None:
     return next((path for path in companions if path.name == TOKENIZER), None)
 
 
-def describe(place: Path, files: Sequence[Path], model: ir.Model) -> SourceInfo:
-    """Path, digest and sizes of a model that was read from ``files``.
-
-    Raises:
-        IntegrityError: A file of a Hugging Face cache is not what its name says.
-    """
-    digests = [digest_file(file) for file in files]
-    for file, digest in zip(files, digests, strict=True):
+def digests_of(files: Iterable[Path]) -> dict[Path, str]:
+    """The digest of each file; ``IntegrityError`` where one of a Hugging Face cache is not what its name says."""
+    digests = {file: digest_file(file) for file in files}
+    for file, digest in digests.items():
         check_blob(file, digest)
+    return digests
+
+
+def describe(place: Path, digests: Mapping[Path, str], model: ir.Model) -> SourceInfo:
+    """Path, digest and sizes of a model that was read from files of these digests."""
+    first, *others = digests.values()
     return SourceInfo(
         path=str(place),
-        digest=digests[0] if len(digests) == 1 else digest_bytes("\n".join(digests).encode()),
-        bytes=sum(file.stat().st_size for file in files),
+        digest=digest_bytes("\n".join((first, *others)).encode()) if others else first,
+        bytes=sum(file.stat().st_size for file in digests),
         nodes=sum(1 for _ in model.graph.all_nodes()),
         parameters=count_parameters(model),
     )
 
 
-def _load_file(path: Path, limits: Limits | None) -> tuple[ir.Model, list[Path]]:
-    model, external = read_onnx(path, limits)
-    return model, [path, *sorted({path.parent / location for location in external})]
+def _load_file(path: Path, limits: Limits | None) -> tuple[ir.Model, dict[Path, str]]:
+    model, mapped = read_onnx(path, limits)
+    # of what is mapped, as the names may lead somewhere else by now
+    external = {path.parent / location: digest_bytes(area) for location, area in mapped.items()}
+    return model, digests_of([path]) | dict(sorted(external.items()))
 
 
-def _load_folder(path: Path, limits: Limits | None, *, cached: bool) -> tuple[ir.Model, list[Path]]:
+def _load_folder(path: Path, limits: Limits | None, *, cached: bool) -> tuple[ir.Model, dict[Path, str]]:
     config, folder, build = open_folder(path)
     folder.finite = not (limits or Limits()).allow_nonfinite
     form = replace(SCORING, cached=cached and config["model_type"] not in PARTS)
-    return build(config, folder, form), folder.used
+    return build(config, folder, form), digests_of(folder.used)
 
 
 def open_folder(path: Path) -> tuple[dict[str, Any], Folder, Builder]:

@@ -53,8 +53,8 @@ def load_onnx(path: str | os.PathLike[str], limits: Limits | None = None) -> ir.
     return read_onnx(path, limits)[0]
 
 
-def read_onnx(path: str | os.PathLike[str], limits: Limits | None = None) -> tuple[ir.Model, tuple[str, ...]]:
-    """As ``load_onnx``, with the names of the external files that were mapped, whatever tensor needed them."""
+def read_onnx(path: str | os.PathLike[str], limits: Limits | None = None) -> tuple[ir.Model, dict[str, mmap.mmap]]:
+    """As ``load_onnx``, with the external files that were mapped, by their names, whatever tensor needed them."""
     root = Path(path).parent
     proto = admit_file(path, limits)
     if proto.graph.sparse_initializer:
@@ -74,7 +74,7 @@ def read_onnx(path: str | os.PathLike[str], limits: Limits | None = None) -> tup
                 value.const_value = mapped.own(value.const_value)
         for holder in (*body, *((body,) if isinstance(body, ir.Function) else ())):
             _own_attributes(holder, mapped)
-    model.meta[MAPS] = mapped.areas
+    model.meta[MAPS] = tuple(mapped.files.values())
     model.meta[NOTES] = (*notes, *_sort(model))
     _name_nodes(model)
     return model, mapped.files
@@ -141,17 +141,7 @@ class _Mapped:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._maps: dict[str, mmap.mmap] = {}
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """Locations, as the model spells them."""
-        return tuple(self._maps)
-
-    @property
-    def areas(self) -> tuple[mmap.mmap, ...]:
-        """The files themselves."""
-        return tuple(self._maps.values())
+        self.files: dict[str, mmap.mmap] = {}  # by location, as the model spells it
 
     def own(self, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
         """A tensor of the same name, type, shape and numbers."""
@@ -165,10 +155,10 @@ class _Mapped:
     def _bytes(self, wanted: Reference, count: int) -> NDArray[np.uint8]:
         if not count:
             return np.empty(0, np.uint8)
-        if wanted.location not in self._maps:
+        if wanted.location not in self.files:
             with open_companion(self._root, wanted.location) as file:
-                self._maps[wanted.location] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        area = self._maps[wanted.location]
+                self.files[wanted.location] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        area = self.files[wanted.location]
         if wanted.offset + count > len(area):
             raise ModelInvalid("became shorter while it was read", where=str(self._root / wanted.location))
         return np.frombuffer(area, np.uint8, count, wanted.offset)

@@ -13,6 +13,7 @@ import pytest
 from onnx import numpy_helper
 
 import qexport
+from qexport.exporter import load
 from qexport.exporter.admit import Limits
 from qexport.exporter.load import load_source
 from qexport.exporter.onnx_file import NOTES, load_onnx
@@ -86,3 +87,20 @@ def test_an_input_that_is_named_again_without_a_type_keeps_its_own(tmp_path, pla
     assert [(value.name, value.dtype, value.shape.rank()) for value in model.graph.inputs] == [
         ("x", ir.DataType.FLOAT, 2)
     ]
+
+
+def test_the_digest_is_of_the_weights_that_were_read_whatever_their_name_leads_to_by_then(tmp_path, monkeypatch):
+    model = onnx.load(old_style(tmp_path))
+    onnx.save_model(model, tmp_path / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    honest = load_source(tmp_path / "m.onnx").info
+    (tmp_path / "secret").write_bytes(b"secret")
+    real = load.read_onnx
+
+    def swapped(*asked):
+        found = real(*asked)
+        (tmp_path / "w.bin").rename(tmp_path / "moved")
+        (tmp_path / "w.bin").symlink_to("secret")
+        return found
+
+    monkeypatch.setattr(load, "read_onnx", swapped)
+    assert load_source(tmp_path / "m.onnx").info.digest == honest.digest

@@ -11,7 +11,7 @@ from qexport.exporter.doors.optimum_process import OptimumOptions, export_optimu
 from qexport.exporter.doors.origin import Origin
 from qexport.exporter.doors.safe_folder import files_of
 from qexport.exporter.families.folder import CONFIG, Folder
-from qexport.exporter.load import ONNX_FILE, describe, find_companions
+from qexport.exporter.load import ONNX_FILE, describe, digests_of, find_companions
 from qexport.exporter.options import ExportOptions
 
 
@@ -34,7 +34,7 @@ def open_folder_in_optimum(source: str, asked: ExportOptions, scratch: Path) -> 
     return replace(
         origin,
         door="optimum",
-        info=describe(path, files_of(path), origin.parts[ONNX_FILE]),
+        info=describe(path, digests_of(files_of(path)), origin.parts[ONNX_FILE]),
         told="the graph that optimum wrote, in onnxruntime",
         family=str(kind) if kind else None,
         task=asked.task,

@@ -16,7 +16,7 @@ from qexport.exporter.doors.pickled import PICKLE, PickledFolder
 from qexport.exporter.families.folder import INDEX, WEIGHTS
 from qexport.exporter.families.form import FLOATS, Form
 from qexport.exporter.families.vocabulary import check_vocabulary
-from qexport.exporter.load import ONNX_FILE, PARTS, describe, find_companions, open_folder
+from qexport.exporter.load import ONNX_FILE, PARTS, describe, digests_of, find_companions, open_folder
 from qexport.exporter.lookup import look_up
 from qexport.exporter.options import ExportOptions
 from qexport.exporter.references import find_reach, find_reference
@@ -50,7 +50,7 @@ def open_own_folder(source: str, asked: ExportOptions, _scratch: Path) -> Origin
     files = list(dict.fromkeys(folder.used))
     return Origin(
         door="qexport",
-        info=describe(path, files, parts[ONNX_FILE]),
+        info=describe(path, digests_of(files), parts[ONNX_FILE]),
         parts=parts,
         reference=_quiet(find_reference(config, folder, form)),
         told="the definition of the model in numpy, on the weights of the folder",

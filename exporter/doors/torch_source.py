@@ -17,7 +17,7 @@ from qexport.exporter.doors.inputs import AskedInput, parse_inputs
 from qexport.exporter.doors.origin import Origin, type_of
 from qexport.exporter.doors.safe_folder import files_of
 from qexport.exporter.doors.torch_modules.module import TorchOptions, TorchSource, load_torch
-from qexport.exporter.load import ONNX_FILE, count_parameters, describe, find_companions
+from qexport.exporter.load import ONNX_FILE, count_parameters, describe, digests_of, find_companions
 from qexport.exporter.options import ExportOptions
 from qexport.exporter.outcome.result import SourceInfo
 from qexport.safe_io import digest_bytes
@@ -49,7 +49,7 @@ def open_folder_in_torch(source: str, asked: ExportOptions, _scratch: Path) -> O
     _demand_plain(source, asked)
     path = Path(source)
     found = load_transformers(path, asked.task, _options(asked))
-    return _origin("torch", found, describe(path, files_of(path), found.model), find_companions(path))
+    return _origin("torch", found, describe(path, digests_of(files_of(path)), found.model), find_companions(path))
 
 
 def _origin(door: str, found: TorchSource, info: SourceInfo, companions: tuple[Path, ...]) -> Origin:

@@ -10,6 +10,7 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 from io import BufferedReader
+from mmap import mmap
 from pathlib import Path
 from typing import TypeVar
 
@@ -77,7 +78,7 @@ def read_text(path: str | os.PathLike[str], *, limit: int | None = None) -> str:
         raise UsageError(f"not UTF-8 text: bad byte at offset {error.start}", where=os.fspath(path)) from error
 
 
-def digest_bytes(data: bytes) -> str:
+def digest_bytes(data: bytes | mmap) -> str:
     """``sha256:`` and the hexadecimal digest."""
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
