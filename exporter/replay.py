@@ -67,6 +67,15 @@ class Replayed(BaseModel):
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it."""
+        from qexport.exporter.report.notebook import titled
+
+        how = "built again" if self.replayed else "files alone"
+        title = f"{self.folder}, {how}: {'nothing speaks against it' if self.same else 'not the same'}"
+        rows = ((file.name, file.verdict, file.digest, file.found) for file in self.files)
+        return titled(title, self.notes, ("file", "", "manifest", "found"), rows)
+
 
 def verify(
     folder: str | Path,

@@ -318,7 +318,7 @@ def test_importing_the_package_stays_light(statement, heavy):
 
 def test_the_public_names_are_these_and_resolve():
     names = ["BuildOptions", "ExportOptions", "ExportResult", "Recipe", "Result", "__version__"]
-    assert qexport.__all__ == [*names, "build", "diff", "export", "verify"]
+    assert qexport.__all__ == [*names, "build", "diff", "export", "inspect", "load_report", "verify"]
     for name in qexport.__all__:
         assert getattr(qexport, name) is not None
 

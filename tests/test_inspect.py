@@ -9,6 +9,8 @@ import onnx_ir as ir
 import pytest
 from helpers import call
 
+import qexport
+from qexport.errors import UsageError
 from qexport.exporter.looking.inspect import inspect_model
 
 FLOAT = "float[n, 32] x"
@@ -48,6 +50,19 @@ def test_operators_parameters_and_bytes_are_counted() -> None:
     assert found.nodes == 4
     assert found.parameters == 32 * 8 + 2
     assert found.weight_bytes == {"int8": 32 * 8 + 1, "float32": 4}
+
+
+def test_a_file_is_inspected_from_python_as_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(ir.to_proto(qdq()).SerializeToString())
+    found = qexport.inspect(path)
+    assert (found.precision, found.ops) == (inspect_model(qdq()).precision, inspect_model(qdq()).ops)
+    told = json.loads(call(capsys, "inspect", str(path), "--json")[1])
+    assert told == {"schema": "qexport.inspect/1", **found.model_dump(mode="json")}
+    with pytest.raises(UsageError, match="no such file or folder"):
+        qexport.inspect(str(tmp_path / "n.onnx"))
 
 
 def test_a_float_layer_is_float_even_where_its_input_carries_no_type() -> None:

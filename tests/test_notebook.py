@@ -6,9 +6,11 @@ import pytest
 from report_trees import HOSTILE, hostile, replace_record, tiny
 
 from qexport.exporter.outcome.export_result import CheckInfo, ExportResult, Verification
+from qexport.exporter.outcome.intact import FileCheck
 from qexport.exporter.outcome.result import SourceInfo
 from qexport.exporter.precision.plan import Plan, Point
 from qexport.exporter.precision.sensitivity import LayerRow, Sensitivity
+from qexport.exporter.replay import Replayed
 from qexport.exporter.report.notebook import ROWS, fragment, table_html
 
 ALLOWED = {"div", "b", "table", "thead", "tbody", "tr", "th", "td"}
@@ -178,3 +180,15 @@ def test_an_export_shows_its_proof():
     assert "logits" in words
     assert "held against numpy" in words
     assert "made-up data" in words
+
+
+@pytest.mark.parametrize(("same", "told"), [(True, "nothing speaks against it"), (False, "not the same")])
+def test_a_replay_shows_every_file_and_what_is_different_around_it(same, told):
+    verdict = "same" if same else "differs"
+    file = FileCheck(name="<i>model</i>.onnx", digest="sha256:1", found="sha256:2", verdict=verdict)
+    found = Replayed(
+        schema="qexport.verify/1", folder="build/net", files=(file,), replayed=True, same=same, notes=("x",)
+    )
+    words = checked(found._repr_html_())
+    for part in (f"build/net, built again: {told}", "<i>model</i>.onnx", verdict, "sha256:1", "sha256:2", "▲ x"):
+        assert part in words, part

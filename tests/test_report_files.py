@@ -8,7 +8,8 @@ from dataclasses import asdict, fields, replace
 import pytest
 from report_trees import hostile, large, tiny
 
-from qexport.errors import DataInvalid
+import qexport
+from qexport.errors import DataInvalid, UsageError
 from qexport.exporter.report import files
 from qexport.exporter.report.files import load_report, tables_of, write_report
 from qexport.exporter.report.values import Node
@@ -31,6 +32,15 @@ def test_what_was_written_is_read_back(tmp_path, make):
     result, report = make()
     written(tmp_path / "out", result, report)
     assert load_report(tmp_path / "out") == (result, report)
+
+
+@pytest.mark.parametrize("name", ["result.json", "report.json"])
+def test_a_folder_without_a_report_is_refused_with_what_to_name(tmp_path, name):
+    written(tmp_path / "out", *tiny())
+    assert qexport.load_report(str(tmp_path / "out")) == tiny()
+    (tmp_path / "out" / name).unlink()
+    with pytest.raises(UsageError, match=rf"{name} is not there \(name a folder that qexport build wrote\)"):
+        qexport.load_report(tmp_path / "out")
 
 
 @pytest.mark.parametrize("make", [tiny, hostile])

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import onnx_ir as ir
 from pydantic import BaseModel, ConfigDict
 
+from qexport.exporter.load import load_model
 from qexport.exporter.looking.element_types import ElementTypes, element_types
 from qexport.passes.pipeline import parameters
 
@@ -92,6 +94,21 @@ class Summary(_Record):
         rows += [(f"stored as {dtype}, bytes", count) for dtype, count in self.weight_bytes.items()]
         rows += [(f"layers of {name}", count) for name, count in self.precision.items()]
         return table_html(("", "count:"), [*rows, *self.ops.items()])
+
+
+def inspect(model: str | Path) -> Summary:
+    """Load a model and return what it is made of; nothing is run.
+
+    Args:
+        model: An .onnx file, a folder with ``model.onnx``, or a Hugging Face folder.
+
+    Returns:
+        The same as ``qexport inspect --json``, which tells blocks and zeros besides.
+
+    Raises:
+        QexportError: It cannot be read, or breaks a rule; see ``load_source``.
+    """
+    return inspect_model(load_model(model))
 
 
 def inspect_model(model: ir.Model) -> Summary:

@@ -217,7 +217,32 @@ class EngineInfo(_Record):
 
 
 class Result(_Record):
-    """Everything a build found out; ``resumed`` names the stages that an equal build had done already."""
+    """Everything a build found out.
+
+    Attributes:
+        schema_version: Version of this schema; ``schema`` in JSON.
+        version: Of qexport.
+        directory: The folder that was published.
+        target: Where the result runs.
+        source: The model as it came.
+        recipe: What was run, with all settings, as a recipe file has it.
+        files: Name to size and digest of model, engine and what came along; the manifest has those of all files.
+        steps: Every pass, in the order in which they ran.
+        quantized: How many nodes are quantized in the end.
+        skipped: Reason to number of nodes that are not.
+        bytes_before: Size of the model as it came, with its weights.
+        bytes_after: Size of the result, with its weights; an engine is counted by itself.
+        quality: Float against result; ``None`` without data.
+        latency: Both in turn; ``None`` where nothing was timed.
+        engine: ``None`` where the target has none.
+        backed_off: What went back to float, and why.
+        tried: What was built and judged before that.
+        gates: Name of each gate that was asked for to its limit.
+        warnings: What is doubtful.
+        resumed: Stages that an equal build had done already.
+        seconds: Until this was written; the report is made of it.
+        peak_rss_bytes: Of the process of the build, at most.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from qexport.errors import DataInvalid
+from qexport.errors import DataInvalid, UsageError
 from qexport.exporter.outcome.result import Result
 from qexport.exporter.report.tables import parquet_bytes, to_table
 from qexport.exporter.report.values import Activation, Node, Point, Report, Sample, Weights
@@ -49,14 +49,24 @@ def tables_of(report: Report) -> list[tuple[str, type, Sequence[Any]]]:
     ]
 
 
-def load_report(folder: Path) -> tuple[Result, Report]:
-    """Read what a build left in its folder.
+def load_report(folder: str | Path) -> tuple[Result, Report]:
+    """Read what a build left in its folder; digests are not compared, which ``verify`` does.
+
+    Args:
+        folder: What ``build`` wrote, or one that holds ``result.json`` and ``report.json`` of it.
+
+    Returns:
+        The numbers of the build, and all that its page shows of nodes, tensors, tries and samples.
 
     Raises:
+        UsageError: A file is not there.
         DataInvalid: A file is none of ours, or of another version.
         QexportError: It cannot be read.
     """
-    result, report = folder / RESULT_FILE, folder / REPORT_FILE
+    result, report = Path(folder) / RESULT_FILE, Path(folder) / REPORT_FILE
+    if missing := [path.name for path in (result, report) if not path.exists()]:
+        hint = "name a folder that qexport build wrote"
+        raise UsageError(f"{missing[0]} is not there", where=str(folder), hint=hint)
     try:
         return Result.model_validate_json(read_bytes(result, limit=MOST)), _REPORT.validate_json(
             read_bytes(report, limit=MOST)
