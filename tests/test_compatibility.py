@@ -60,14 +60,19 @@ def test_versions_of_runtimes(name: str, told: str, status: str | None, words: s
         ("36.3", None, "warning", "TensorRT 8.6: too old"),
         ("36.4", None, "ok", "TensorRT 10.3"),
         ("36.4", "10.3.0", "ok", "JetPack 6.1"),
-        ("36.4", "11.4.0", "warning", "needs JetPack 7.2"),
-        ("38.2", "11.4.0", "ok", "JetPack 7"),
+        ("36.4", "11.4.1", "warning", "11 is from 11.4.1 on, with JetPack 7.2.2"),
+        ("38.2", "10.13.3.9", "ok", "JetPack 7.0 or 7.1 (R38.2.0), which comes with TensorRT 10.13"),
+        ("38.4", "11.4.1", "warning", "TensorRT 11.4.1 is not for it"),
+        ("39.2.1", "10.16.2.10", "ok", "JetPack 7.2 or later (R39.2.1), which comes with TensorRT 10.16"),
+        ("39.2.1", "11.4.1", "warning", "with JetPack 7.2.2"),
+        ("39.2.2", "11.4.0", "warning", "11 is from 11.4.1 on"),
+        ("39.2.2", "11.4.1", "ok", "build engines on the device"),
         ("99.1", None, "warning", "unknown to qexport"),
     ],
 )
 def test_jetpacks_by_the_release_of_their_linux(release: str, tensorrt: str | None, status: str, words: str) -> None:
     number, _, revision = release.partition(".")
-    text = R36.replace("R36", f"R{number}").replace("4.0", f"{revision}.0")
+    text = R36.replace("R36", f"R{number}").replace("4.0", revision if "." in revision else f"{revision}.0")
     found = judged("jetpack", tegra=text, packages={"tensorrt": tensorrt})
     assert found is not None
     assert found[0] == status
@@ -129,7 +134,7 @@ def test_the_open_kernel_module_tells_its_version_as_well() -> None:
 def test_numbers_are_read_from_versions_of_all_kinds() -> None:
     texts = ("1.31.1", "10.3.0.post1", "11", "", None, "unknown version")
     assert [version(text) for text in texts] == [(1, 31, 1), (10, 3, 0), (11,), (), (), ()]
-    assert [jetson_release(text) for text in (R36, "", "R36")] == [(36, 4), None, None]
+    assert [jetson_release(text) for text in (R36, "", "R36")] == [(36, 4, 0), None, None]
 
 
 def test_the_driver_tells_the_cuda_that_it_speaks() -> None:

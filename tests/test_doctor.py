@@ -143,6 +143,21 @@ def test_little_memory_is_a_warning(kilobytes: int, status: str) -> None:
     assert (check.status, check.found) == (status, f"{kilobytes / (1 << 20):.1f} GiB available")
 
 
+@pytest.mark.parametrize(
+    ("group", "status", "told"),
+    [
+        ("max\n", "ok", "16.0 GiB available"),
+        (f"{32 << 30}\n", "ok", "16.0 GiB available"),
+        (f"{8 << 30}\n", "ok", "16.0 GiB available, 8.0 GiB of them to this control group"),
+        (f"{1 << 30}\n", "warning", "16.0 GiB available, 1.0 GiB of them to this control group"),
+    ],
+)
+def test_the_limit_of_the_control_group_counts(group: str, status: str, told: str) -> None:
+    check = check_memory(f"MemAvailable: {16 << 20} kB\n", group)
+    assert (check.status, check.found) == (status, told)
+    assert ("give the container more" in check.advice) == (status == "warning")
+
+
 def test_memory_that_is_not_told_is_unknown() -> None:
     check = check_memory("MemTotal: 99999999 kB\n")
     assert (check.status, check.found) == ("warning", "unknown")

@@ -23,14 +23,17 @@ PORTABLE = (8, 0)  # plans that name no GPU begin here
 OLDEST_GPU = (7, 5)
 FP8 = (8, 9)
 JETPACKS = {
-    (38, 0): ("7", "10.13 or later"),
+    (39, 0): ("7.2 or later", "10.16 or later"),
+    (38, 0): ("7.0 or 7.1", "10.13"),
     (36, 4): ("6.1 or later", "10.3"),
     (36, 0): ("6.0", "8.6"),
     (35, 0): ("5", "8.5"),
 }
 """First of the releases of Jetson Linux to the JetPack that holds them, and the TensorRT that comes with it."""
 
-OLDEST_JETPACK, JETPACK_FOR_11 = (36, 4), (38, 0)
+OLDEST_JETPACK = (36, 4)
+FIRST_11_ON_JETSON, JETPACK_FOR_11 = (11, 4, 1), (39, 2, 2)
+"""The first TensorRT 11 for Jetsons, and the Linux of JetPack 7.2.2, which it asks for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +69,10 @@ def version(text: str | None) -> tuple[int, ...]:
     return tuple(map(int, head[0].split("."))) if head else ()
 
 
-def jetson_release(tegra: str) -> tuple[int, int] | None:
-    """Release and revision of Jetson Linux in ``/etc/nv_tegra_release``, such as 36, 4; ``None`` where they are not."""
-    named = re.search(r"\bR(\d+) \(release\), REVISION: (\d+)", tegra)
-    return (int(named[1]), int(named[2])) if named else None
+def jetson_release(tegra: str) -> tuple[int, ...] | None:
+    """Release and revision of Jetson Linux in ``/etc/nv_tegra_release``, as 36, 4, 3; ``None`` where they are not."""
+    named = re.search(r"\bR(\d+) \(release\), REVISION: (\d+(?:\.\d+)*)", tegra)
+    return (int(named[1]), *version(named[2])) if named else None
 
 
 def _onnxruntime(found: Found) -> Iterator[Check]:
@@ -107,11 +110,11 @@ def _rtx(found: Found) -> Iterator[Check]:
 
 
 def _jetpack(found: Found) -> Iterator[Check]:
-    """A Jetson has the TensorRT of its JetPack, and takes a later one only with a later JetPack."""
+    """A Jetson has the TensorRT of its JetPack; of TensorRT 11 only late releases are for it, with a late JetPack."""
     release = jetson_release(found.tegra)
     if release is None:
         return
-    linux = f"R{release[0]}.{release[1]}"
+    linux = f"R{'.'.join(map(str, release))}"
     known = next((first for first in JETPACKS if first[0] == release[0] and first <= release), None)
     if known is None:
         yield _doubtful("jetpack", f"Jetson Linux {linux}", "unknown to qexport", "look up its TensorRT first")
@@ -121,9 +124,10 @@ def _jetpack(found: Found) -> Iterator[Check]:
     wanted = version(found.packages.get("tensorrt"))
     if release < OLDEST_JETPACK:
         yield _doubtful("jetpack", told, "too old to build engines", "install JetPack 6.1 or later")
-    elif wanted and wanted[0] >= 11 and release < JETPACK_FOR_11:
-        advice = "install the tensorrt that came with the JetPack, or JetPack 7.2"
-        yield _doubtful("jetpack", told, f"TensorRT {found.packages['tensorrt']} needs JetPack 7.2", advice)
+    elif wanted >= (11,) and (wanted < FIRST_11_ON_JETSON or release < JETPACK_FOR_11):
+        advice = "install the tensorrt that came with the JetPack, or JetPack 7.2.2 and TensorRT 11.4.1"
+        why = f"TensorRT {found.packages['tensorrt']} is not for it: 11 is from 11.4.1 on, with JetPack 7.2.2"
+        yield _doubtful("jetpack", told, why, advice)
     else:
         yield _good("jetpack", told, "build engines on the device")
 

@@ -26,6 +26,7 @@ _LOW_MEMORY = 2 * _GIB
 _LOW_DISK = 2 * _GIB
 _LOW_SHARED = _GIB // 16
 _SHARED = "/dev/shm"
+_GROUP = "/sys/fs/cgroup/memory.max"  # of this container
 CACHE_FOLDER = "cache folder"
 
 
@@ -66,14 +67,17 @@ def check_cpu(cpuinfo: str) -> Check:
     return Check(name="cpu", status="ok" if flags else "warning", found=found, advice=advice)
 
 
-def check_memory(meminfo: str) -> Check:
-    """Judge the memory by the text of ``/proc/meminfo``."""
+def check_memory(meminfo: str, group: str = "") -> Check:
+    """Judge the memory by the texts of ``/proc/meminfo`` and of the control group's ``memory.max``, if there is one."""
     sizes = {line.partition(":")[0]: line.partition(":")[2].split() for line in meminfo.splitlines()}
     if not sizes.get("MemAvailable"):
         return Check(name="memory", status="warning", found="unknown", advice="the system does not tell what is free")
     available = int(sizes["MemAvailable"][0]) << 10
     advice = "large models may not fit: close other programs" if available < _LOW_MEMORY else ""
     found = f"{available / _GIB:.1f} GiB available"
+    if group.strip().isdecimal() and (limit := int(group)) < available:
+        found += f", {limit / _GIB:.1f} GiB of them to this control group"
+        advice = "large models may not fit: give the container more" if limit < _LOW_MEMORY else ""
     return Check(name="memory", status="warning" if advice else "ok", found=found, advice=advice)
 
 
@@ -113,11 +117,19 @@ def _python() -> Check:
 
 def _proc() -> Iterator[Check]:
     """Checks of what Linux tells in ``/proc``; other systems are told as unknown."""
-    for name, path, check in (("cpu", "/proc/cpuinfo", check_cpu), ("memory", "/proc/meminfo", check_memory)):
+    for name, path, check in (("cpu", "/proc/cpuinfo", check_cpu), ("memory", "/proc/meminfo", _memory)):
         try:
             yield check(read_text(path))
         except QexportError:
             yield Check(name=name, status="warning", found="unknown", advice="looked at on Linux only")
+
+
+def _memory(meminfo: str) -> Check:
+    """Judge the memory, with the limit of the control group where there is one."""
+    try:
+        return check_memory(meminfo, read_text(_GROUP))
+    except QexportError:
+        return check_memory(meminfo)
 
 
 def check_shared_memory(free: int) -> Check:
