@@ -13,21 +13,23 @@ from qexport.exporter.options import BuildOptions
 from qexport.exporter.recipe import Recipe
 from qexport.exporter.recipe_files import load_recipe, override
 from qexport.exporter.samples import Samples
-from qexport.exporter.steps import find_pass
+from qexport.exporter.steps import find_pass, suggest
 from qexport.passes.portable import PAST
 from qexport.passes.quantize import quantized_nodes
-from qexport.passes.target import Target, find_target
+from qexport.passes.target import TARGETS, Target, find_target
 
 
 def choose_recipe(recipe: str | Path | Recipe, asked: BuildOptions) -> Recipe:
     """Load the recipe and apply what the caller asked for on top.
 
     Raises:
-        UsageError: No such recipe or option, or an opset that the target does not read.
+        UsageError: No such recipe, target or option, or an opset that the target does not read.
     """
     chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     settings = list(asked.set)
     if asked.target is not None:
+        if asked.target not in TARGETS:
+            raise UsageError(f"unknown target {asked.target!r}", where="target", hint=suggest(asked.target, TARGETS))
         settings.append(f"export.target={asked.target}")
     if asked.max_drop is not None:
         settings.append(f"gates.max_drop={asked.max_drop}")

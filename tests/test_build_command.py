@@ -107,7 +107,7 @@ def test_a_model_that_yields_nan_itself_cannot_be_judged(capsys: pytest.CaptureF
     ("arguments", "hint"),
     [
         (("--set", "quantize.min_sqrn=18"), "did you mean 'min_sqnr'?"),
-        (("--target", "ort-cpuu"), "ort-cpu"),
+        (("--target", "ort-cpuu"), "error: target: unknown target 'ort-cpuu'\nhint: did you mean 'ort-cpu'?"),
         (("--recipe", "int9"), "int8"),
     ],
 )

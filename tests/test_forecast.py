@@ -27,7 +27,7 @@ from qexport.exporter.precision.lab import Question
 from qexport.exporter.product import run_recipe
 from qexport.exporter.recipe_files import list_recipes, load_recipe, override
 from qexport.exporter.samples import open_samples
-from qexport.exporter.steps import find_pass
+from qexport.exporter.steps import PASSES, find_pass
 from qexport.passes.target import TARGETS, find_target
 
 TEXT = """<ir_version: 10, opset_import: ["" : 20]>
@@ -94,6 +94,8 @@ def test_decisions_and_bytes_are_those_of_the_recipe_run_on_data(folder, name, t
     assert (told.quantized, told.skipped) == counted(product)
     if name != "llm-int8":  # which tells how many columns stay in float
         assert told.forms == Counter(decision.reason for decision in decisions if decision.action == "quantized")
+    wanted = [(d.node, d.op, d.action) for s in product.steps if PASSES[s.name].quantizes for d in s.decisions]
+    assert [(choice.node, choice.op, choice.action) for choice in told.decisions] == wanted
     size = len(ir.to_proto(product.model).SerializeToString())
     assert told.bytes == pytest.approx(size, rel=0.02)
     assert told.bytes_before == (folder / "model.onnx").stat().st_size
@@ -119,6 +121,23 @@ def test_the_command_prints_lines_or_one_object(folder, monkeypatch, capsys, tmp
     told = json.loads(call(capsys, "plan", str(folder / "model.onnx"), "--json")[1])
     assert (told["schema"], told["quantized"], told["target"]) == ("qexport.forecast/1", 3, "tensorrt-rtx")
     assert set(told["seconds"]) == {"load", "recipe", "verify", "latency", "write", "engine", "report"}
+    assert [choice["node"] for choice in told["decisions"]] == ["/block/a", "/block/d", "/block/y"]
+
+
+def test_the_command_lists_the_nodes_of_a_dry_run(folder, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    setting = tmp_path / "keep.toml"
+    setting.write_text('extends = "int8"\n[[step]]\npass = "quantize"\nkeep = ["/block/d"]\n')
+    code, out, _ = call(capsys, "plan", str(folder / "model.onnx"), "--recipe", str(setting), "--nodes")
+    assert code == 0
+    rows = [line.split() for line in out.splitlines() if line.split()[:1] and line.split()[0].startswith("/block/")]
+    assert [(row[0], row[1], row[2]) for row in rows] == [
+        ("/block/a", "MatMul", "quantized"),
+        ("/block/y", "MatMul", "quantized"),
+        ("/block/d", "MatMul", "skipped"),
+    ]
+    code, _, err = call(capsys, "plan", str(folder / "model.onnx"), "--nodes", "--min-cosine", "0.9")
+    assert (code, "without a budget alone" in err) == (2, True)
 
 
 def test_a_recipe_to_write_without_a_budget_is_refused(folder, capsys, tmp_path):

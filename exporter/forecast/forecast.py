@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import onnx_ir as ir
@@ -17,6 +17,7 @@ from qexport.exporter.forecast.sizes import REPORT_BYTES, build_memory, cache_by
 from qexport.exporter.forecast.standins import Rehearsal, rehearse
 from qexport.exporter.load import Source
 from qexport.exporter.opening import builds_engine, choose_recipe, open_model
+from qexport.exporter.outcome.result import DecisionInfo
 from qexport.exporter.precision.lab import Question
 from qexport.exporter.proof.gates import check_judge
 from qexport.exporter.recipe import Recipe, needs
@@ -51,6 +52,7 @@ class Forecast(BaseModel):
         seconds: Stage to seconds, about, on this machine.
         disk: Bytes that the artefact and what is kept for the next build would take.
         memory: Bytes of memory at most, about.
+        decisions: Each of these nodes, with what would be done and why.
         cached: Stages that an equal build has left in the cache, and that would be recalled.
         warnings: What is doubtful.
     """
@@ -71,6 +73,7 @@ class Forecast(BaseModel):
     seconds: dict[str, float]
     disk: int
     memory: int
+    decisions: tuple[DecisionInfo, ...]
     cached: tuple[str, ...] = ()
     warnings: tuple[str, ...]
 
@@ -157,6 +160,7 @@ def _told(
         seconds=seconds,
         disk=amounts.bytes + (built or 0) + REPORT_BYTES + (kept if question.options.cache else 0),
         memory=build_memory(weights),
+        decisions=tuple(DecisionInfo(**asdict(decision)) for decision in found.decisions),
         cached=_cached(question, recipe, source, samples),
         warnings=(*source.notes, *_warnings(question, recipe, samples, found)),
     )

@@ -120,7 +120,7 @@ def idle(name: str) -> Callable[[Room], list[str]]:
 
 TOLD: dict[str, Callable[[Room, Path], list[str]]] = {
     "tree": lambda room, path: ["inspect", "--tree", str(path)],
-    "plan": lambda room, path: ["plan", str(path), "--target", "ort-cpu"],
+    "plan": lambda room, path: ["plan", str(path), "--target", "ort-cpu", "--nodes"],
     "diff": lambda room, path: ["diff", str(path), str(room.good / "model.onnx")],
     "export": lambda room, path: ["export", str(path), "-o", str(room.artefact)],
 }

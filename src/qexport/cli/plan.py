@@ -24,6 +24,7 @@ class PlanAsked(Asked):
 
     max_drop: float | None
     min_cosine: float | None
+    nodes: bool
 
 
 @click.command()
@@ -37,6 +38,7 @@ class PlanAsked(Asked):
 @click.option("--samples", type=int, default=64, show_default=True, help="How many samples layers are measured on.")
 @flags.output(metavar="FILE", help="Where the recipe of a budget goes; plan.toml when not given.")
 @flags.cache_limit()
+@click.option("--nodes", is_flag=True, help="List every node that would be quantized, or not and why.")
 @shared_flags
 def plan(model: str, **asked: Unpack[PlanAsked]) -> None:
     """Tell what a build of MODEL would do, or choose what stays in float.
@@ -51,13 +53,16 @@ def plan(model: str, **asked: Unpack[PlanAsked]) -> None:
     if dry and asked["output"] is not None:
         hint = "leave out -o, or give a budget: --max-drop POINTS or --min-cosine COSINE"
         raise UsageError("without a budget there is no recipe to write", where="--output", hint=hint)
+    if asked["nodes"] and not dry:
+        hint = "with one, the recipe names what stays in float"
+        raise UsageError("nodes are listed without a budget alone", where="--nodes", hint=hint)
 
     question = question_about(model, asked)
     if dry:
         from qexport.exporter.forecast.forecast import forecast
 
         told = forecast(question)
-        _tell(told, as_json=asked["as_json"])
+        _tell(told, nodes=asked["nodes"], as_json=asked["as_json"])
         return
 
     from qexport.exporter.precision.plan import with_budget
@@ -71,7 +76,7 @@ def plan(model: str, **asked: Unpack[PlanAsked]) -> None:
     _print(make_console(), found, output)
 
 
-def _tell(told: Forecast, *, as_json: bool) -> None:
+def _tell(told: Forecast, *, nodes: bool, as_json: bool) -> None:
     from qexport.exporter.forecast.words import rows
 
     if as_json:
@@ -79,6 +84,9 @@ def _tell(told: Forecast, *, as_json: bool) -> None:
         return
     console = make_console()
     console.print(make_table(("a build would", ""), rows(told)))
+    if nodes:
+        lines = ((choice.node, choice.op, choice.action, choice.reason) for choice in told.decisions)
+        console.print(make_table(("node", "operator", "", "why"), lines))
     for warning in told.warnings:
         console.print(f"warning: {warning}")
 
