@@ -72,6 +72,7 @@ bench: $(READY) $(MINILM_READY)
 	$(BIN)/python benchmarks/recipes.py
 	$(BIN)/python benchmarks/ablation.py
 	$(BIN)/python benchmarks/sparsity.py
+	$(BIN)/python benchmarks/torch_pruned.py
 	$(BIN)/python benchmarks/sensitivity.py
 	$(BIN)/python benchmarks/weight_only.py
 	$(BIN)/python benchmarks/outliers.py

