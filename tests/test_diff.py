@@ -172,8 +172,21 @@ def test_how_both_were_made_is_told_setting_by_setting():
     made = {fact.name: (fact.a, fact.b) for fact in qexport.diff(result(), other).made}
     assert made == {
         "source": ("sha256:1", "sha256:2"),
-        "step 1 (quantize)": ("min_sqnr=22.0", "min_sqnr=18.0"),
+        "step quantize": ("min_sqnr=22.0", "min_sqnr=18.0"),
         "export.target": ("ort-cpu", "ort-cuda"),
+    }
+
+
+def test_steps_are_told_by_name_those_of_one_side_together_and_their_order_where_it_differs():
+    def made(*steps):
+        return result(recipe={"name": "int8", "step": [{"pass": name, **options} for name, options in steps]})
+
+    ours = made(("cleanup", {}), ("smooth", {"alpha": 0.5}), ("quantize", {}), ("cleanup", {}))
+    theirs = made(("quantize", {"min_sqnr": 18.0}), ("cleanup", {}), ("triage", {}), ("smooth", {"enabled": False}))
+    assert {fact.name: (fact.a, fact.b) for fact in qexport.diff(ours, theirs).made} == {
+        "step quantize": ("defaults", "min_sqnr=18.0"),
+        "steps of this side alone": ("smooth {alpha=0.5}, cleanup (2)", "triage"),
+        "order of the others": ("cleanup, quantize", "quantize, cleanup"),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -164,6 +165,7 @@ def _made(a: Side, b: Side) -> Iterator[Fact]:
     """How the sides were made, where both tell."""
     if a.result is not None and b.result is not None:
         yield from _facts(_making(a.result), _making(b.result))
+        yield from _step_facts(_steps(a.result), _steps(b.result))
     if a.data and b.data:
         yield from _facts(*({"calibration data": side.data["calibration"]} for side in (a, b)))
     if a.tools and b.tools:
@@ -182,13 +184,38 @@ def _making(result: Result) -> dict[str, object]:
         "target": result.target,
         "source": result.source.digest,
     }
-    recipe = dict(result.recipe)
-    for number, step in enumerate(recipe.pop("step", ()), 1):
-        options = {key: value for key, value in step.items() if key != "pass"}
-        found[f"step {number} ({step.get('pass')})"] = ", ".join(f"{k}={v}" for k, v in options.items()) or "as it is"
-    for section, value in recipe.items():
-        found |= _flat(f"recipe.{section}" if not isinstance(value, Mapping) else section, value)
+    for section, value in result.recipe.items():
+        if section != "step":
+            found |= _flat(f"recipe.{section}" if not isinstance(value, Mapping) else section, value)
     return found
+
+
+def _steps(result: Result) -> dict[str, str]:
+    """What ran, in order, with the options that were given; a pass that runs again has a number."""
+    found: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for step in result.recipe.get("step", ()):
+        if step.get("enabled", True):
+            name = str(step.get("pass"))
+            counts[name] += 1
+            options = [f"{key}={value}" for key, value in step.items() if key not in ("pass", "enabled")]
+            found[name if counts[name] == 1 else f"{name} ({counts[name]})"] = ", ".join(options)
+    return found
+
+
+def _step_facts(a: Mapping[str, str], b: Mapping[str, str]) -> Iterator[Fact]:
+    """Options that differ, what runs on one side alone, and the order of the rest."""
+    both = a.keys() & b.keys()
+
+    def told(side: Mapping[str, str]) -> dict[str, object]:
+        alone = (f"{name} {{{options}}}" if options else name for name, options in side.items() if name not in both)
+        return {
+            **{f"step {name}": options or "defaults" for name, options in side.items() if name in both},
+            "steps of this side alone": ", ".join(alone),
+            "order of the others": ", ".join(name for name in side if name in both),
+        }
+
+    yield from _facts(told(a), told(b))
 
 
 def _flat(name: str, value: object) -> dict[str, object]:

@@ -75,7 +75,7 @@ def _print(console: Console, found: Diff, *, nodes: bool) -> None:
 
 
 def _number(number: float | None) -> str:
-    return "" if number is None else f"{number:.6g}" if abs(number) < 1e6 else f"{number:,.0f}"
+    return "" if number is None else f"{number:.6g}" if abs(number) < 1e5 else f"{number:,.0f}"
 
 
 def _change(change: Change) -> tuple[str, str, str]:
