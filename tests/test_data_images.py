@@ -145,7 +145,7 @@ def test_d02_a_picture_of_very_many_pixels_is_refused_before_it_is_decoded(tmp_p
 @pytest.mark.parametrize(
     ("inputs", "image", "message"),
     [
-        (PICTURE, None, "need a data.image section"),
+        (PICTURE, None, r"need a data.image section.*--set 'data.image.mean=\[0.5, 0.5, 0.5\]'"),
         (X, ImageSpec(), "one input of four axes"),
         (PICTURE + X, ImageSpec(), "one input of four axes"),
         (PICTURE, ImageSpec(input="x"), "one input named 'x' of four axes"),

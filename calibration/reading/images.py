@@ -138,7 +138,11 @@ def open_frame(inputs: tuple[InputSpec, ...], spec: DataSpec, where: str) -> Fra
         DataInvalid: There is no such section, the model has other inputs too, or means and channels disagree.
     """
     if spec.image is None:
-        raise DataInvalid("images need a data.image section that says how pixels are prepared", where=where)
+        raise DataInvalid(
+            "images need a data.image section that says how pixels are prepared",
+            where=where,
+            hint="name the mean and std that the model was trained with, as in --set 'data.image.mean=[0.5, 0.5, 0.5]'",
+        )
     frame = Frame(inputs[0], spec.image) if len(inputs) == 1 and len(inputs[0].shape) == 4 else None
     if frame is None or spec.image.input not in (None, frame.entry.name):
         wanted = f"named {spec.image.input!r} " if spec.image.input else ""
