@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from qexport.errors import ResourceExhausted
-from qexport.exporter.admit import Limits, admit_file, admit_proto
+from qexport.exporter.admit import Limits, admit_file, admit_proto, sizes
 
 SIGNATURE = "(float[N,4] x, bool c) => (float[] y)"
 BIG = 1 << 40
@@ -136,3 +136,16 @@ def test_types_count_by_their_bits():
     admit_proto(model, where="memory", limits=Limits(max_value_bytes=1000))
     with pytest.raises(ResourceExhausted, match="would take 1000 bytes"):
         admit_proto(model, where="memory", limits=Limits(max_value_bytes=999))
+
+
+def test_functions_that_call_each_other_twice_are_not_gone_through_a_million_times(monkeypatch):
+    calls = []
+    real = sizes._result
+    monkeypatch.setattr(sizes, "_result", lambda call: calls.append(call) or real(call))
+    inner = '<opset_import: ["": 20], domain: "f"> F0 (a) => (b) { b = Relu(a) }'
+    head = '<opset_import: ["": 20, "f": 1], domain: "f">'
+    for depth in range(1, 19):
+        called = f"F{depth - 1}"
+        inner += f"{head} F{depth} (a) => (c) {{ b = f.{called}(a) c = f.{called}(b) }}"
+    admit_proto(parsed("y = f.F18(x)", functions=inner), where="m")
+    assert 0 < len(calls) < 100

@@ -42,17 +42,21 @@ def check_sizes(subject: Subject) -> None:
     for index, body in enumerate(subject.bodies):
         if body.parent is not None:
             inner.setdefault((body.parent, body.owner), []).append(index)
-    _Walk(subject, orders, inner, known(subject)).visit(0, {}, 0)
+    _Walk(subject, orders, inner, known(subject), {}).visit(0, {}, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class _Walk:
-    """Goes through all nodes in an order in which they could run, into subgraphs and into every call of a function."""
+    """Goes through all nodes in an order in which they could run, into subgraphs and into calls of functions.
+
+    A function is entered once for inputs of which the same is known: a few that call each other are a million calls.
+    """
 
     subject: Subject
     orders: Mapping[int, list[int]]
     inner: Mapping[tuple[int, int], list[int]]
     functions: Mapping[Key, int]
+    calls: dict[tuple[int, int, tuple[Known, ...]], list[Known]]
 
     def visit(self, index: int, names: Names, depth: int) -> None:
         """Judge the values of a body and put into ``names`` what is known of them.
@@ -81,10 +85,13 @@ class _Walk:
             return [_result(Call(node, inputs))] if domain == "" else []
         if depth >= _DEEPEST:
             return []
-        function = self.subject.model.functions[called - 1]
-        inside: Names = dict(zip(function.input, inputs, strict=False))
-        self.visit(called, inside, depth + 1)
-        return [inside.get(name, UNKNOWN) for name in function.output]
+        key = (called, depth, inputs)
+        if key not in self.calls:
+            function = self.subject.model.functions[called - 1]
+            inside: Names = dict(zip(function.input, inputs, strict=False))
+            self.visit(called, inside, depth + 1)
+            self.calls[key] = [inside.get(name, UNKNOWN) for name in function.output]
+        return self.calls[key]
 
 
 def _too_large(what: str, limit: int, node: onnx.NodeProto, body: Body) -> ResourceExhausted:
