@@ -78,6 +78,7 @@ FAULTS: dict[str, tuple[int, Fault]] = {
         3,
         lambda m: m.graph.node.add(op_type="Relu", input=["x"], output=[""]),
     ),
+    "all outputs left out": (3, lambda m: m.graph.node.add(op_type="Split", input=["x"], output=["", ""])),
     "unknown operator": (3, lambda m: setattr(m.graph.node[0], "op_type", "Rleu")),
     "foreign domain": (6, lambda m: setattr(m.graph.node[0], "domain", "acme")),
     "opset of the future": (3, lambda m: setattr(m.opset_import[0], "version", 999)),

@@ -154,14 +154,12 @@ def _ill_formed(attributes: Sequence[onnx.AttributeProto]) -> str | None:
 
 def _misuse(node: onnx.NodeProto, shape: Shape) -> str | None:
     """What is wrong with a node, or ``None``; attributes that start with ``__`` are private notes."""
-    if len(node.input) not in shape.inputs:
-        return f"has {len(node.input)} inputs, expected {_span(shape.inputs)}"
-    if len(node.output) not in shape.outputs:
-        return f"has {len(node.output)} outputs, expected {_span(shape.outputs)}"
-    for word, names, places in zip(("input", "output"), (node.input, node.output), shape.named, strict=True):
-        empty = next((place for place in places if not names[place]), None)
-        if empty is not None:
-            return f"{word} {empty} is left out, which is not optional"
+    if odd := _miscounted("input", node.input, shape.inputs, shape.named[0]):
+        return odd
+    if odd := _miscounted("output", node.output, shape.outputs, shape.named[1]):
+        return odd
+    if shape.outputs.start and not any(node.output):
+        return "writes nothing that has a name"
     missing = shape.required - {attribute.name for attribute in node.attribute}
     if missing:
         return f"lacks the attribute {min(missing)!r}"
@@ -172,6 +170,14 @@ def _misuse(node: onnx.NodeProto, shape: Shape) -> str | None:
         if expected not in (None, attribute.type):
             return f"attribute {attribute.name!r} has the wrong type"
     return None
+
+
+def _miscounted(word: str, names: Sequence[str], counts: range, places: Sequence[int]) -> str | None:
+    """What is wrong with the inputs or outputs of a node."""
+    if len(names) not in counts:
+        return f"has {len(names)} {word}s, expected {_span(counts)}"
+    empty = next((place for place in places if not names[place]), None)
+    return None if empty is None else f"{word} {empty} is left out, which is not optional"
 
 
 def _span(counts: range) -> str:
