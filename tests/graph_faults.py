@@ -78,6 +78,12 @@ FAULTS: dict[str, tuple[int, Fault]] = {
         3,
         lambda m: m.graph.node.add(op_type="Relu", input=["x"], output=[""]),
     ),
+    "a reference outside of functions": (
+        3,
+        lambda m: m.graph.node.add(op_type="If", input=["x"], output=["z"]).attribute.add(
+            name="then_branch", type=onnx.AttributeProto.GRAPH, ref_attr_name="given"
+        ),
+    ),
     "all outputs left out": (3, lambda m: m.graph.node.add(op_type="Split", input=["x"], output=["", ""])),
     "unknown operator": (3, lambda m: setattr(m.graph.node[0], "op_type", "Rleu")),
     "foreign domain": (6, lambda m: setattr(m.graph.node[0], "domain", "acme")),

@@ -14,6 +14,7 @@ from qexport.exporter.admit.subject import Body, Subject, place, quoted, standar
 
 STANDARD_DOMAINS = frozenset({"", "ai.onnx.ml", "ai.onnx.preview", "ai.onnx.preview.training", "ai.onnx.training"})
 _KINDS = frozenset(onnx.AttributeProto.AttributeType.values()) - {onnx.AttributeProto.UNDEFINED}
+_GRAPHS = frozenset({onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ def _check_node(
     functions: dict[Key, int],
     shapes: dict[tuple[str, str, int], Shape],
 ) -> None:
-    _demand(_ill_formed(node.attribute), _where(body, node))
+    _demand(_ill_formed(node.attribute) or _astray(node.attribute, body, subject), _where(body, node))
     domain = standard(node.domain)
     local = (domain, node.op_type, node.overload) in functions
     if not local and domain not in STANDARD_DOMAINS | subject.limits.domains:
@@ -150,6 +151,19 @@ def _ill_formed(attributes: Sequence[onnx.AttributeProto]) -> str | None:
         return "has an attribute without a name"
     odd = next((attribute for attribute in attributes if attribute.type not in _KINDS), None)
     return None if odd is None else f"attribute {quoted(odd.name)} has the unknown type {odd.type}"
+
+
+def _astray(attributes: Sequence[onnx.AttributeProto], body: Body, subject: Subject) -> str | None:
+    """What is wrong with attributes that callers of a function would give; graphs are not taken that way."""
+    named = [attribute for attribute in attributes if attribute.ref_attr_name]
+    if not named:
+        return None
+    while body.parent is not None:
+        body = subject.bodies[body.parent]
+    if not isinstance(body.proto, onnx.FunctionProto):
+        return f"attribute {quoted(named[0].name)} refers to an attribute of a function, and stands in none"
+    graph = next((attribute for attribute in named if attribute.type in _GRAPHS), None)
+    return None if graph is None else f"attribute {quoted(graph.name)} is a graph that a caller would give"
 
 
 def _misuse(node: onnx.NodeProto, shape: Shape) -> str | None:
