@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 AT = 40  # the sample that it happens at
+PATIENCE = 20.0  # seconds that a worker gets here to clean up
 
 
 def _at_sample(act: Callable[[], object]) -> None:
@@ -41,13 +42,22 @@ def _signal(number: signal.Signals) -> None:
     os.kill(os.getppid(), number)
 
 
+def _patiently() -> None:
+    """Let the worker take the time it needs to clean up, however slow the machine is."""
+    from qexport.cli import supervise
+
+    supervise.GRACE = PATIENCE
+
+
 def interrupted(root: str) -> None:
     """Somebody presses Ctrl-C."""
+    _patiently()
     _at_sample(lambda: (_signal(signal.SIGINT), time.sleep(60)))
 
 
 def terminated(root: str) -> None:
     """A service is stopped."""
+    _patiently()
     _at_sample(lambda: (_signal(signal.SIGTERM), time.sleep(60)))
 
 

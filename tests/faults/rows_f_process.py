@@ -39,8 +39,8 @@ def soon(room: Room, ended: Ended) -> None:
 
 
 def kept(room: Room, ended: Ended) -> None:
-    """What was measured before is not lost."""
-    soon(room, ended)
+    """What was measured before is not lost, and nothing is published; how soon is for the other cases."""
+    assert not room.artefact.exists()
     assert any(path.is_file() for path in (room.cache / "qexport" / "statistics").iterdir()), sorted(
         (room.cache).rglob("*")
     )
