@@ -8,11 +8,12 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-AT = 40  # the sample that it happens at
+AT = 40  # the sample that it happens at, in the middle of a group of 16
 PATIENCE = 20.0  # seconds that a worker gets here to clean up
 
 
@@ -23,9 +24,10 @@ def _at_sample(act: Callable[[], object]) -> None:
     run, calls = OrtSession.run, []
 
     def counted(self, feeds, outputs=None):
-        calls.append(1)
-        if len(calls) == AT:
-            act()
+        if threading.current_thread() is not threading.main_thread():  # that of proofs
+            calls.append(1)
+            if len(calls) == AT:
+                act()
         return run(self, feeds, outputs)
 
     OrtSession.run = counted
