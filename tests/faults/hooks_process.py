@@ -27,10 +27,19 @@ def _at_sample(act: Callable[[], object]) -> None:
         if threading.current_thread() is not threading.main_thread():  # that of proofs
             calls.append(1)
             if len(calls) == AT:
+                _until_main_waits()
                 act()
         return run(self, feeds, outputs)
 
     OrtSession.run = counted
+
+
+def _until_main_waits() -> None:
+    """Until the main thread has taken in what came before: what it is in the middle of, it cannot keep."""
+    main = threading.main_thread().ident
+    until = time.monotonic() + PATIENCE
+    while sys._current_frames()[main].f_code.co_name != "wait" and time.monotonic() < until:
+        _pause(0.01)
 
 
 def _hang() -> None:
